@@ -1,0 +1,85 @@
+"""Z-Image on MLX: the networks behind `generation.Pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from zimage_ref.generation import Pipeline
+from zimage_ref.lora_file import LoRA
+from zimage_ref.model_folder import ModelFolder
+from zimage_ref.schedule import guided, model_time
+from zimage_ref.tensors import Array
+
+from .lora import attach
+from .text_encoder import TextEncoder
+from .transformer import Conditioning, Transformer
+from .vae import VAE
+from .weights import DTYPES, load
+
+
+class ZImagePipeline(Pipeline):
+    """A Z-Image model that makes pictures, in bfloat16 on a GPU, float32 on a CPU, or as asked.
+
+    Each network is loaded when it is first used. The state of sampling is float32 whatever the networks are.
+    """
+
+    dtypes = tuple(DTYPES)
+
+    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
+        super().__init__(folder, dtype, lean)
+        default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
+        self.dtype = DTYPES[dtype or default]
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The Qwen3 encoder."""
+        return self._loaded(TextEncoder(self.folder.text_encoder), "text_encoder")
+
+    @cached_property
+    def transformer(self) -> Transformer:
+        """The denoiser."""
+        return self._loaded(Transformer(self.folder.transformer), "transformer")
+
+    @cached_property
+    def vae(self) -> VAE:
+        """The autoencoder."""
+        return self._loaded(VAE(self.folder.vae), "vae")
+
+    def _loaded(self, model: Any, component: str) -> Any:
+        load(model, self.folder.weights[component], self.dtype)
+        return model
+
+    def encode_prompt(self, text: str) -> mx.array:
+        return self.text_encoder(mx.array(self.tokenizer.encode(text)))
+
+    def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
+        attach(self.transformer, loras)
+
+    def release(self, *components: str) -> None:
+        for component in components:
+            self.__dict__.pop(component, None)
+        mx.clear_cache()
+
+    def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
+        return self.transformer.condition(captions, h, w)
+
+    def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, guidance: float) -> mx.array:
+        inputs = mx.concatenate([x, x]) if guidance else x
+        raw = self.transformer.denoise(inputs, mx.full(len(inputs), model_time(sigma)), conditioning)
+        raw = raw.astype(mx.float32)
+        return guided(raw[: len(x)], raw[len(x) :], guidance) if guidance else raw
+
+    def to_backend(self, array: Array) -> mx.array:
+        return mx.array(array)
+
+    def settle(self, array: mx.array) -> mx.array:
+        mx.eval(array)
+        return array
+
+    def decode(self, x: mx.array) -> Array:
+        return np.array(self.vae.decode(x)[0].astype(mx.float32))

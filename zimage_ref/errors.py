@@ -1,0 +1,44 @@
+"""Every error that a user can cause, one hierarchy.
+
+    ZImageError
+    ├── FormatError     a file is not what it claims to be
+    ├── WeightError     names, shapes or values of weights do not fit the model
+    ├── ConfigError     a config file, or an option, has a value this program cannot honour
+    ├── DatasetError    pictures or captions to train on are missing or unreadable
+    └── BackendError    the work asked for needs software that is not installed
+
+Each message is one line that names the file, the fact and the way out. Anything else that is raised is a bug.
+"""
+
+from collections.abc import Iterable
+
+
+class ZImageError(Exception):
+    """Base of all errors caused by input; the command line prints it as one line and exits with 1."""
+
+
+class FormatError(ZImageError):
+    """A file is damaged, or is not in the format its name or header claims."""
+
+
+class WeightError(ZImageError):
+    """Weights do not fit the model: unknown, missing or wrongly shaped tensors."""
+
+
+class ConfigError(ZImageError):
+    """A configuration or an option has a value that this program cannot honour."""
+
+
+class DatasetError(ZImageError):
+    """The pictures or captions to train on are missing or unreadable."""
+
+
+class BackendError(ZImageError):
+    """The work asked for needs software that is not installed here."""
+
+
+def listing(items: Iterable[str], limit: int = 10) -> str:
+    """The first `limit` items, comma separated, and how many more there are."""
+    items = list(items)
+    more = f", and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

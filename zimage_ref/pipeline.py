@@ -1,0 +1,72 @@
+"""Z-Image in NumPy, on any machine: the networks behind `generation.Pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from .generation import Pipeline
+from .lora_file import LoRA
+from .model_folder import ModelFolder
+from .schedule import guided, model_time
+from .tensors import Array
+from .text_encoder import TextEncoder
+from .transformer import Conditioning, Transformer
+from .vae import VAE
+from .weights import Weights
+
+
+class ZImagePipeline(Pipeline):
+    """A Z-Image model that makes pictures, in float32 or float64. Weights stay on disk, memory-mapped."""
+
+    dtypes = ("float32", "float64")
+
+    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
+        super().__init__(folder, dtype, lean)
+        self.dtype = np.dtype(dtype or "float32")
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The Qwen3 encoder."""
+        return TextEncoder(self.folder.text_encoder, self._weights("text_encoder"))
+
+    @cached_property
+    def transformer(self) -> Transformer:
+        """The denoiser."""
+        return Transformer(self.folder.transformer, self._weights("transformer"))
+
+    @cached_property
+    def vae(self) -> VAE:
+        """The autoencoder."""
+        return VAE(self.folder.vae, self._weights("vae"))
+
+    def _weights(self, component: str) -> Weights:
+        return Weights(self.folder.weights[component], self.dtype)
+
+    def encode_prompt(self, text: str) -> Array:
+        return self.text_encoder(self.tokenizer.encode(text))
+
+    def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
+        self.transformer.w.use_loras(loras)
+
+    def release(self, *components: str) -> None:
+        """Nothing to free: mapped weights take no memory of the process's own."""
+
+    def condition(self, captions: Sequence[Array], h: int, w: int) -> Conditioning:
+        return self.transformer.condition(captions, h, w)
+
+    def predict(self, x: Array, sigma: float, conditioning: Conditioning, guidance: float) -> Array:
+        inputs = np.concatenate([x, x]) if guidance else x
+        raw = self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
+        return guided(raw[: len(x)], raw[len(x) :], guidance) if guidance else raw
+
+    def to_backend(self, array: Array) -> Array:
+        return array.astype(self.dtype)
+
+    def settle(self, array: Array) -> Array:
+        return array
+
+    def decode(self, x: Array) -> Array:
+        return self.vae.decode(x)[0]

@@ -1,0 +1,107 @@
+"""A tensor in a file, and what its bytes mean.
+
+NumPy has no bfloat16. In this project an array of dtype '|V2' *is* bfloat16, as in the .npz files that MLX writes:
+two opaque bytes, the upper half of a float32. Only this file knows how to turn it into numbers and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+BFLOAT16 = np.dtype("V2")
+
+# Every dtype a weight may have, by the short name that files, options and tables use
+DTYPES: dict[str, np.dtype[Any]] = {
+    "f64": np.dtype("<f8"),
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "bf16": BFLOAT16,
+    "i64": np.dtype("<i8"),
+    "i32": np.dtype("<i4"),
+    "i16": np.dtype("<i2"),
+    "i8": np.dtype("i1"),
+    "u64": np.dtype("<u8"),
+    "u32": np.dtype("<u4"),
+    "u16": np.dtype("<u2"),
+    "u8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("f64", "f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype of a tensor, known before its data is touched; `read()` gives the data.
+
+    What `read` returns may be a read-only view of a memory-mapped file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data in the stored dtype."""
+        return self.size * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, array: Array) -> Tensor:
+        """An array in memory, seen as a stored tensor."""
+        return cls(array.shape, array.dtype, lambda: array)
+
+    def cast(self, name: str | None) -> Tensor:
+        """The same tensor in the float dtype `name` (f32, f16, bf16, f64); None, or integers: unchanged."""
+        if name is None:
+            return self
+        dtype = float_dtype(name)
+        if DTYPE_NAMES.get(self.dtype) not in FLOATS or dtype == self.dtype:
+            return self
+        return Tensor(self.shape, dtype, lambda: cast(self.read(), dtype))
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def float_dtype(name: str) -> np.dtype[Any]:
+    """The dtype that `name` (f64, f32, f16, bf16) stands for. Raises ConfigError for any other name."""
+    if name not in FLOATS:
+        raise ConfigError(f"unknown dtype {name!r}: known are {', '.join(FLOATS)}")
+    return DTYPES[name]
+
+
+def cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    """`array` in another float dtype. To bfloat16 it rounds to nearest, ties to even; NaN stays NaN."""
+    if array.dtype == dtype:
+        return array
+    if array.dtype == BFLOAT16:
+        bits = np.ascontiguousarray(array).view("<u2").astype("<u4")
+        return (bits << 16).view("<f4").reshape(array.shape).astype(dtype, copy=False)
+    if dtype == BFLOAT16:
+        return _round_to_bfloat16(array)
+    with np.errstate(over="ignore"):  # float16 overflows to infinity, as every other tool's does
+        return array.astype(dtype)
+
+
+def _round_to_bfloat16(array: Array) -> Array:
+    values = np.ascontiguousarray(array, dtype="<f4")
+    bits = values.view("<u4")
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    rounded = np.where(np.isnan(values), (bits >> 16) | 0x0040, rounded)  # rounding could turn NaN into infinity
+    return rounded.astype("<u2").view(BFLOAT16).reshape(array.shape)
