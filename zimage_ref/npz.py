@@ -64,8 +64,8 @@ def _member(path: Path, mapped: Array, member: zipfile.ZipInfo) -> Tensor:
     shape, fortran, dtype = reader(head, max_header_size=_MAX_NPY_HEADER)
     if dtype not in DTYPE_NAMES:  # also refuses pickled objects
         raise FormatError(f"{where} has dtype {dtype}, which this program cannot read")
-    offset, order = start + head.tell(), ("F" if fortran else "C")
-    tensor = Tensor(shape, dtype, lambda: np.ndarray(shape, dtype, mapped, offset, order=order))
+    offset = start + head.tell()
+    tensor = Tensor(shape, dtype, lambda: np.ndarray(shape, dtype, mapped, offset, order="F" if fortran else "C"))
     if (
         any(n < 0 for n in shape)
         or tensor.nbytes + head.tell() != member.file_size
