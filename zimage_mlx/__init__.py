@@ -6,6 +6,6 @@ The same modules under the same names as `zimage_ref`, whose definitions it shar
 from zimage_ref.options import TrainConfig
 
 from .pipeline import ZImagePipeline
-from .training import train
+from .training import Encoded, Saved, Step, train
 
-__all__ = ["TrainConfig", "ZImagePipeline", "train"]
+__all__ = ["Encoded", "Saved", "Step", "TrainConfig", "ZImagePipeline", "train"]

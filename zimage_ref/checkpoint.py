@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from . import npz, safetensors_io
 from .config import read_json
 from .errors import FormatError, WeightError, listing
 from .names import Shapes
-from .tensors import Tensor
+from .tensors import Tensor, Tensors
 
 SUFFIXES = (".npz", ".safetensors")  # in order of preference
 
@@ -54,23 +54,23 @@ class Checkpoint:
             return cls(path, "npz", *npz.read(path))
         return cls(path, "safetensors", *safetensors_io.read(path))
 
-    def require(self, shapes: Shapes, unused: frozenset[str] | set[str] = frozenset()) -> dict[str, Tensor]:
-        """The tensors of a model with parameters `shapes`, less the `unused` ones, which need not be there.
 
-        Raises WeightError listing every kind of misfit: missing, unknown, wrongly shaped.
-        """
-        missing = [name for name in shapes if name not in self.tensors and name not in unused]
-        unknown = [name for name in self.tensors if name not in shapes]
-        misshapen = [
-            f"{name} {tensor.shape} instead of {shapes[name]}"
-            for name, tensor in self.tensors.items()
-            if name in shapes and tensor.shape != shapes[name]
-        ]
-        faults = {"missing": missing, "unknown": unknown, "wrongly shaped": misshapen}
-        if any(faults.values()):
-            facts = "; ".join(f"{len(v)} {kind}: {listing(v)}" for kind, v in faults.items() if v)
-            raise WeightError(f"{self.path}: does not fit the model ({len(shapes)} tensors): {facts}")
-        return {name: tensor for name, tensor in self.tensors.items() if name not in unused}
+def require(tensors: Tensors, shapes: Shapes, optional: Set[str], path: Path) -> None:
+    """Raises WeightError listing every misfit unless `tensors` are those of a model with parameters `shapes`.
+
+    The `optional` ones need not be there.
+    """
+    missing = [name for name in shapes if name not in tensors and name not in optional]
+    unknown = [name for name in tensors if name not in shapes]
+    misshapen = [
+        f"{name} {tensor.shape} instead of {shapes[name]}"
+        for name, tensor in tensors.items()
+        if name in shapes and tensor.shape != shapes[name]
+    ]
+    faults = {"missing": missing, "unknown": unknown, "wrongly shaped": misshapen}
+    if any(faults.values()):
+        facts = "; ".join(f"{len(v)} {kind}: {listing(v)}" for kind, v in faults.items() if v)
+        raise WeightError(f"{path}: does not fit the model ({len(shapes)} tensors): {facts}")
 
 
 def find_weights(folder: Path) -> Path:

@@ -12,23 +12,51 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from . import config as cfg
 from . import names
-from .checkpoint import SUFFIXES, Checkpoint, find_weights
+from .checkpoint import SUFFIXES, Checkpoint, find_weights, require
 from .config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig, read_json
 from .errors import ConfigError, FormatError
 from .tensors import Tensor
 
-Config = TypeVar("Config", TransformerConfig, TextEncoderConfig, VAEConfig)
 
-# component -> stems of flat files, in order of preference
-FLAT_STEMS = {
-    "transformer": ("z_image_turbo_f16", "z_image_turbo_bf16", "z_image_turbo", "z_image"),
-    "text_encoder": ("qwen3_4b_text_encoder",),
-    "vae": ("ae",),
-}
+@dataclass(frozen=True)
+class Component:
+    """One of the three networks: how its config is read, which parameters it has, how flat folders call its file."""
+
+    config: Any  # the config class
+    official: Any  # its published values
+    parameters: Callable[[Any], names.Shapes]
+    unused: Callable[[Any], set[str]]  # parameters that the file may hold and the pipeline does not need
+    flat_stems: tuple[str, ...]  # in order of preference
+
+    def check(self, file: Checkpoint, config: Any) -> dict[str, Tensor]:
+        """All tensors of `file`, by official name. Raises WeightError unless they are those of the model."""
+        tensors = file.tensors
+        if "embed_tokens.weight" in tensors:  # named as of Qwen3Model; the official file is of Qwen3ForCausalLM
+            tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        require(tensors, self.parameters(config), self.unused(config), file.path)
+        return tensors
+
+    def used(self, file: Checkpoint, config: Any) -> dict[str, Tensor]:
+        """The tensors of `file` that the pipeline needs. Raises WeightError as `check` does."""
+        unused = self.unused(config)
+        return {name: tensor for name, tensor in self.check(file, config).items() if name not in unused}
+
+
+COMPONENTS = {
+    "transformer": Component(
+        TransformerConfig, cfg.OFFICIAL_TRANSFORMER, names.transformer_parameters, lambda config: set(),
+        ("z_image_turbo_f16", "z_image_turbo_bf16", "z_image_turbo", "z_image"),
+    ),
+    "text_encoder": Component(
+        TextEncoderConfig, cfg.OFFICIAL_TEXT_ENCODER, names.text_encoder_parameters, names.text_encoder_unused,
+        ("qwen3_4b_text_encoder",),
+    ),
+    "vae": Component(VAEConfig, cfg.OFFICIAL_VAE, names.vae_parameters, lambda config: set(), ("ae",)),
+}  # fmt: skip
 _TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer.json", "qwen3-tokenizer.json")
 
 
@@ -54,10 +82,9 @@ class ModelFolder:
         if not path.is_dir():
             raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
         tokenizer = _first_file(path, _TOKENIZERS, "tokenizer")
-        files = {name: Checkpoint.open(_weights_path(path, name)) for name in FLAT_STEMS}
-        transformer = _config(path, "transformer", files, TransformerConfig.from_json, cfg.OFFICIAL_TRANSFORMER)
-        text_encoder = _config(path, "text_encoder", files, TextEncoderConfig.from_json, cfg.OFFICIAL_TEXT_ENCODER)
-        vae = _config(path, "vae", files, VAEConfig.from_json, cfg.OFFICIAL_VAE)
+        files = {name: Checkpoint.open(_weights_path(path, name)) for name in COMPONENTS}
+        configs = {name: _config(file, name, path) for name, file in files.items()}
+        transformer, text_encoder, vae = (configs[name] for name in COMPONENTS)
         if transformer.cap_feat_dim != text_encoder.hidden_size:
             raise ConfigError(
                 f"{path}: the transformer takes captions of width {transformer.cap_feat_dim}, "
@@ -68,13 +95,7 @@ class ModelFolder:
                 f"{path}: the transformer takes {transformer.in_channels} latent channels, "
                 f"the vae makes {vae.latent_channels}"
             )
-        weights = {
-            "transformer": files["transformer"].require(names.transformer_parameters(transformer)),
-            "text_encoder": _prefixed(files["text_encoder"]).require(
-                names.text_encoder_parameters(text_encoder), names.text_encoder_unused(text_encoder)
-            ),
-            "vae": files["vae"].require(names.vae_parameters(vae)),
-        }
+        weights = {name: COMPONENTS[name].used(file, configs[name]) for name, file in files.items()}
         return cls(path, transformer, text_encoder, vae, _scheduler(path), tokenizer, weights)
 
     @property
@@ -87,7 +108,7 @@ def _weights_path(folder: Path, component: str) -> Path:
     official = folder / component
     if official.is_dir() and any(p.suffix in SUFFIXES for p in official.iterdir()):
         return find_weights(official)
-    flat = [f"{stem}{suffix}" for stem in FLAT_STEMS[component] for suffix in SUFFIXES]
+    flat = [f"{stem}{suffix}" for stem in COMPONENTS[component].flat_stems for suffix in SUFFIXES]
     return _first_file(folder, flat, f"{component.replace('_', ' ')}", extra=f"{component}/")
 
 
@@ -99,21 +120,17 @@ def _first_file(folder: Path, candidates: Sequence[str], what: str, extra: str =
     raise FormatError(f"{folder}: holds no {what}: looked for {looked}")
 
 
-def _config(
-    folder: Path,
-    component: str,
-    files: dict[str, Checkpoint],
-    parse: Callable[[dict[str, Any], str], Config],
-    official: Config,
-) -> Config:
-    file, beside = files[component], folder / component / "config.json"
-    if file.container == "npz" and "config" in file.metadata:
-        return parse(file.metadata["config"], str(file.path))
-    if beside.is_file():
-        return parse(read_json(beside), str(beside))
-    if file.path.parent != folder:
-        raise ConfigError(f"{beside}: is missing")
-    return official
+def _config(file: Checkpoint, component: str, folder: Path) -> Any:
+    """The config of `file`: in its own record, else as JSON beside it or in `folder`, else the official one."""
+    kind, own = COMPONENTS[component], file.path.parent / "config.json"
+    if "config" in file.metadata:
+        return kind.config.from_json(file.metadata["config"], str(file.path))
+    for path in (own, folder / component / "config.json"):
+        if path.is_file():
+            return kind.config.from_json(read_json(path), str(path))
+    if file.path.parent.name == component:
+        raise ConfigError(f"{own}: is missing")
+    return kind.official
 
 
 def _scheduler(folder: Path) -> SchedulerConfig:
@@ -121,8 +138,10 @@ def _scheduler(folder: Path) -> SchedulerConfig:
     return SchedulerConfig.from_json(read_json(file), str(file)) if file.is_file() else cfg.OFFICIAL_SCHEDULER
 
 
-def _prefixed(file: Checkpoint) -> Checkpoint:
-    """Text encoders come with names as of Qwen3ForCausalLM (official) or of Qwen3Model, without `model.`."""
-    if "embed_tokens.weight" not in file.tensors:
-        return file
-    return Checkpoint(file.path, file.container, {f"model.{k}": v for k, v in file.tensors.items()}, file.metadata)
+def checked_component(file: Checkpoint, component: str) -> tuple[dict[str, Tensor], Any]:
+    """All tensors of a file of `component`, by official name, and their config.
+
+    Raises WeightError or ConfigError where they do not fit each other.
+    """
+    config = _config(file, component, file.path.parent)
+    return COMPONENTS[component].check(file, config), config

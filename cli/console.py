@@ -1,0 +1,84 @@
+"""What a person sees: the only file that knows rich.
+
+Results (tables, paths) go to stdout; progress, facts and errors to stderr. Colours and bars vanish by themselves
+where the output is not a terminal or NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import rich.console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.theme import Theme
+
+_THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "muted": "dim"})
+
+
+class Console:
+    """The two streams of the terminal."""
+
+    def __init__(self, out: rich.console.Console | None = None, err: rich.console.Console | None = None) -> None:
+        self.out = out or rich.console.Console(theme=_THEME, highlight=False)
+        self.err = err or rich.console.Console(theme=_THEME, highlight=False, stderr=True)
+
+    def error(self, message: str) -> None:
+        """One line that says what is wrong."""
+        self.err.print(f"[bad]error:[/] {escape(message)}", soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """One line that is good to know."""
+        self.err.print(f"[muted]{escape(message)}[/]", soft_wrap=True)
+
+    def wrote(self, path: object) -> None:
+        """A result: its path on stdout."""
+        self.out.print(escape(str(path)), style="good", soft_wrap=True)
+
+    def facts(self, title: str, facts: Mapping[str, object]) -> None:
+        """A panel of what is about to happen."""
+        grid = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            grid.add_row(f"[muted]{escape(name)}[/]", f"[fact]{escape(str(value))}[/]")
+        self.err.print(Panel(grid, title=title, title_align="left", expand=False))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+        """A result table; long names fold rather than vanish."""
+        table = Table(*(Column(name, overflow="fold") for name in columns), title=title or None, title_justify="left")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self.out.print(table)
+
+    def print(self, text: str) -> None:
+        """A plain line of the result."""
+        self.out.print(escape(text), soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Bars]:
+        """Bars that live until the block ends."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err) as progress:
+            yield Bars(progress)
+
+
+class Bars:
+    """Progress bars by name; a bar appears when it first moves."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, name: str, done: float, total: float, detail: str = "") -> None:
+        """Moves the bar `name` to `done` of `total`, with a text beside it."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
+        self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)

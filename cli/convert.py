@@ -1,0 +1,57 @@
+"""zimage convert: weights from one file format and precision to another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from zimage_ref import ConfigError, npz, safetensors_io
+from zimage_ref.checkpoint import SUFFIXES, Checkpoint
+from zimage_ref.model_folder import checked_component
+from zimage_ref.tensors import DTYPE_NAMES
+
+from .console import Console
+
+MODEL_TYPES = {
+    "transformer": "transformer", "t": "transformer", "autoencoder": "vae", "ae": "vae", "vae": "vae",
+    "text-encoder": "text_encoder", "te": "text_encoder",
+}  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage convert`."""
+    parser.add_argument("--input", type=Path, required=True, help="weights to read: a file or a folder")
+    parser.add_argument("--output", type=Path, required=True, help=f"file to write: {' or '.join(SUFFIXES)}")
+    parser.add_argument("--model-type", choices=MODEL_TYPES, required=True, help="what the weights are of")
+    parser.add_argument("--dtype", choices=("f32", "f16", "bf16"), help="precision to write (default: as stored)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Streams the tensors over, one at a time."""
+    if args.output.suffix not in SUFFIXES:
+        raise ConfigError(f"{args.output}: unknown format: the suffix must be {' or '.join(SUFFIXES)}")
+    if args.output.exists() and not args.overwrite:
+        raise ConfigError(f"{args.output}: exists: give --overwrite to replace it")
+    component = MODEL_TYPES[args.model_type]
+    source = Checkpoint.open(args.input)
+    stored, config = checked_component(source, component)
+    tensors = {name: tensor.cast(args.dtype) for name, tensor in stored.items()}
+
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    with console.progress() as bars:
+
+        def progress(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            bars.update("convert", done, total, f"{done / 1e6:,.0f} MB")
+
+        if args.output.suffix == ".npz":
+            record: dict[str, Any] = {"model_type": component, "config": config.to_json(), "source": source.path.name}
+            npz.write(args.output, tensors, record, progress)
+        else:
+            safetensors_io.write(args.output, tensors, {"format": "pt"}, progress)
+    dtypes = sorted({DTYPE_NAMES[tensor.dtype] for tensor in tensors.values()})
+    console.note(f"{len(tensors)} tensors, {total / 1e6:,.1f} MB, {', '.join(dtypes)}")
+    console.wrote(args.output)

@@ -1,0 +1,42 @@
+"""zimage generate: a picture from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from zimage_ref import GenerateConfig
+from zimage_ref.images import check_suffix, save_picture
+
+from .backends import BACKENDS, DEFAULT, pipeline
+from .console import Console
+from .options import add_fields, from_args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage generate`."""
+    parser.add_argument("--model-dir", type=Path, required=True, help="folder with the Z-Image model")
+    add_fields(parser, GenerateConfig)
+    parser.add_argument("--lora", type=Path, action="append", default=[], help="LoRA file; may be given several times")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output.png"), help="picture to write (default: output.png)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default=DEFAULT, help=f"engine (default here: {DEFAULT})")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Makes one picture. Everything that can be wrong is checked before weights are read."""
+    config = from_args(GenerateConfig, args)
+    check_suffix(args.output)
+    pipe = pipeline(args.backend).from_pretrained(args.model_dir, lean=True)  # the process ends with one picture
+
+    console.facts("generate", {
+        "model": args.model_dir, "prompt": config.prompt, "size": f"{config.width} x {config.height}",
+        "steps": config.steps, "seed": config.seed, "LoRA": ", ".join(map(str, args.lora)) or "none",
+        "backend": args.backend,
+    })  # fmt: skip
+    with console.progress() as bars:
+        (picture,) = pipe(**asdict(config), loras=[(path, 1.0) for path in args.lora], progress=bars.update)
+    save_picture(picture, args.output)
+    console.wrote(args.output)

@@ -1,0 +1,40 @@
+"""zimage inspect: what a weights file holds, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from zimage_ref.checkpoint import Checkpoint
+from zimage_ref.tensors import DTYPE_NAMES
+
+from .console import Console
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage inspect`."""
+    parser.add_argument("--input", type=Path, required=True, help="file or folder to look into")
+    parser.add_argument("--limit", type=int, default=20, help="tensors to list, 0 for all (default: 20)")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Prints the tensor table and the summary by dtype."""
+    file = Checkpoint.open(args.input)
+    shown = list(file.tensors.items())[: args.limit or None]
+    rows = [
+        (i, name, "x".join(map(str, tensor.shape)) or "scalar", DTYPE_NAMES[tensor.dtype])
+        for i, (name, tensor) in enumerate(shown)
+    ]
+    console.table(("#", "name", "shape", "dtype"), rows)
+    if len(shown) < len(file.tensors):
+        console.print(f"... and {len(file.tensors) - len(shown)} more (--limit 0 shows all)")
+
+    counts, sizes = Counter[str](), Counter[str]()
+    for tensor in file.tensors.values():
+        counts[DTYPE_NAMES[tensor.dtype]] += 1
+        sizes[DTYPE_NAMES[tensor.dtype]] += tensor.nbytes
+    console.print(f"{file.container}: {len(file.tensors)} tensors, {file.parameters:,} parameters")
+    console.table(("dtype", "tensors", "MB"), [(d, n, f"{sizes[d] / 1e6:,.1f}") for d, n in counts.most_common()])
+    if file.metadata:
+        console.table(("metadata", "value"), list(file.metadata.items()))
