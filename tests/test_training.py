@@ -30,8 +30,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     tiny.write_model_folder(folder / "model")
     tiny.write_dataset(folder / "data")
-    options = f"--rank 4 --alpha 8 --epochs 15 --lr 5e-3 --resolution {SIDE} --save-every 25 --output {folder}/sks.safetensors"
-    assert main(["train", f"--model-dir={folder}/model", f"--dataset={folder}/data", *options.split()]) == 0
+    files = [f"--model-dir={folder}/model", f"--dataset={folder}/data", f"--output={folder}/sks.safetensors"]
+    options = f"--rank 4 --alpha 8 --epochs 15 --lr 5e-3 --resolution {SIDE} --save-every 25".split()
+    assert main(["train", *files, *options]) == 0
     return folder
 
 
