@@ -9,7 +9,7 @@ the checkpoint's. For the letters in shape comments see `zimage_ref`. Which way 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,9 +17,19 @@ import mlx.nn as nn
 
 from zimage_ref.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.positions import caption_ids, image_ids, padded, rope_angles
-from zimage_ref.tensors import Array
 
-Rotation = tuple[mx.array, mx.array]  # cosines and sines, (B, S, 1, K / 2) float32
+from .ops import Rotation, attention, rms_norm, rotate, rotation_tables
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch stand, and which of them are there."""
+
+    image_rotation: Rotation  # of the L image tokens
+    caption_rotation: Rotation  # of the T caption tokens
+    rotation: Rotation  # of all S tokens, image then caption
+    caption_mask: mx.array | None  # (B, 1, 1, T) boolean, False where a shorter caption was filled up; None: all True
+    mask: mx.array | None  # (B, 1, 1, S), the same for all tokens
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,7 @@ class Conditioning:
     """What the denoiser needs besides the noisy latents and the time: the same for all steps of a picture."""
 
     caption: mx.array  # (B, T, D) refined caption tokens
-    image_rotation: Rotation  # of the L image tokens
-    rotation: Rotation  # of all S tokens, image then caption
-    mask: mx.array | None  # (B, 1, 1, S) boolean, False where a shorter caption was filled up; None: all True
+    layout: Layout
 
 
 class TimestepEmbedder(nn.Module):
@@ -43,11 +51,11 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
         ]
 
-    def __call__(self, t: mx.array) -> mx.array:
+    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
         half = TIME_FREQUENCIES // 2
         frequency = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / half)
         angle = t.astype(mx.float32)[:, None] * frequency  # (B, 128)
-        x = mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(self.mlp[0].weight.dtype)
+        x = mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(dtype)
         for layer in self.mlp:
             x = layer(x)
         return x  # (B, adaln)
@@ -68,13 +76,19 @@ class Attention(nn.Module):
         self.to_out = [nn.Linear(dim, dim, bias=False)]
 
     def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
-        B, S, D = x.shape
-        q = self.norm_q(self.to_q(x).reshape(B, S, self._heads, -1))  # (B, S, H, K)
-        k = self.norm_k(self.to_k(x).reshape(B, S, self._heads, -1))
-        v = self.to_v(x).reshape(B, S, self._heads, -1)
-        q, k, v = (a.swapaxes(1, 2) for a in (rotate(q, rotation), rotate(k, rotation), v))  # (B, H, S, K)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-        return self.to_out[0](y.swapaxes(1, 2).reshape(B, S, D))
+        q, k, v = self.project(x)
+        return self.to_out[0](self.attend(q, k, v, rotation, mask))
+
+    def project(self, x: mx.array) -> Sequence[mx.array]:
+        """x (B, S, D) -> queries, keys, values (B, S, H, K), not yet normed."""
+        B, S, _ = x.shape
+        return [linear(x).reshape(B, S, self._heads, -1) for linear in (self.to_q, self.to_k, self.to_v)]
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
+        """Norm, rotation and attention of q, k, v (B, S, H, K) -> (B, S, D)."""
+        q, k = rotate(normed(self.norm_q, q), rotation), rotate(normed(self.norm_k, k), rotation)
+        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, H, S, K)
+        return attention(q, k, v, mask).swapaxes(1, 2).flatten(2)  # (B, S, D)
 
 
 class FeedForward(nn.Module):
@@ -87,7 +101,16 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+        gate, value = self.expand(x)
+        return self.contract(gate, value)
+
+    def expand(self, x: mx.array) -> Sequence[mx.array]:
+        """(B, S, D) -> gate and value, (B, S, ffn_dim) each."""
+        return self.w1(x), self.w3(x)
+
+    def contract(self, gate: mx.array, value: mx.array) -> mx.array:
+        """Gate and value -> (B, S, D)."""
+        return self.w2(nn.silu(gate) * value)
 
 
 class Block(nn.Module):
@@ -108,18 +131,30 @@ class Block(nn.Module):
         self, x: mx.array, rotation: Rotation, mask: mx.array | None, adaln: mx.array | None = None
     ) -> mx.array:
         scale_a, gate_a, scale_f, gate_f = self.modulation(adaln)  # (B, 1, D) each
-        a = self.attention(self.attention_norm1(x) * scale_a, rotation, mask)
-        x = x + gate_a * self.attention_norm2(a)
-        f = self.feed_forward(self.ffn_norm1(x) * scale_f)
-        return x + gate_f * self.ffn_norm2(f)
+        a = self.attention(normed(self.attention_norm1, x, scale_a), rotation, mask)
+        x = x + normed(self.attention_norm2, a, gate_a)
+        f = self.feed_forward(normed(self.ffn_norm1, x, scale_f))
+        return x + normed(self.ffn_norm2, f, gate_f)
 
-    def modulation(self, adaln: mx.array | None) -> Sequence[mx.array | float]:
-        """Scales and gates of attention and feed-forward; ones for a block without modulation."""
+    def modulation(self, adaln: mx.array | None) -> Sequence[mx.array | None]:
+        """Scales and gates (B, 1, D) of attention and feed-forward; None for a block without modulation."""
         if adaln is None:
-            return [1.0] * 4
+            return [None] * 4
         m = self.adaLN_modulation[0](adaln)[:, None]
         scale_a, gate_a, scale_f, gate_f = mx.split(m, 4, axis=-1)
         return 1 + scale_a, mx.tanh(gate_a), 1 + scale_f, mx.tanh(gate_f)
+
+
+def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None) -> mx.array:
+    """norm(x) * scale for scale (B, 1, D); None is 1.
+
+    One scale for the whole batch, the rule in generation, goes into the norm's own weight and costs no pass over x.
+    """
+    if scale is None:
+        return rms_norm(x, norm.weight, norm.eps)
+    if len(scale) > 1:
+        return rms_norm(x, norm.weight, norm.eps) * scale
+    return rms_norm(x, norm.weight * scale.flatten(), norm.eps)
 
 
 class FinalLayer(nn.Module):
@@ -154,6 +189,7 @@ class Transformer(nn.Module):
         self.noise_refiner = [Block(config) for _ in range(config.n_refiner_layers)]
         self.context_refiner = [Block(config, modulated=False) for _ in range(config.n_refiner_layers)]
         self.layers = [Block(config) for _ in range(config.n_layers)]
+        self.run: Callable[..., mx.array] = Block.__call__  # how a block is run; see `compiled`
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -170,39 +206,57 @@ class Transformer(nn.Module):
 
     def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
         """All that does not depend on the time: caption tokens, rotations, mask, for latents of h x w."""
+        layout = self.layout([len(c) for c in captions], h, w)
+        tokens = self.embed_captions(captions)
+        for block in self.context_refiner:
+            tokens = self.run(block, tokens, layout.caption_rotation, layout.caption_mask)
+        return Conditioning(tokens, layout)
+
+    def layout(self, caption_lengths: Sequence[int], h: int, w: int) -> Layout:
+        """Rotations and masks of a batch of captions of these lengths before latents of h x w."""
         config = self.config
         rows, columns = h // config.patch_size, w // config.patch_size
-        lengths = [padded(len(c)) for c in captions]
+        lengths = [padded(n) for n in caption_lengths]
         T, L = max(lengths), padded(rows * columns)
-
-        tokens = mx.stack([fill(self.embed_caption(c), self.cap_pad_token, T) for c in captions])  # (B, T, D)
-        caption_angles = [rope_angles(caption_ids(T), config)] * len(captions)
-        image_angles = [rope_angles(image_ids(rows, columns, n), config) for n in lengths]
-        caption_rotation, image_rotation = table(caption_angles), table(image_angles)
-
+        caption_angles = mx.array(rope_angles(caption_ids(T), config))
+        caption = mx.broadcast_to(caption_angles, (len(lengths), *caption_angles.shape))  # (B, T, K / 2)
+        image = mx.stack([mx.array(rope_angles(image_ids(rows, columns, n), config)) for n in lengths])
         mask = None
         if min(lengths) < T:
             ends = mx.array(lengths)[:, None, None, None] + L
             mask = mx.arange(L + T) < ends  # (B, 1, 1, S)
-        for block in self.context_refiner:
-            tokens = block(tokens, caption_rotation, None if mask is None else mask[..., L:])
-        cos, sin = (mx.concatenate([i, c], axis=1) for i, c in zip(image_rotation, caption_rotation, strict=True))
-        return Conditioning(tokens, image_rotation, (cos, sin), mask)
+        both = mx.concatenate([image, caption], axis=1)
+        return Layout(
+            rotation_tables(image),
+            rotation_tables(caption),
+            rotation_tables(both),
+            None if mask is None else mask[..., L:],
+            mask,
+        )
 
     def denoise(self, x: mx.array, t: mx.array, given: Conditioning) -> mx.array:
-        """The raw output for conditioned latents; see `__call__`."""
+        """The raw output for conditioned latents; see `__call__`. t may be (1,), for the whole batch."""
         _, _, h, w = x.shape
-        tokens = self.embed_image(x.astype(self.dtype))  # (B, L, D)
-        adaln = self.t_embedder(t.astype(mx.float32) * self.config.t_scale)
+        tokens = self.embed_image(x)  # (B, L, D)
+        adaln = self.embed_time(t)
 
         for block in self.noise_refiner:
-            tokens = block(tokens, given.image_rotation, None, adaln)
+            tokens = self.run(block, tokens, given.layout.image_rotation, None, adaln)
 
         tokens = mx.concatenate([tokens, given.caption], axis=1)  # (B, S, D)
         for block in self.layers:
-            tokens = block(tokens, given.rotation, given.mask, adaln)
+            tokens = self.run(block, tokens, given.layout.rotation, given.layout.mask, adaln)
 
-        return self.unpatchify(self.all_final_layer[self.config.patch_key](tokens, adaln), h, w)
+        return self.finish(tokens, adaln, h, w)
+
+    def embed_time(self, t: mx.array) -> mx.array:
+        """(B,) -> (B, adaln)."""
+        return self.t_embedder(t.astype(mx.float32) * self.config.t_scale, self.dtype)
+
+    def embed_captions(self, captions: Sequence[mx.array]) -> mx.array:
+        """B captions (T_i, cap_feat_dim) -> (B, T, D), all filled up to the longest's padded length."""
+        T = max(padded(len(caption)) for caption in captions)
+        return mx.stack([fill(self.embed_caption(c), self.cap_pad_token, T) for c in captions])
 
     def embed_caption(self, caption: mx.array) -> mx.array:
         """(T, cap_feat_dim) -> (T, D)."""
@@ -211,17 +265,19 @@ class Transformer(nn.Module):
 
     def embed_image(self, x: mx.array) -> mx.array:
         """(B, C, h, w) -> (B, L, D): patches embedded, then filled up with x_pad_token."""
+        x = x.astype(self.dtype)
         B, C, h, w = x.shape
         p = self.config.patch_size
         patches = x.reshape(B, C, h // p, p, w // p, p).transpose(0, 2, 4, 3, 5, 1)  # (B, h/p, w/p, p, p, C)
         tokens = self.all_x_embedder[self.config.patch_key](patches.reshape(B, -1, self.config.patch_dim))
         return fill(tokens, self.x_pad_token, padded(tokens.shape[1]))
 
-    def unpatchify(self, patches: mx.array, h: int, w: int) -> mx.array:
-        """(B, S, patch_dim) -> (B, C, h, w): the image's tokens come first, the rest is dropped."""
+    def finish(self, tokens: mx.array, adaln: mx.array, h: int, w: int) -> mx.array:
+        """(B, S, D) -> (B, C, h, w): the image's tokens come first, the rest is dropped."""
         p, C = self.config.patch_size, self.config.in_channels
         rows, columns = h // p, w // p
-        grid = patches[:, : rows * columns].reshape(-1, rows, columns, p, p, C)
+        patches = self.all_final_layer[self.config.patch_key](tokens[:, : rows * columns], adaln)
+        grid = patches.reshape(-1, rows, columns, p, p, C)
         return grid.transpose(0, 5, 1, 3, 2, 4).reshape(-1, C, h, w)
 
 
@@ -232,20 +288,3 @@ def fill(tokens: mx.array, pad_token: mx.array, length: int) -> mx.array:
         return tokens
     padding = mx.broadcast_to(pad_token, (*tokens.shape[:-2], missing, tokens.shape[-1]))
     return mx.concatenate([tokens, padding], axis=-2)
-
-
-def table(angles: Sequence[Array]) -> Rotation:
-    """Cosines and sines (B, S, 1, K / 2) of a batch of angles (S, K / 2), computed at once and kept."""
-    stacked = mx.stack([mx.array(a) for a in angles])[:, :, None]
-    cos, sin = mx.cos(stacked), mx.sin(stacked)
-    mx.eval(cos, sin)
-    return cos, sin
-
-
-def rotate(x: mx.array, rotation: Rotation) -> mx.array:
-    """RoPE on neighbouring channels of x (B, S, H, K), in float32 whatever x is; the result has the dtype of x."""
-    cos, sin = rotation
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)

@@ -4,16 +4,59 @@
 
 Channels are last inside, second at the door. Source: AutoencoderKL, vae.py and unet_2d_blocks.py of diffusers; latent
 scaling as in pipeline_z_image.py. Attribute names are the checkpoint's.
+
+Memory: with `rows`, every wide layer runs on so many rows of its output at a time, each group norm keeping the
+statistics of the whole picture. That is the same result, not an approximation by tiles, so there are no seams.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_ref.config import VAEConfig
 
+from .compiled import Settle, fused
+
 NORM_EPS = 1e-6  # of every group norm; resnet_eps in the official code
+_SCORES_AT_ONCE = 1 << 24  # of the mid block's attention
+
+
+class GroupNorm(nn.Module):
+    """Group norm over (B, H, W, C), in two steps: coefficients of the whole picture, then any part of it scaled."""
+
+    def __init__(self, width: int, config: VAEConfig) -> None:
+        super().__init__()
+        self._groups = config.norm_num_groups
+        self.weight = mx.ones(width)
+        self.bias = mx.zeros(width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return affine(x, *self.coefficients(x, None))
+
+    def coefficients(self, x: mx.array, rows: int | None) -> tuple[mx.array, mx.array]:
+        """Scale and shift (B, 1, 1, C) float32 that norm x."""
+        B, H, W, C = x.shape
+        count = H * W * C // self._groups
+        parts = [x[:, top : top + (rows or H)] for top in range(0, H, rows or H)]
+        mean = self._grouped(parts, lambda part: part) / count
+        wide = mx.repeat(mean, C // self._groups, axis=-1)
+        variance = self._grouped(parts, lambda part: mx.square(part - wide)) / count
+        scale = mx.repeat(mx.rsqrt(variance + NORM_EPS), C // self._groups, axis=-1) * self.weight
+        return scale, self.bias - wide * scale
+
+    def _grouped(self, parts: Sequence[mx.array], function: Callable[[mx.array], mx.array]) -> mx.array:
+        """Sums over each group of `function` of each part, (B, 1, 1, groups) float32."""
+        total: Any = 0.0
+        for part in parts:
+            sums = mx.sum(function(part.astype(mx.float32)), axis=(1, 2))  # (B, C)
+            total = total + mx.sum(sums.reshape(len(sums), 1, 1, self._groups, -1), axis=-1)
+            if len(parts) > 1:
+                mx.eval(total)
+        return total
 
 
 class Resnet(nn.Module):
@@ -21,19 +64,29 @@ class Resnet(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config: VAEConfig) -> None:
         super().__init__()
-        self.norm1 = norm(inputs, config)
+        self.norm1 = GroupNorm(inputs, config)
         self.conv1 = conv3x3(inputs, outputs)
-        self.norm2 = norm(outputs, config)
+        self.norm2 = GroupNorm(outputs, config)
         self.conv2 = conv3x3(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(nn.silu(self.norm1(x)))
-        h = self.conv2(nn.silu(self.norm2(h)))
-        if "conv_shortcut" in self:
-            x = self.conv_shortcut(x)
-        return x + h
+    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+        h = convolve(self.conv1, x, rows, self.norm1)
+        return convolve(self.conv2, h, rows, self.norm2, beside=(x, self.get("conv_shortcut")))
+
+
+@fused
+def affine(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """x * scale + shift in float32, in the dtype of x."""
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@fused
+def activate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """silu(x * scale + shift) in float32, in the dtype of x."""
+    y = x.astype(mx.float32) * scale + shift
+    return (y * mx.sigmoid(y)).astype(x.dtype)
 
 
 class MidAttention(nn.Module):
@@ -41,7 +94,7 @@ class MidAttention(nn.Module):
 
     def __init__(self, width: int, config: VAEConfig) -> None:
         super().__init__()
-        self.group_norm = norm(width, config)
+        self.group_norm = GroupNorm(width, config)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -51,8 +104,7 @@ class MidAttention(nn.Module):
         B, h, w, C = x.shape
         tokens = self.group_norm(x).reshape(B, 1, h * w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # (B, 1, hw, C)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=C**-0.5)
-        return x + self.to_out[0](y).reshape(B, h, w, C)
+        return x + self.to_out[0](attention_by_rows(q, k, v)).reshape(B, h, w, C)
 
 
 class MidBlock(nn.Module):
@@ -63,8 +115,8 @@ class MidBlock(nn.Module):
         self.resnets = [Resnet(width, width, config) for _ in range(2)]
         self.attentions = [MidAttention(width, config)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, rows)), rows)
 
 
 class Sampler(nn.Module):
@@ -86,13 +138,13 @@ class Level(nn.Module):
         elif sampler == "up":
             self.upsamplers = [Sampler(outputs, stride=1)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
         for resnet in self.resnets:
-            x = resnet(x)
+            x = resnet(x, rows)
         if "downsamplers" in self:  # padded on the right and below only
             x = self.downsamplers[0].conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
         elif "upsamplers" in self:
-            x = self.upsamplers[0].conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
+            x = convolve(self.upsamplers[0].conv, x, rows, double=True)
         return x
 
 
@@ -109,15 +161,14 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         ]
         self.mid_block = MidBlock(widths[-1], config)
-        self.conv_norm_out = norm(widths[-1], config)
+        self.conv_norm_out = GroupNorm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+            x = block(x, rows)
+        return convolve(self.conv_out, self.mid_block(x, rows), rows, self.conv_norm_out)
 
 
 class Decoder(nn.Module):
@@ -133,14 +184,14 @@ class Decoder(nn.Module):
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, "up" if i < last else None, config)
             for i, width in enumerate(widths)
         ]
-        self.conv_norm_out = norm(widths[-1], config)
+        self.conv_norm_out = GroupNorm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], config.in_channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(x))
+    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+        x = self.mid_block(self.conv_in(x), rows)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+            x = block(x, rows)
+        return convolve(self.conv_out, x, rows, self.conv_norm_out)
 
 
 class VAE(nn.Module):
@@ -158,16 +209,20 @@ class VAE(nn.Module):
         dtype: mx.Dtype = self.encoder.conv_in.weight.dtype
         return dtype
 
-    def encode(self, image: mx.array) -> mx.array:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mode of the posterior, shifted and scaled."""
-        moments = self.encoder(mx.array(image).astype(self.dtype).transpose(0, 2, 3, 1))
+    def encode(self, image: mx.array, rows: int | None = None) -> mx.array:
+        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mode of the posterior, shifted and scaled.
+
+        rows: how many rows of a layer's output are made at a time, to save memory; None is all.
+        """
+        moments = self.encoder(mx.array(image).astype(self.dtype).transpose(0, 2, 3, 1), rows)
         mean = moments[..., : self.config.latent_channels].transpose(0, 3, 1, 2)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Latents (B, 16, h, w) -> (B, 3, 8 h, 8 w), about [-1, 1]."""
+    def decode(self, latents: mx.array, rows: int | None = None) -> mx.array:
+        """Latents (B, 16, h, w) -> (B, 3, 8 h, 8 w), about [-1, 1]; rows as in `encode`."""
         x = mx.array(latents).astype(self.dtype).transpose(0, 2, 3, 1)
-        return self.decoder(x / self.config.scaling_factor + self.config.shift_factor).transpose(0, 3, 1, 2)
+        x = x / self.config.scaling_factor + self.config.shift_factor
+        return self.decoder(x, rows).transpose(0, 3, 1, 2)
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -175,6 +230,56 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-def norm(width: int, config: VAEConfig) -> nn.GroupNorm:
-    """A group norm with PyTorch's grouping of channels."""
-    return nn.GroupNorm(config.norm_num_groups, width, eps=NORM_EPS, pytorch_compatible=True)
+def convolve(
+    conv: nn.Conv2d,
+    x: mx.array,
+    rows: int | None,
+    norm: GroupNorm | None = None,
+    double: bool = False,
+    beside: tuple[mx.array, nn.Module | None] | None = None,
+) -> mx.array:
+    """The 3x3 convolution of silu(norm(x)), or of x at double size, made `rows` rows of output at a time.
+
+    beside: an array to add to the result, and the layer it goes through first.
+    """
+    factor = 2 if double else 1
+    coefficients = norm.coefficients(x, rows) if norm else ()
+    H = x.shape[1] * factor
+
+    def prepared(part: mx.array) -> mx.array:
+        if double:
+            return mx.repeat(mx.repeat(part, 2, axis=1), 2, axis=2)
+        return activate(part, *coefficients) if coefficients else part
+
+    def finished(y: mx.array, top: int, bottom: int) -> mx.array:
+        if beside is None:
+            return y
+        side, layer = beside[0][:, top:bottom], beside[1]
+        return y + (layer(side) if layer else side)
+
+    if rows is None or rows >= H:
+        return finished(conv(prepared(x)), 0, H)
+    parts, settle = [], Settle()
+    for top in range(0, H, rows):
+        bottom = min(top + rows, H)
+        low, high = max(top - 1, 0), min(bottom + 1, H)  # the kernel reaches one row beyond
+        part = prepared(x[:, low // factor : -(-high // factor)])
+        part = part[:, low % factor :][:, : high - low]
+        part = mx.pad(part, [(0, 0), (int(top == 0), int(bottom == H)), (0, 0), (0, 0)])
+        y = mx.conv2d(part, conv.weight, padding=(0, 1)) + conv.bias
+        parts.append(finished(y, top, bottom))
+        settle(parts[-1])
+    return mx.concatenate(parts, axis=1)
+
+
+def attention_by_rows(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Attention over (B, 1, hw, C), some queries at a time: heads this wide have no fused kernel that saves memory."""
+    step = max(1, _SCORES_AT_ONCE // k.shape[2])
+    if step >= q.shape[2]:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    parts = []
+    for start in range(0, q.shape[2], step):
+        rows = q[:, :, start : start + step]
+        parts.append(mx.fast.scaled_dot_product_attention(rows, k, v, scale=q.shape[-1] ** -0.5))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts, axis=2)

@@ -1,0 +1,152 @@
+"""One compiled function for all blocks of a network, weights as arguments; and computing it block by block.
+
+Compiling each block on its own would trace and keep thirty programs; compiling the whole network ties its memory
+together. Here a program is traced once for each structure of a block (plain, quantized, with LoRA) and each shape.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU, Metal or CUDA."""
+    return bool(mx.default_device().type == mx.gpu)
+
+
+def fused(function: Function) -> Function:
+    """`function`, its elementwise operations fused into one kernel on a GPU.
+
+    Not on a CPU, where compiling needs a C++ compiler at run time and takes longer than it saves.
+    """
+    compiled = mx.compile(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return (compiled if on_gpu() else function)(*args)
+
+    return cast(Function, call)
+
+
+class PerBlock:
+    """`function(block, *args)`, compiled; all blocks of one structure share the program.
+
+    `function` may use nothing of the block but its parameters and its structure, and args are trees of arrays or
+    constants. What trains is part of the structure and must not change during the life of this object.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._programs: dict[Hashable, Callable[..., Any]] = {}
+        self._slots: dict[int, _Slots] = {}  # by id: modules are dicts, which have no hash; slots keep them alive
+        self._tracing: tuple[nn.Module, _Slots] | None = None
+
+    @property
+    def programs(self) -> int:
+        """How many were compiled: one for each structure (and again, within MLX, for each shape)."""
+        return len(self._programs)
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        slots = self._slots.get(id(block))
+        if slots is None or slots.stale:
+            slots = self._slots[id(block)] = _Slots.of(block)
+        if slots.structure not in self._programs:
+            self._programs[slots.structure] = mx.compile(lambda arrays, *args: self._trace(arrays, *args))
+        self._tracing = block, slots  # what a trace is made of, if this call needs one
+        try:
+            return self._programs[slots.structure](slots.arrays, *args)
+        finally:
+            self._tracing = None
+
+    def _trace(self, arrays: list[mx.array], *args: Any) -> Any:
+        assert self._tracing is not None
+        block, slots = self._tracing
+        own = slots.arrays
+        slots.fill(arrays)
+        try:
+            return self._function(block, *args)
+        finally:
+            slots.fill(own)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Where the arrays of a block are: found once, read at each call."""
+
+    structure: Hashable
+    homes: list[tuple[nn.Module, str]]  # module and attribute of each parameter
+    links: list[tuple[Any, Any, nn.Module]]  # container, key and module: to notice one that was replaced
+
+    @classmethod
+    def of(cls, block: nn.Module) -> _Slots:
+        homes, links, kinds = [], [], []
+        for name, module in block.named_modules():
+            homes += [(module, key) for key, value in module.items() if isinstance(value, mx.array)]
+            kinds.append((name, type(module).__name__, getattr(module, "_scale", None), getattr(module, "bits", None)))
+            for key, value in module.items():
+                if isinstance(value, nn.Module):
+                    links.append((module, key, value))
+                elif isinstance(value, list):
+                    links += [(value, i, part) for i, part in enumerate(value) if isinstance(part, nn.Module)]
+        trains: Any = tree_flatten(block.trainable_parameters())
+        return cls((tuple(kinds), tuple(name for name, _ in trains)), homes, links)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a layer of the block was replaced since."""
+        return any(container[key] is not module for container, key, module in self.links)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The parameters as they are now."""
+        return [module[key] for module, key in self.homes]
+
+    def fill(self, arrays: Sequence[mx.array]) -> None:
+        """Puts other arrays in their place."""
+        for (module, key), array in zip(self.homes, arrays, strict=True):
+            module[key] = array
+
+
+@contextmanager
+def substituted(module: nn.Module, parameters: Any) -> Iterator[None]:
+    """`module` with other arrays (all or some of its parameters), until the block ends."""
+    own = module.parameters()
+    module.update(parameters)
+    try:
+        yield
+    finally:
+        module.update(own)
+
+
+class Settle:
+    """Computes what it is called with, in the background, at most `ahead` calls ahead of what is done.
+
+    Left lazy, a network's buffers all live at once. Evaluated block by block, the GPU waits for the next block to be
+    queued. Between the two, one block is being computed while the next is queued.
+    """
+
+    def __init__(self, ahead: int = 1) -> None:
+        self._ahead = ahead
+        self._pending: deque[Any] = deque()
+
+    def __call__(self, *arrays: Any) -> None:
+        mx.async_eval(*arrays)
+        self._pending.append(arrays)
+        while len(self._pending) > self._ahead:
+            mx.eval(*self._pending.popleft())
+
+    def finish(self) -> None:
+        """Waits for all."""
+        while self._pending:
+            mx.eval(*self._pending.popleft())

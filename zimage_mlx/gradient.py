@@ -1,0 +1,259 @@
+"""The gradient of the flow-matching loss, block by block, last block first.
+
+`value_and_grad` of the whole network keeps every intermediate array of every block. Here each block keeps nine, those
+that its matrix products made or its norms need; or only its input, from which the nine are made again. What lies
+between them is recomputed, which costs elementwise passes and no matrix product.
+
+    x -> q, k, v -> o -> a -> x + gate norm(a) -> u, w -> f -> x + gate norm(f)       (see transformer.Block)
+
+Source: gradient checkpointing, arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from zimage_ref.schedule import add_noise, model_time, training_target
+
+from .compiled import PerBlock, substituted
+from .ops import Rotation
+from .transformer import Block, Transformer, normed
+
+Gradients = dict[str, mx.array]  # parameter name -> gradient
+
+
+class Residuals(NamedTuple):
+    """What a block's backward pass needs of its forward pass."""
+
+    x: mx.array  # (B, S, D), the input
+    q: mx.array  # (B, S, H, K), not yet normed, like k and v
+    k: mx.array
+    v: mx.array
+    o: mx.array  # (B, S, D), attention before its last Linear layer
+    a: mx.array  # (B, S, D), after it
+    u: mx.array  # (B, S, F), the feed-forward's gate
+    w: mx.array  # (B, S, F), its value
+    f: mx.array  # (B, S, D), its output
+
+
+def forward(
+    block: Block, x: mx.array, rotation: Rotation, mask: mx.array | None, adaln: mx.array | None
+) -> tuple[mx.array, Residuals]:
+    """The output of `block`, and the residuals."""
+    scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
+    q, k, v = block.attention.project(normed(block.attention_norm1, x, scale_a))
+    o = block.attention.attend(q, k, v, rotation, mask)
+    a = block.attention.to_out[0](o)
+    middle = x + normed(block.attention_norm2, a, gate_a)
+    u, w = block.feed_forward.expand(normed(block.ffn_norm1, middle, scale_f))
+    f = block.feed_forward.contract(u, w)
+    return middle + normed(block.ffn_norm2, f, gate_f), Residuals(x, q, k, v, o, a, u, w, f)
+
+
+def backward(
+    block: Block,
+    residuals: Residuals,
+    rotation: Rotation,
+    mask: mx.array | None,
+    adaln: mx.array | None,
+    d_out: mx.array,
+    time_too: bool = False,
+) -> tuple[mx.array, mx.array | None, Gradients]:
+    """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block."""
+    x, q, k, v, o, a, u, w, f = residuals
+    attention, feed_forward = block.attention, block.feed_forward
+    scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
+    middle = x + normed(block.attention_norm2, a, gate_a)
+    gradients: Gradients = {}
+
+    def back(owners: Sequence[str], function: Callable[..., Any], inputs: Sequence[Any], *d: mx.array) -> list[Any]:
+        d_inputs, d_parameters = pull_back(block, owners, function, inputs, d)
+        gradients.update(d_parameters)
+        return d_inputs
+
+    df, d_gate_f = back((), lambda f, gate: normed(block.ffn_norm2, f, gate), [f, gate_f], d_out)
+    du, dw = back(["feed_forward.w2"], feed_forward.contract, [u, w], df)
+    d, d_scale_f = back(
+        ["feed_forward.w1", "feed_forward.w3"],
+        lambda x, scale: feed_forward.expand(normed(block.ffn_norm1, x, scale)),
+        [middle, scale_f], du, dw,
+    )  # fmt: skip
+    d_middle = d_out + d
+
+    da, d_gate_a = back((), lambda a, gate: normed(block.attention_norm2, a, gate), [a, gate_a], d_middle)
+    (do,) = back(["attention.to_out"], lambda o: attention.to_out[0](o), [o], da)
+    dq, dk, dv = back((), lambda q, k, v: attention.attend(q, k, v, rotation, mask), [q, k, v], do)
+    d, d_scale_a = back(
+        ["attention.to_q", "attention.to_k", "attention.to_v"],
+        lambda x, scale: attention.project(normed(block.attention_norm1, x, scale)),
+        [x, scale_a], dq, dk, dv,
+    )  # fmt: skip
+
+    d_adaln = None
+    if adaln is not None and (time_too or trainable(block, ["adaLN_modulation"])):
+        (d_adaln,) = back(["adaLN_modulation"], block.modulation, [adaln], d_scale_a, d_gate_a, d_scale_f, d_gate_f)
+    return d_middle + d, d_adaln if time_too else None, gradients
+
+
+def pull_back(
+    module: nn.Module,
+    owners: Sequence[str],
+    function: Callable[..., Any],
+    inputs: Sequence[mx.array | None],
+    cotangents: Sequence[Any],
+) -> tuple[list[Any], Gradients]:
+    """Gradients of `inputs` (None for None) and of the trainable parameters of `module` below `owners`.
+
+    `function` takes the inputs and uses those parameters; it returns one array a cotangent.
+    """
+    names = trainable(module, owners)
+    flat = dict(_flat(module))
+    given = [i for i, array in enumerate(inputs) if array is not None]
+
+    def outputs(*arrays: mx.array) -> list[mx.array]:
+        filled = list(inputs)
+        for i, array in zip(given, arrays[len(names) :], strict=True):
+            filled[i] = array
+        with substituted(module, tree_unflatten(list(zip(names, arrays, strict=False)))):
+            result = function(*filled)
+        return [result] if isinstance(result, mx.array) else list(result)
+
+    primals: list[Any] = [flat[name] for name in names] + [inputs[i] for i in given]
+    if not primals:
+        return list(inputs), {}
+    _, d = mx.vjp(outputs, primals, list(cotangents))
+    d_inputs: list[Any] = [None] * len(inputs)
+    for i, gradient in zip(given, d[len(names) :], strict=True):
+        d_inputs[i] = gradient
+    return d_inputs, dict(zip(names, d, strict=False))
+
+
+def trainable(module: nn.Module, owners: Sequence[str]) -> list[str]:
+    """Names of the trainable parameters of `module` that lie below one of `owners`."""
+    below = tuple(f"{owner}." for owner in owners)
+    return [name for name in dict(_flat(module)) if name.startswith(below)]
+
+
+def _flat(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """The trainable parameters of `module`, by name."""
+    parameters: Any = tree_flatten(module.trainable_parameters())
+    return parameters
+
+
+class LossAndGradients:
+    """(loss, gradients) of a batch, for one model and one way of trading memory for time.
+
+    keep: how many blocks keep all residuals; the others keep their input and run twice. settle: called with each
+    block's results, to compute them before more is queued, which bounds memory. compiled: for GPUs.
+    """
+
+    def __init__(self, model: Transformer, keep: int, settle: Callable[..., None], compiled: bool) -> None:
+        self.model, self.keep, self.settle = model, keep, settle
+        wrap: Callable[[Any], Any] = PerBlock if compiled else lambda function: function
+        self.run, self.forward = wrap(Block.__call__), wrap(forward)
+        self.backward, self.rerun = wrap(backward), wrap(_rerun)
+
+    def __call__(
+        self, x_0: mx.array, noise: mx.array, sigma: mx.array, captions: Sequence[mx.array]
+    ) -> tuple[mx.array, Any]:
+        """The loss, a float32 scalar, and the tree of gradients of all trainable parameters.
+
+        x_0, noise: (B, C, h, w) float32; sigma: (B,) float32; captions: B of (T_i, cap_feat_dim).
+        """
+        model, t = self.model, model_time(sigma)
+        x, target = add_noise(x_0, noise, sigma[:, None, None, None]), training_target(x_0, noise)
+        layout = model.layout([len(c) for c in captions], *x.shape[2:])
+        adaln = model.embed_time(t)
+        roots = {
+            "t_embedder": lambda: model.embed_time(t),
+            "all_x_embedder": lambda: model.embed_image(x),
+            "cap_embedder": lambda: model.embed_captions(captions),
+        }
+        trains = {name: bool(trainable(model, [name])) for name in roots}
+        time_too = trains["t_embedder"]
+
+        left = self.keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
+        refiner = _Chain(self, "noise_refiner", left, (layout.image_rotation, None, adaln), time_too)
+        context = _Chain(self, "context_refiner", left, (layout.caption_rotation, layout.caption_mask, None), False)
+        layers = _Chain(self, "layers", self.keep, (layout.rotation, layout.mask, adaln), time_too)
+        image, caption = refiner.forward(roots["all_x_embedder"]()), context.forward(roots["cap_embedder"]())
+        tokens = layers.forward(mx.concatenate([image, caption], axis=1))
+        loss = _loss(model, tokens, adaln, target)
+
+        (d, d_time), gradients = pull_back(
+            model,
+            ["all_final_layer"],
+            lambda tokens, adaln: _loss(model, tokens, adaln, target),
+            [tokens, adaln],
+            [mx.array(1.0)],
+        )
+        image_too, caption_too = trains["all_x_embedder"] or time_too, trains["cap_embedder"]
+        d = layers.backward(d, gradients, image_too or caption_too or refiner.trains or context.trains)
+        d_image, d_caption = (None, None) if d is None else mx.split(d, [image.shape[1]], axis=1)
+        d_image = refiner.backward(d_image, gradients, image_too)
+        d_caption = context.backward(d_caption, gradients, caption_too)
+        if time_too:
+            d_time = sum(chain.d_time for chain in (layers, refiner)) + d_time
+        for name, cotangent in (("t_embedder", d_time), ("all_x_embedder", d_image), ("cap_embedder", d_caption)):
+            if trains[name]:
+                gradients |= pull_back(model, [name], roots[name], [], [cotangent])[1]
+        return loss, tree_unflatten(list(gradients.items()))
+
+
+class _Chain:
+    """Blocks one after the other: forward, keeping what backward needs, then backward."""
+
+    def __init__(self, owner: LossAndGradients, name: str, keep: int, context: Any, time_too: bool) -> None:
+        self.owner, self.name, self.context, self.time_too = owner, name, context, time_too
+        self.blocks: list[Block] = getattr(owner.model, name)
+        self.keep_from = len(self.blocks) - max(keep, 0)
+        self.train = [bool(_flat(block)) for block in self.blocks]
+        self.kept: list[mx.array | Residuals] = []
+        self.d_time: Any = 0.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether any block has trainable parameters."""
+        return any(self.train)
+
+    def forward(self, x: mx.array) -> mx.array:
+        """The output of the last block for x (B, S, D)."""
+        for i, block in enumerate(self.blocks):
+            if i < self.keep_from:
+                self.kept.append(x)
+                x = self.owner.run(block, x, *self.context)
+            else:
+                x, residuals = self.owner.forward(block, x, *self.context)
+                self.kept.append(residuals)
+            self.owner.settle(x)
+        return x
+
+    def backward(self, d: mx.array | None, gradients: Gradients, input_too: bool) -> mx.array | None:
+        """Adds the blocks' gradients to `gradients`; the input's, or None where nothing below needs it."""
+        for i, block in reversed(list(enumerate(self.blocks))):
+            if not (input_too or any(self.train[: i + 1])):
+                return None
+            kept = self.kept.pop()
+            step = self.owner.backward if isinstance(kept, Residuals) else self.owner.rerun
+            d, d_time, found = step(block, kept, *self.context, d, self.time_too)
+            self.owner.settle(d, found)
+            gradients |= {f"{self.name}.{i}.{name}": gradient for name, gradient in found.items()}
+            if d_time is not None:
+                self.d_time = self.d_time + d_time
+        return d
+
+
+def _rerun(block: Block, x: mx.array, rotation: Rotation, mask: Any, adaln: Any, *rest: Any) -> Any:
+    """`backward` for a block that kept its input only."""
+    return backward(block, forward(block, x, rotation, mask, adaln)[1], rotation, mask, adaln, *rest)
+
+
+def _loss(model: Transformer, tokens: mx.array, adaln: mx.array, target: mx.array) -> mx.array:
+    """The mean squared error of the output that the last block's tokens lead to, float32."""
+    raw = model.finish(tokens, adaln, *target.shape[2:]).astype(mx.float32)
+    return mx.mean(mx.square(raw - target))

@@ -1,0 +1,124 @@
+"""Attention, rotary embedding and RMS norm: MLX's fused kernels forward, gradients that save memory and passes.
+
+MLX's own gradient of its fused attention materializes all scores at once. Here the queries go through in chunks of
+rows, so memory grows linearly with the sequence. Its gradient of the RMS norm always makes that of the weight, too;
+here that is left to lazy evaluation. Source: FlashAttention-2, arXiv 2307.08691, section 3.1 (backward).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from .compiled import on_gpu
+
+Rotation = tuple[
+    mx.array, mx.array
+]  # cos (B, S, 1, K / 2, 1) and sin (B, S, 1, K / 2, 2), float32; see `rotation_tables`
+
+_QUERY_ROWS = 1024  # scores held at once by the backward pass: B x H x these x S
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
+    """softmax(q k^T / sqrt(K)) v for q, k, v (B, H, S, K).
+
+    mask: boolean, broadcast to (B, H, S, S), True is attended.
+    """
+    scale = q.shape[-1] ** -0.5
+
+    def fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+    def gradient(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+        q, k, v = primals
+        return _attention_gradient(q, k, v, cotangent, output, mask, scale)
+
+    function: Any = mx.custom_function(fused)
+    function.vjp(gradient)
+    return function(q, k, v)
+
+
+def _attention_gradient(
+    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, out: mx.array, mask: mx.array | None, scale: float
+) -> tuple[mx.array, mx.array, mx.array]:
+    if mask is None and on_gpu() and mx.cuda.is_available():
+        return _fused_attention_gradient(q, k, v, d_out, scale)
+    S = q.shape[2]
+    chunks = -(-S // _QUERY_ROWS)
+    rows = -(-S // chunks)  # as equal as can be
+    delta = mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
+    k_t, v_t = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
+    dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
+    for start in range(0, S, rows):
+        part = slice(start, start + rows)
+        q_rows, d_rows = q[:, :, part] * scale, d_out[:, :, part]
+        scores = q_rows @ k_t  # (B, H, rows, S)
+        if mask is not None:
+            allowed = mask[:, :, part] if mask.shape[2] > 1 else mask
+            scores = mx.where(allowed, scores, mx.array(-mx.inf, scores.dtype))
+        p = mx.softmax(scores, axis=-1, precise=True)
+        d_scores = (p * (d_rows @ v_t - delta[:, :, part])).astype(q.dtype)
+        dq.append((d_scores @ k) * scale)
+        dk = dk + d_scores.swapaxes(-1, -2) @ q_rows
+        dv = dv + p.swapaxes(-1, -2) @ d_rows
+    return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _fused_attention_gradient(
+    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, scale: float
+) -> tuple[mx.array, mx.array, mx.array]:
+    """By MLX's fused kernel, which on CUDA takes queries by 128; zero queries with zero cotangents change nothing."""
+    S = q.shape[2]
+    padding = [(0, 0), (0, 0), (0, -S % 128), (0, 0)]
+    padded = mx.pad(q, padding)
+
+    def fused(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+        return [mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)]
+
+    _, (dq, dk, dv) = mx.vjp(fused, [padded, k, v], [mx.pad(d_out, padding)])
+    return dq[:, :, :S], dk, dv
+
+
+def rotation_tables(angles: mx.array) -> Rotation:
+    """The tables that `rotate` takes, of angles (B, S, K / 2) float32; computed at once, since they are kept."""
+    angles = angles[:, :, None, :, None]
+    sin = mx.sin(angles)
+    tables = mx.cos(angles), mx.concatenate([-sin, sin], axis=-1)
+    mx.eval(tables)
+    return tables
+
+
+def rotate(x: mx.array, tables: Rotation) -> mx.array:
+    """RoPE on neighbouring channels of x (B, S, H, K), in float32 whatever x is; the result has the dtype of x."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    turned: Any = _turn(pairs, *tables)
+    return turned.reshape(x.shape)
+
+
+@mx.custom_function
+def _turn(pairs: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """(a, b) -> (a cos - b sin, b cos + a sin), as one elementwise pass over the pairs and their swapped view."""
+    return (pairs.astype(mx.float32) * cos + pairs[..., ::-1].astype(mx.float32) * sin).astype(pairs.dtype)
+
+
+@_turn.vjp
+def _turn_back(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+    """A rotation's transpose is the rotation the other way; the tables are constants."""
+    _, cos, sin = primals
+    return _turn(cotangent, cos, -sin), mx.zeros_like(cos), mx.zeros_like(sin)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x / rms(x) * weight over the last axis."""
+
+    def gradient(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        x, weight = primals
+        normed, (dx,) = mx.vjp(lambda x: [mx.fast.rms_norm(x, None, eps)], [x], [cotangent * weight])
+        rows = tuple(range(x.ndim - 1))
+        d_weight = mx.sum(cotangent.astype(mx.float32) * normed[0], axis=rows)
+        return dx, d_weight.astype(weight.dtype)
+
+    function: Any = mx.custom_function(lambda x, weight: mx.fast.rms_norm(x, weight, eps))
+    function.vjp(gradient)
+    return function(x, weight)
