@@ -1,0 +1,23 @@
+import os
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # read once, when mlx is first used: float32 has to mean float32
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+def pytest_report_header() -> str:
+    """Says which comparisons this run can make."""
+    absent = [name for name in ("mlx", "diffusers") if find_spec(name) is None]
+    return (
+        f"not installed, so skipped: the tests that need {' or '.join(absent)}" if absent else "mlx and diffusers found"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model in the official layout, float32; tests only read it."""
+    return tiny.write_model_folder(tmp_path_factory.mktemp("model"))

@@ -1,0 +1,60 @@
+"""The networks of both packages behind one constructor, so that one test holds both to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+import zimage_ref.text_encoder
+import zimage_ref.transformer
+import zimage_ref.vae
+from zimage_ref import names
+from zimage_ref.tensors import BFLOAT16, Tensor, cast
+from zimage_ref.weights import of_arrays
+
+HAS_MLX = find_spec("mlx") is not None
+if HAS_MLX:
+    import mlx.core as mx
+
+    import zimage_mlx.text_encoder
+    import zimage_mlx.transformer
+    import zimage_mlx.vae
+    from zimage_mlx.weights import DTYPES, load
+
+BACKENDS = [
+    "numpy",
+    pytest.param("mlx", marks=pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")),
+]
+PARAMETERS = {
+    "transformer": names.transformer_parameters,
+    "text_encoder": names.text_encoder_parameters,
+    "vae": names.vae_parameters,
+}
+_CLASSES = {"transformer": "Transformer", "text_encoder": "TextEncoder", "vae": "VAE"}
+
+
+def network(backend: str, component: str, config: Any, weights: Mapping[str, np.ndarray], dtype: str) -> Any:
+    """A network of `backend` with `weights` (float32 arrays by official name), working in `dtype`."""
+    module = getattr(zimage_ref if backend == "numpy" else zimage_mlx, component)
+    build = getattr(module, _CLASSES[component])
+    if backend == "numpy":
+        return build(config, of_arrays(weights, np.dtype(dtype).type))
+    unused = names.text_encoder_unused(config) if component == "text_encoder" else set()
+    model = build(config)
+    load(model, {k: Tensor.of(v) for k, v in weights.items() if k not in unused}, DTYPES[dtype])
+    return model
+
+
+def native(backend: str, array: np.ndarray) -> Any:
+    """A NumPy array as the backend's own."""
+    return array if backend == "numpy" else mx.array(array)
+
+
+def stored(weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """Weights as a checkpoint of `dtype` holds them, so that only the arithmetic is compared."""
+    kind = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": BFLOAT16}[dtype]
+    return {name: cast(cast(array, kind), np.dtype("<f4")) for name, array in weights.items()}
