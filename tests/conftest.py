@@ -1,6 +1,7 @@
 import os
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # read once, when mlx is first used: float32 has to mean float32
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices are tiny here: threads that wait for each other cost more
 
 from importlib.util import find_spec
 from pathlib import Path
