@@ -85,9 +85,8 @@ def make_pipeline() -> None:
         noise = starting_noise(SEED, (tiny.VAE.latent_channels, 4, 6))[None]
         arrays = {"noise": noise, "ids": Tokenizer(Path(folder) / "tokenizer" / "tokenizer.json").encode(PROMPT)}
         for name, guidance in PICTURES.items():
-            options = {"guidance_scale": guidance, "negative_prompt": [NEGATIVE]}
             for output in ("latent", "np"):
-                arrays[f"{name}.{output}"] = official.generate(pipe, PROMPT, noise, STEPS, output, **options)
+                arrays[f"{name}.{output}"] = official.generate(pipe, PROMPT, noise, STEPS, output, guidance, NEGATIVE)
     save("pipeline", arrays)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import zimage_ref
 import zimage_ref.text_encoder
 import zimage_ref.transformer
 import zimage_ref.vae
@@ -20,6 +22,7 @@ HAS_MLX = find_spec("mlx") is not None
 if HAS_MLX:
     import mlx.core as mx
 
+    import zimage_mlx
     import zimage_mlx.text_encoder
     import zimage_mlx.transformer
     import zimage_mlx.vae
@@ -58,3 +61,9 @@ def stored(weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """Weights as a checkpoint of `dtype` holds them, so that only the arithmetic is compared."""
     kind = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": BFLOAT16}[dtype]
     return {name: cast(cast(array, kind), np.dtype("<f4")) for name, array in weights.items()}
+
+
+def pipeline(backend: str, folder: Path, dtype: str | None = "float32", **options: Any) -> Any:
+    """The whole pipeline of `backend`."""
+    package = zimage_ref if backend == "numpy" else zimage_mlx
+    return package.ZImagePipeline.from_pretrained(folder, dtype, **options)

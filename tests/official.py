@@ -102,12 +102,14 @@ def pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> ZImagePipeline
     return pipe
 
 
-def generate(pipe: ZImagePipeline, prompt: str, noise: np.ndarray, steps: int, output: str, **options: Any) -> Any:
+def generate(
+    pipe: ZImagePipeline, prompt: str, noise: np.ndarray, steps: int, output: str, guidance: float, negative: str
+) -> Any:
     """What it makes of noise (1, C, h, w): latents (C, h, w) for output "latent", pixels (H, W, 3) for "np"."""
     factor = pipe.vae_scale_factor
     result = pipe(
         [prompt], height=noise.shape[2] * factor, width=noise.shape[3] * factor, num_inference_steps=steps,
-        latents=torch.from_numpy(noise), output_type=output, **options,
+        guidance_scale=guidance, negative_prompt=[negative], latents=torch.from_numpy(noise), output_type=output,
     )  # fmt: skip
     return np.asarray(result.images[0])
 
