@@ -15,6 +15,8 @@ from transformers import Qwen3Config, Qwen3Model
 
 from zimage_ref.config import TextEncoderConfig, TransformerConfig, VAEConfig
 
+torch.set_num_threads(1)  # the networks are tiny: threads that wait for each other cost more
+
 Weights = Mapping[str, np.ndarray]
 
 

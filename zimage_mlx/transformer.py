@@ -50,11 +50,13 @@ class TimestepEmbedder(nn.Module):
             nn.SiLU(),
             nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
         ]
+        half = TIME_FREQUENCIES // 2
+        exponents = -math.log(10000) * mx.arange(half, dtype=mx.float32) / half
+        # mx.exp is some units off in the last place, which times near 1000 turn into 5e-4 of an angle
+        self._frequencies = mx.array([math.exp(exponent) for exponent in exponents.tolist()])
 
     def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
-        half = TIME_FREQUENCIES // 2
-        frequency = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / half)
-        angle = t.astype(mx.float32)[:, None] * frequency  # (B, 128)
+        angle = t.astype(mx.float32)[:, None] * self._frequencies  # (B, 128)
         x = mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(dtype)
         for layer in self.mlp:
             x = layer(x)
