@@ -13,11 +13,12 @@ TOLERANCES = {  # (dtype of the result, what it is compared with): largest error
     ("float64", "golden"): 1e-6,  # the official code in float64, which keeps RoPE and norms in float32
     ("float32", "golden"): 1e-5,
     ("float32", "twin"): 1e-5,  # zimage_mlx with zimage_ref in float64
-    ("float16", "twin"): 4e-3,
+    ("float16", "twin"): 5e-3,
     ("bfloat16", "twin"): 3e-2,
+    ("float32", "bfloat16 sampling"): 1e-1,  # latents after several steps with bfloat16 networks
     ("float64", "same"): 1e-12,  # two ways to the same number in one package
     ("float32", "same"): 1e-5,
-    ("float32", "gradient"): 1e-4,  # with central differences in float64
+    ("float32", "gradient"): 1e-5,  # with central differences in float64
     ("float32", "picture"): 1 / 255,  # of either package, pixels in 0..1
     ("float64", "picture"): 1 / 255,
     ("float32", "official picture"): 2 / 255,

@@ -66,7 +66,7 @@ def test_mlx_and_numpy_make_the_same_latents_and_picture(model_dir: Path, name: 
 def test_bfloat16_networks_make_nearly_the_same_latents(model_dir: Path) -> None:
     expected = generate(pipeline("numpy", model_dir, "float64"), "plain", "latents")
     actual = generate(pipeline("mlx", model_dir, "bfloat16"), "plain", "latents")
-    assert np.abs(actual - expected).max() / np.abs(expected).max() < 0.1  # four steps of 3e-2 at most
+    assert_parity(actual, expected, "bfloat16 sampling")
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])

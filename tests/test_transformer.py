@@ -67,6 +67,18 @@ def test_mlx_blocks_match_numpy(config: str, name: str, dtype: str) -> None:
     assert_parity(run_block("mlx", config, name, inputs, dtype), expected, "twin", dtype)
 
 
+@mlx_only
+def test_the_final_norm_has_its_own_epsilon() -> None:
+    """Shown on a stream so small that the epsilon counts."""
+    rng, weights = np.random.RandomState(0), weights_of("tiny")
+    x, adaln = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 96), (2, 96)))
+    ref, mlx = (
+        network(b, "transformer", tiny.TRANSFORMER, weights, t) for b, t in (("numpy", "float64"), ("mlx", "float32"))
+    )
+    expected = ref.final_layer(1e-3 * x, adaln.astype(np.float64))
+    assert_parity(mlx.all_final_layer["2-1"](native("mlx", 1e-3 * x), native("mlx", adaln)), expected, "twin")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_two_prompts_equals_two_batches_of_one(backend: str) -> None:
     inputs, weights = cases.read("transformer_tiny", "batch"), weights_of("tiny")
