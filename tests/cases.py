@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tiny
 
+from zimage_ref import names
 from zimage_ref.config import TransformerConfig, VAEConfig
+from zimage_ref.lora_file import LoRA, LoRAFactors
 
 DATA = Path(__file__).parent / "data"
 Arrays = dict[str, np.ndarray]
@@ -60,3 +63,17 @@ def image_batch(config: VAEConfig, seed: int) -> np.ndarray:
     width, height = 4 * config.factor, 3 * config.factor
     pictures = [np.asarray(tiny.photograph(width, height, seed + i), np.float32) for i in range(2)]
     return np.stack(pictures).transpose(0, 3, 1, 2) / 127.5 - 1
+
+
+LAYERS = names.lora_modules(tiny.TRANSFORMER, ("attention", "feed_forward", "refiners"))
+
+
+def random_lora(rank: int, seed: int, layers: Sequence[str] = LAYERS) -> LoRA:
+    """A LoRA for `tiny.TRANSFORMER` that changes every one of `layers` visibly."""
+    rng, shapes = np.random.RandomState(seed), names.transformer_parameters(tiny.TRANSFORMER)
+    lora = {}
+    for layer in layers:
+        outputs, inputs = shapes[f"{layer}.weight"]
+        A, B = rng.standard_normal((rank, inputs)) * inputs**-0.5, rng.standard_normal((outputs, rank)) * 0.3
+        lora[layer] = LoRAFactors(A.astype(np.float32), B.astype(np.float32))
+    return lora

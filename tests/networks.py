@@ -28,10 +28,8 @@ if HAS_MLX:
     import zimage_mlx.vae
     from zimage_mlx.weights import DTYPES, load
 
-BACKENDS = [
-    "numpy",
-    pytest.param("mlx", marks=pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")),
-]
+mlx_only = pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
+BACKENDS = ["numpy", pytest.param("mlx", marks=mlx_only)]
 PARAMETERS = {
     "transformer": names.transformer_parameters,
     "text_encoder": names.text_encoder_parameters,

@@ -9,7 +9,8 @@ import cases
 import numpy as np
 import pytest
 import tiny
-from networks import HAS_MLX, PARAMETERS, native, network
+from cases import LAYERS, random_lora
+from networks import HAS_MLX, PARAMETERS, mlx_only, native, network
 from parity import assert_parity
 
 from zimage_ref import names
@@ -24,21 +25,9 @@ if HAS_MLX:
     from zimage_mlx import lora as mlx_lora
     from zimage_mlx.training import flow_matching_loss
 
-mlx_only = pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
 CONFIG = tiny.TRANSFORMER
 WEIGHTS = tiny.random_weights(names.transformer_parameters(CONFIG))
-LAYERS = names.lora_modules(CONFIG, ("attention", "feed_forward", "refiners"))
 INPUTS = cases.transformer_inputs(CONFIG, "batch", seed=5)  # two captions, both kinds of padding, a mask
-
-
-def random_lora(rank: int, seed: int, layers: list[str] = LAYERS) -> LoRA:
-    rng = np.random.RandomState(seed)
-    lora = {}
-    for layer in layers:
-        outputs, inputs = WEIGHTS[f"{layer}.weight"].shape
-        A, B = rng.standard_normal((rank, inputs)) * inputs**-0.5, rng.standard_normal((outputs, rank)) * 0.3
-        lora[layer] = LoRAFactors(A.astype(np.float32), B.astype(np.float32))
-    return lora
 
 
 def reference(loras: list[tuple[LoRA, float]], weights: dict[str, np.ndarray] = WEIGHTS) -> Any:

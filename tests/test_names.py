@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from networks import HAS_MLX
+from networks import HAS_MLX, mlx_only
 
 from zimage_ref import config as cfg
 from zimage_ref import names
@@ -49,7 +49,7 @@ def test_the_official_configs_give_the_published_names_and_shapes(component: str
     assert hashlib.sha256(lines.encode()).hexdigest() == digest
 
 
-@pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
+@mlx_only
 @pytest.mark.parametrize("component", PUBLISHED)
 def test_the_mlx_modules_have_exactly_these_parameters_at_full_size(component: str) -> None:
     build: Callable[[Any], Any] = {"transformer": Transformer, "text_encoder": TextEncoder, "vae": VAE}[component]

@@ -17,7 +17,6 @@ import tiny
 import torch
 from networks import BACKENDS, PARAMETERS, native, network, pipeline
 from parity import assert_parity
-from test_lora import LAYERS, random_lora
 from transformers import AutoTokenizer
 
 from zimage_ref.config import SchedulerConfig
@@ -111,10 +110,10 @@ def test_pictures(model_dir: Path, tmp_path: Path, guidance: float, lora: bool, 
     loras = []
     if lora:
         loras = [(tmp_path / "fox.safetensors", 1.0)]
-        write_lora(loras[0][0], random_lora(rank=4, seed=SEED), {"rank": 4, "alpha": 4.0})
+        write_lora(loras[0][0], cases.random_lora(rank=4, seed=SEED), {"rank": 4, "alpha": 4.0})
         theirs.load_lora_weights(tmp_path, weight_name="fox.safetensors")
         attached = [name for name, module in theirs.transformer.named_modules() if hasattr(module, "lora_A")]
-        assert sorted(attached) == sorted(LAYERS)
+        assert sorted(attached) == sorted(cases.LAYERS)
     expected = official.generate(theirs, prompt, noise, 4, "np", guidance, negative)
     assert lora == bool(np.abs(expected - plain).max() > 0.05)
 

@@ -11,11 +11,10 @@ import cases
 import numpy as np
 import pytest
 import tiny
-from cases import NEGATIVE, PICTURES, PROMPT, STEPS
-from networks import BACKENDS, HAS_MLX, pipeline
+from cases import NEGATIVE, PICTURES, PROMPT, STEPS, random_lora
+from networks import BACKENDS, mlx_only, pipeline
 from parity import assert_parity
 from PIL import Image
-from test_lora import random_lora
 
 from zimage_ref import npz, safetensors_io
 from zimage_ref.errors import ConfigError, WeightError
@@ -27,7 +26,6 @@ PROMPTS = ["waves", "a picture of soft waves and a red fox in the snow, " * 3, "
 GOLDEN = cases.read("pipeline")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-mlx_only = pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
 
 
 def generate(pipe: Any, name: str, output: str) -> Any:

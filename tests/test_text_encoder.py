@@ -6,7 +6,7 @@ import cases
 import numpy as np
 import pytest
 import tiny
-from networks import HAS_MLX, native, network, stored
+from networks import mlx_only, native, network, stored
 from parity import assert_parity
 
 from zimage_ref import names
@@ -27,7 +27,7 @@ def test_numpy_matches_the_official_encoder(config: str, length: str, dtype: str
     assert_parity(model(golden["ids"]), golden["out"], "golden", dtype)
 
 
-@pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
+@mlx_only
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("config", tiny.TEXT_ENCODERS)

@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import pytest
 import tiny
-from networks import BACKENDS, HAS_MLX, native, network, stored
+from networks import BACKENDS, HAS_MLX, mlx_only, native, network, stored
 from parity import assert_parity
 
 from zimage_ref import names
@@ -18,7 +18,6 @@ if HAS_MLX:
     from zimage_mlx.transformer import table
 
 BLOCKS = ("noise_refiner.0", "context_refiner.0")
-mlx_only = pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
 
 
 def weights_of(name: str) -> dict[str, np.ndarray]:
