@@ -15,7 +15,7 @@ from zimage_ref import names
 from zimage_ref.positions import rope_angles
 
 if HAS_MLX:
-    from zimage_mlx.transformer import table
+    from zimage_mlx.ops import rotation_tables
 
 BLOCKS = ("noise_refiner.0", "context_refiner.0")
 
@@ -96,6 +96,6 @@ def run_block(backend: str, config: str, name: str, inputs: cases.Arrays, dtype:
     if backend == "numpy":
         x, adaln, rotation = x.astype(dtype), adaln.astype(dtype), model.rotation(angles)
     else:
-        x, adaln, rotation = x.astype(model.dtype), adaln.astype(model.dtype), table(list(angles))
+        x, adaln, rotation = x.astype(model.dtype), adaln.astype(model.dtype), rotation_tables(native(backend, angles))
     given = adaln if group == "noise_refiner" else None
     return block(x, rotation, mask[:, None, None], given)
