@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,9 +52,9 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
         ]
         half = TIME_FREQUENCIES // 2
-        exponents = -math.log(10000) * mx.arange(half, dtype=mx.float32) / half
+        exponents: Any = (-math.log(10000) * mx.arange(half, dtype=mx.float32) / half).tolist()
         # mx.exp is some units off in the last place, which times near 1000 turn into 5e-4 of an angle
-        self._frequencies = mx.array([math.exp(exponent) for exponent in exponents.tolist()])
+        self._frequencies = mx.array([math.exp(exponent) for exponent in exponents])
 
     def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
         angle = t.astype(mx.float32)[:, None] * self._frequencies  # (B, 128)
