@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .lora_file import LoRA, LoRAFactors
-from .tensors import Array, Tensor, Tensors, cast
+from .tensors import DTYPE_NAMES, Array, Tensor, Tensors, cast
 
 
 class Weights:
@@ -31,14 +31,18 @@ class Weights:
         return self.prefix + name in self.tensors
 
     def __getitem__(self, name: str) -> Array:
-        weight = cast(self.tensors[self.prefix + name].read(), self.dtype)
+        weight = self._stored(name).read()
         for factors, scale in self._loras.get(self.prefix + name, ()):
             weight = weight + self.dtype.type(scale) * (factors.B.astype(self.dtype) @ factors.A.astype(self.dtype))
         return weight
 
     def rows(self, name: str, indices: Array) -> Array:
         """Some rows of a matrix, without reading the others."""
-        return cast(self.tensors[self.prefix + name].read()[indices], self.dtype)
+        tensor = self.tensors[self.prefix + name]
+        return cast(tensor.read()[indices], self.dtype)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name].cast(DTYPE_NAMES[self.dtype])
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
         """From now on W + sum of scale * B A; replaces the LoRAs of an earlier call, also in every part."""
