@@ -69,10 +69,15 @@ class Identity:
         return f"{COMPONENTS[self.component].title} ({self.dialect.name} names{prefix})"
 
 
-def identify(tensors: Tensors) -> Identity | None:
-    """The component and dialect whose names `tensors` share most; None if they share few with all."""
+def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:
+    """The component and dialect whose names `tensors` share most; None if they share few with all.
+
+    In a file of several components it is `wanted` that is looked at, where that is one of them.
+    """
     best, share = None, 0.25
-    for component in COMPONENTS:
+    for component in sorted(COMPONENTS, key=lambda name: name != wanted):
+        if best and best.component == wanted:
+            break
         own, prefix = _own(tensors, component)
         for dialect in DIALECTS[component].values():
             sizes = _sizes(dialect, own)
@@ -91,7 +96,7 @@ def official_weights(
     `config`: what the shapes must fit; None to take the sizes from the file itself. Raises WeightError for tensors
     that are missing, unknown, there twice, or of a wrong shape or dtype, and for a file of another component.
     """
-    identity = identity or identify(file.tensors)
+    identity = identity or identify(file.tensors, component)
     kind = COMPONENTS[component]
     if identity is None or identity.component != component:
         raise WeightError(f"{file.path}: is not a {kind.title}: it looks like {looks_like(file.tensors, identity)}")

@@ -30,6 +30,7 @@ from .quantize import Quantization, QuantizedTensor, quantize_all, unfold, witho
 from .tensors import Array, Tensor, Tensors, cast, float_dtype, row_blocks
 
 INDEX_SUFFIX = ".index.json"
+CONFIG = "config.json"
 _STEMS = {"text_encoder": "model"}  # of the file in an official folder
 _STEM = "diffusion_pytorch_model"
 _SLACK = 1 << 20  # bytes of headers
@@ -101,6 +102,7 @@ class Target:
         """Files that a finished conversion replaces: the output, and what is there of a sharded one."""
         file = self.file
         parts = [file, file.with_name(file.name + INDEX_SUFFIX), *file.parent.glob(f"{file.stem}-*-of-*.safetensors")]
+        parts += [file.with_name(CONFIG)] if self.is_folder else []
         return [path for path in parts if path.exists()]
 
 
@@ -125,7 +127,7 @@ def open_source(path: Path, component: str) -> Source:
     if path.is_dir() and (path / "model_index.json").is_file():
         path = find_component(path, component)
     file = Checkpoint.open(path)
-    identity = identify(file.tensors)
+    identity = identify(file.tensors, component)
     config = config_of(file, component, file.path.parent)
     tensors = official_weights(file, component, config, identity)
     assert identity is not None  # official_weights has refused it otherwise
@@ -268,8 +270,8 @@ def _write_safetensors(
             size = {"total_size": sum(t.nbytes for t in tensors.values()), RECORD_KEY: metadata[RECORD_KEY]}
             _write_json(stack, index, {"metadata": size, "weight_map": weight_map})
         if target.is_folder and config is not None:
-            _write_json(stack, file.with_name("config.json"), config.to_json())
-            files.append(file.with_name("config.json"))
+            _write_json(stack, file.with_name(CONFIG), config.to_json())
+            files.append(file.with_name(CONFIG))
         outputs = [stack.enter_context(atomic_write(path)) for path, _ in zip(files, shards, strict=False)]
         for output, shard in zip(outputs, shards, strict=True):
             safetensors_io.write_to(output, shard, metadata, advance)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import struct
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -75,7 +76,7 @@ def _info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
     if rank > _MAX_DIMENSIONS:
         raise FormatError(f"{header.file.path}: {name!r} has {rank} dimensions")
     shape = header.unpack(f"<{rank}Q")[::-1]
-    return name, shape, *header.unpack("<IQ")  # type: ignore[return-value]
+    return name, shape, *header.unpack("<IQ")
 
 
 def _tensor(
@@ -122,10 +123,16 @@ def _original_shapes(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
     for key, shape in metadata.items():
         name = key.removeprefix("comfy.gguf.orig_shape.")
         if name != key and name in tensors:
-            if not isinstance(shape, list) or prod(shape) != tensors[name].size:
+            if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+                raise FormatError(f"{path}: {key} is {shape!r}, which is no shape")
+            if prod(shape) != tensors[name].size or min(shape, default=1) < 0:
                 raise FormatError(f"{path}: {key} is {shape!r}, which {tensors[name].shape} does not fit")
-            tensors[name] = tensors[name].view(tuple(shape), lambda array, shape=tuple(shape): array.reshape(shape))
+            tensors[name] = tensors[name].view(tuple(shape), _reshape(shape))
     return tensors
+
+
+def _reshape(shape: list[int]) -> Callable[[Array], Array]:
+    return lambda array: array.reshape(shape)
 
 
 class _Header:

@@ -30,7 +30,8 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, 5 shorts, crc and sizes
 _MAX_NPY_HEADER = 1 << 16
 _MAX_COMMENT = (1 << 16) - 1
 _NPY_HEADER = re.compile(
-    rb"\{'descr': '([^']{2,4})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,19}, )*(?:\d{1,19},?)?)\),? ?\}[ \n]*"
+    rb"\{'descr': '([^']{2,4})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,19}, )*(?:\d{1,19},?)?)\),? ?\}[ \n]*"
 )
 _DESCRS = {dtype.str: dtype for dtype in DTYPES.values()} | {"<V2": BFLOAT16}
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1  # flags of a zip member
@@ -162,8 +163,7 @@ def write_to(
             with archive.open(member, "w", force_zip64=large) as out:
                 out.write(_npy_header(tensor, data_start))
                 for chunk in data_chunks(tensor.read()):
-                    out.write(chunk)
-                    progress(chunk.nbytes)
+                    progress(out.write(chunk))
         archive.comment = comment
 
 

@@ -2,7 +2,8 @@
 
     w = scale * q + bias          q: unsigned, packed into uint32 from the lowest bits up
 
-A quantized Linear layer is three tensors, X.weight (out, in * bits / 32) uint32, X.scales and X.biases (out, in / group).
+A quantized Linear layer is three tensors: X.weight (out, in * bits / 32) uint32, X.scales and X.biases (out, in /
+group).
 Bit for bit what `mx.quantize` and `mx.dequantize` compute on a CPU. Source: mlx/backend/cpu/quantized.cpp.
 """
 

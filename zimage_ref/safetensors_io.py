@@ -85,8 +85,7 @@ def write_to(
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
         for chunk in data_chunks(tensor.read()):
-            file.write(chunk)
-            progress(chunk.nbytes)
+            progress(file.write(chunk))
 
 
 def _aligned_order(tensors: Tensors) -> list[tuple[str, Tensor]]:

@@ -115,10 +115,10 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-def data_chunks(array: Array, nbytes: int = 1 << 24) -> Iterator[Array]:
-    """The bytes of `array` in C order, a bounded number at a time, as uint8 arrays."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return (flat[start : start + nbytes] for start in range(0, flat.size, nbytes))
+def data_chunks(array: Array, nbytes: int = 1 << 24) -> Iterator[memoryview]:
+    """The bytes of `array` in C order, a bounded number at a time."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return (flat[start : start + nbytes] for start in range(0, len(flat), nbytes))
 
 
 def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
