@@ -27,7 +27,7 @@ from .errors import ConfigError, listing
 from .files import atomic_write
 from .model_folder import find_component
 from .quantize import Quantization, QuantizedTensor, quantize_all, unfold, without_quantization
-from .tensors import Array, Tensor, Tensors, cast, float_dtype, row_blocks
+from .tensors import BFLOAT16, Array, Tensor, Tensors, cast, float_dtype, row_blocks
 
 INDEX_SUFFIX = ".index.json"
 CONFIG = "config.json"
@@ -198,11 +198,13 @@ def _counted(name: str, tensor: Tensor, dtype: str | None, report: Report) -> Te
         return tensor
 
     def read() -> Array:
-        before = tensor.read()
-        after = cast(before, changed.dtype)
-        nans, infinite = count_nonfinite(after)
-        overflowed = infinite - count_nonfinite(before)[1] if infinite else 0
-        report.nans += nans
+        before, after = tensor.read(), np.empty(tensor.shape, changed.dtype)
+        overflowed = 0
+        for rows in row_blocks(tensor.shape):
+            after[rows] = cast(before[rows], changed.dtype)
+            nans, infinite = count_nonfinite(after[rows])
+            overflowed += infinite - count_nonfinite(before[rows])[1] if infinite else 0
+            report.nans += nans
         report.overflowed += overflowed
         report.overflowed_in += [name] if overflowed else []
         return after
@@ -213,8 +215,8 @@ def _counted(name: str, tensor: Tensor, dtype: str | None, report: Report) -> Te
 def count_nonfinite(array: Array) -> tuple[int, int]:
     """How many values are NaN, and how many infinite."""
     nans = infinite = 0
-    for rows in row_blocks(array.shape) if array.ndim else ():
-        values = cast(array[rows], np.dtype("<f4")) if array.dtype.kind == "V" else array[rows]
+    for rows in row_blocks(array.shape):
+        values = cast(array[rows], np.dtype("<f4")) if array.dtype == BFLOAT16 else array[rows]
         if not np.isfinite(values).all():
             nans += int(np.isnan(values).sum())
             infinite += int(np.isinf(values).sum())

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 from .errors import ConfigError, FormatError
 from .files import MappedFile, atomic_write, check_disjoint
-from .tensors import BFLOAT16, DTYPES, Tensor, Tensors, data_chunks
+from .tensors import BFLOAT16, DTYPES, Tensor, Tensors, write_data
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
@@ -162,8 +162,7 @@ def write_to(
             data_start = file.tell() + _LOCAL_HEADER.size + len(member.filename.encode()) + extra
             with archive.open(member, "w", force_zip64=large) as out:
                 out.write(_npy_header(tensor, data_start))
-                for chunk in data_chunks(tensor.read()):
-                    progress(out.write(chunk))
+                write_data(tensor, out.write, progress)
         archive.comment = comment
 
 

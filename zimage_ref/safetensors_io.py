@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import FormatError
 from .files import MappedFile, atomic_write
-from .tensors import DTYPES, Tensor, Tensors, data_chunks
+from .tensors import DTYPES, Tensor, Tensors, write_data
 
 _TAGS = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "I32": "i32", "I16": "i16",
@@ -84,8 +84,7 @@ def write_to(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
-        for chunk in data_chunks(tensor.read()):
-            progress(file.write(chunk))
+        write_data(tensor, file.write, progress)
 
 
 def _aligned_order(tensors: Tensors) -> list[tuple[str, Tensor]]:

@@ -96,7 +96,8 @@ def float_dtype(name: str) -> np.dtype[Any]:
     return DTYPES[name]
 
 
-_BLOCK = 1 << 22  # elements converted at a time, so that temporaries stay small beside the result
+_CHUNK = 1 << 20  # bytes
+_BLOCK = 1 << 20  # elements converted at a time, so that temporaries stay small beside the result
 
 
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:
@@ -109,16 +110,19 @@ def cast(array: Array, dtype: np.dtype[Any]) -> Array:
     return result
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first axis that together cover an array of `shape` in blocks of bounded size."""
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices of the first axis that together cover an array of `shape` in blocks of bounded size."""
+    if not shape:
+        return iter(((),))
     step = max(1, _BLOCK * shape[0] // max(1, prod(shape)))
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-def data_chunks(array: Array, nbytes: int = 1 << 24) -> Iterator[memoryview]:
-    """The bytes of `array` in C order, a bounded number at a time."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return (flat[start : start + nbytes] for start in range(0, len(flat), nbytes))
+def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Callable[[int], None]) -> None:
+    """Hands the bytes of `tensor` in C order to `write`, a cache's worth at a time, and their number to `progress`."""
+    flat = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
+    for start in range(0, len(flat), _CHUNK):
+        progress(write(flat[start : start + _CHUNK]))
 
 
 def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
