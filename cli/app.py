@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     args = parser().parse_args(argv)
     console = console or Console()
     try:
-        COMMANDS[args.command].run(args, console)
+        code: int | None = COMMANDS[args.command].run(args, console)
     except ZImageError as error:
         console.error(str(error))
         return 1
@@ -48,4 +48,4 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
-    return 0
+    return code or 0

@@ -16,7 +16,6 @@ from .options import path_and_scale
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage convert` that concern LoRAs."""
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--naming", choices=NAMINGS, default="comfy", help="key naming to write (default: comfy)")
     group.add_argument("--rank", type=int, help="reduce to this rank (default: keep, or the sum of several inputs')")
     group.add_argument(
         "--merge-lora", action="append", default=[], metavar="PATH[:SCALE]",
@@ -26,6 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Reads every input, `PATH[:SCALE]`, and writes their sum."""
+    if args.output.exists() and not args.overwrite:
+        raise ConfigError(f"{args.output}: exists: give --overwrite to replace it")
     if args.merge_lora:
         raise ConfigError("--merge-lora goes with --model-type transformer; to add up LoRAs give --input several times")
     loras = []
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     lora = combined([(file.updates, scale) for file, scale in loras], args.rank)
     record = {"sources": ", ".join(f"{file.path.name}:{scale:g}" for file, scale in loras)}
     dtype = args.dtype or _widest([file for file, _ in loras])
-    write_lora(args.output, lora, record, args.naming, dtype, with_sidecar=False)
+    write_lora(args.output, lora, record, args.naming or NAMINGS[0], dtype, with_sidecar=False)
     console.wrote(args.output)
 
 

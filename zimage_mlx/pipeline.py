@@ -30,8 +30,10 @@ class ZImagePipeline(Pipeline):
 
     dtypes = tuple(DTYPES)
 
-    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
-        super().__init__(folder, dtype, lean)
+    def __init__(
+        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+    ) -> None:
+        super().__init__(folder, dtype, lean, quantize)
         default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
         self.dtype = DTYPES[dtype or default]
 
@@ -51,7 +53,7 @@ class ZImagePipeline(Pipeline):
         return self._loaded(VAE(self.folder.vae), "vae")
 
     def _loaded(self, model: Any, component: str) -> Any:
-        load(model, self.folder.weights[component], self.dtype)
+        load(model, self.folder.weights[component], self.dtype, self.quantization)
         return model
 
     def encode_prompt(self, text: str) -> mx.array:

@@ -7,7 +7,7 @@ supplies the networks. Source: pipeline_z_image.py of diffusers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from .lora_file import LoRAFile, read_lora
 from .model_folder import ModelFolder
 from .names import transformer_parameters
 from .options import GenerateConfig
+from .quantize import Quantization
 from .schedule import euler_step, sigmas, starting_noise
 from .tensors import Array
 from .tokenizer import Tokenizer
@@ -36,12 +37,18 @@ class Pipeline(ABC):
 
     dtypes: tuple[str, ...]  # precisions that the backend offers
 
-    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
-        """dtype: one of `dtypes`, None for the backend's default. lean: hold one network in memory at a time."""
+    def __init__(
+        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+    ) -> None:
+        """dtype: one of `dtypes`, None for the backend's default. lean: hold one network in memory at a time.
+
+        quantize: bits (4 or 8) that the big matrices of transformer and text encoder are quantized to as they load.
+        """
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
         self.folder, self.lean = folder, lean
         self._lora_files: dict[tuple[Any, ...], LoRAFile] = {}
+        self.quantization = Quantization(quantize) if quantize else None
         self.tokenizer = Tokenizer(folder.tokenizer)
         if self.tokenizer.vocab_size > folder.text_encoder.vocab_size:
             raise ConfigError(
@@ -51,13 +58,20 @@ class Pipeline(ABC):
 
     @classmethod
     def from_pretrained(
-        cls: type[AnyPipeline], model_dir: str | Path, dtype: str | None = None, lean: bool = False
+        cls: type[AnyPipeline],
+        model_dir: str | Path,
+        dtype: str | None = None,
+        lean: bool = False,
+        quantize: int | None = None,
+        parts: Mapping[str, Path | None] | None = None,
     ) -> AnyPipeline:
         """Opens the model in `model_dir`, any layout of `model_folder`, checking every name and shape.
 
+        quantize: 4 or 8 bits, done while loading; what the files hold quantized stays as it is. `parts` names files
+        that stand in for those of the folder, by transformer, text_encoder, vae, tokenizer.
         Weights are read when they are first used. Raises ConfigError, FormatError or WeightError.
         """
-        return cls(ModelFolder.open(Path(model_dir)), dtype, lean)
+        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize)
 
     @abstractmethod
     def encode_prompt(self, text: str) -> Any:

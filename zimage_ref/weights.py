@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .lora import DoRA, Hadamard, Kronecker, LoRA, LowRank, Plain, Update, by_parameter
-from .tensors import Array, Tensor, Tensors, cast
+from .tensors import DTYPE_NAMES, Array, Tensor, Tensors, cast
 
 
 class Weights:
@@ -31,12 +31,15 @@ class Weights:
         return self.prefix + name in self.tensors
 
     def __getitem__(self, name: str) -> Array:
-        weight = cast(self.tensors[self.prefix + name].read(), self.dtype)
-        return updated(weight, self._loras.get(self.prefix + name, ()))
+        return updated(self._stored(name).read(), self._loras.get(self.prefix + name, ()))
 
     def rows(self, name: str, indices: Array) -> Array:
         """Some rows of a matrix, without reading the others."""
-        return cast(self.tensors[self.prefix + name].read()[indices], self.dtype)
+        tensor = self.tensors[self.prefix + name]
+        return cast(tensor.read()[indices], self.dtype)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name].cast(DTYPE_NAMES[self.dtype])
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
         """From now on W + sum of scale * update; replaces the LoRAs of an earlier call, also in every part."""
