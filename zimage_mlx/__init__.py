@@ -3,9 +3,25 @@
 The same modules under the same names as `zimage_ref`, whose definitions it shares and whose mathematics it does not.
 """
 
-from zimage_ref.options import TrainConfig
+from zimage_ref.train_config import TrainConfig
 
+from .events import (
+    Checkpointed,
+    Done,
+    Encoded,
+    Event,
+    Notice,
+    Previewed,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    Validated,
+)
 from .pipeline import ZImagePipeline
-from .training import Encoded, Saved, Step, train
+from .training import train
 
-__all__ = ["Encoded", "Saved", "Step", "TrainConfig", "ZImagePipeline", "train"]
+__all__ = [
+    "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
+    "TrainConfig", "Validated", "ZImagePipeline", "train",
+]  # fmt: skip
