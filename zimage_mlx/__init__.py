@@ -5,6 +5,7 @@ The same modules under the same names as `zimage_ref`, whose definitions it shar
 
 from zimage_ref.train_config import TrainConfig
 
+from .base import precision_name
 from .events import (
     Checkpointed,
     Done,
@@ -19,9 +20,9 @@ from .events import (
     Validated,
 )
 from .pipeline import ZImagePipeline
-from .training import train
+from .training import plan_of, train
 
 __all__ = [
     "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
-    "TrainConfig", "Validated", "ZImagePipeline", "train",
+    "TrainConfig", "Validated", "ZImagePipeline", "plan_of", "precision_name", "train",
 ]  # fmt: skip

@@ -23,6 +23,13 @@ def base_precision(config: TrainConfig) -> tuple[str | None, int | None]:
     return {"auto": None, "bf16": "bfloat16", "f32": "float32"}[precision], None
 
 
+def precision_name(config: TrainConfig) -> str:
+    """The precision that `config` comes to here: bf16, f32, 8 or 4."""
+    if config.base_precision != "auto":
+        return config.base_precision
+    return "bf16" if mx.default_device().type == mx.gpu else "f32"
+
+
 def load_base(pipeline: ZImagePipeline, bits: int | None) -> Transformer:
     """The transformer of `pipeline`, the Linear layers of its blocks quantized to `bits`."""
     model = pipeline.transformer

@@ -95,11 +95,8 @@ class Stopped:
 
 
 @dataclass(frozen=True)
-class Done:
+class Done(Saved):
     """The run is complete and `path` is its result."""
-
-    path: Path
-    step: int
 
 
 Event = Union[Encoded, Notice, Started, Step, Validated, Previewed, Checkpointed, Saved, Stopped, Done]  # noqa: UP007

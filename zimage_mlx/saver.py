@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from zimage_ref.lora_file import write_lora
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.train_plan import TrainPlan
 
-from .events import Checkpointed, Event, Saved
+from .events import Checkpointed, Saved
 from .learner import Learner
 
 
@@ -26,18 +26,18 @@ class Saver:
         """facts: what the run is, kept in every resume folder."""
         self._plan, self._run, self._learner, self._facts = plan, run, learner, facts
 
-    def lora(self, path: Path, step: int) -> Iterator[Event]:
+    def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
         """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept."""
         factors = self._learner.factors()
         nbytes = sum(f.A.nbytes + f.B.nbytes for f in factors.values())
         with self._run.room_for(nbytes // 2):  # it is written as bfloat16
             write_lora(path, factors, self._record(step))
         self._drop_old(step)
-        yield Saved(path, step)
+        return event(path, step)
 
-    def state(self, step: int, progress: Mapping[str, Any]) -> Iterator[Event]:
+    def state(self, step: int, progress: Mapping[str, Any]) -> Checkpointed:
         """Writes all that `--resume` needs to go on after `step`, `progress` of the loop included."""
-        yield Checkpointed(self._run.save(step, self._learner.state(), {**self._facts, **progress}), step)
+        return Checkpointed(self._run.save(step, self._learner.state(), {**self._facts, **progress}), step)
 
     def _drop_old(self, step: int) -> None:
         keep, output = self._plan.config.keep_last, self._plan.config.output

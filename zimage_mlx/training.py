@@ -70,14 +70,13 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
 
 def plan_of(config: TrainConfig, ranks: int = 1) -> Iterator[Encoded | TrainPlan]:
     """Checks options, pictures and headers, reading no weights: yields progress, and the plan at the end."""
-    model = ModelFolder.open(config.model_dir)
     parts = list_examples(config)
     total, opened = sum(map(len, parts)), ([], [])  # type: tuple[int, tuple[list[Example], list[Example]]]
     for listed, examples in zip(parts, opened, strict=True):
         for picture, caption in listed:
             examples.append(Example.open(picture, caption))
             yield Encoded(sum(map(len, opened)), total, "pictures")
-    yield make_plan(config, model, *opened, ranks)
+    yield make_plan(config, ModelFolder.open(config.model_dir), *opened, ranks)
 
 
 class _Run:
@@ -98,6 +97,9 @@ class _Run:
                 self._plan = event
             else:
                 yield event
+                if self._asked_to_stop():
+                    yield Stopped(0)
+                    return
         if self._plan.turbo and not config.training_adapter:
             yield Notice(TURBO_WARNING)
         self._facts = {**self._plan.facts(), "environment": environment()}
@@ -109,7 +111,7 @@ class _Run:
         for encoded in self._data.build(self._group.rank(), self._group.size()):
             yield encoded
             if self._asked_to_stop():
-                yield Stopped(0)
+                yield Stopped(saved.step if saved else 0)
                 return
         self._prepare(saved)
         yield from self._recorded(saved.step if saved else 0)
@@ -237,16 +239,17 @@ class _Run:
 
     def _finish(self, total: int) -> Iterator[Event]:
         yield from self._measure(total)
-        yield from self._save(total, self._config.output)
-        yield Done(self._config.output, total)
+        yield from self._save(total)
+        if self._first:
+            yield self._saver.lora(self._config.output, total, Done)
 
     def _save(self, step: int, lora: Path | None = None) -> Iterator[Event]:
         """Writes the LoRA to `lora`, where given, and the resume folder. Only the first machine does."""
         if not self._first:
             return
         if lora:
-            yield from self._saver.lora(lora, step)
-        yield from self._saver.state(step, {"smoothed": self._smoothed, "failures": self._failures})
+            yield self._saver.lora(lora, step)
+        yield self._saver.state(step, {"smoothed": self._smoothed, "failures": self._failures})
 
     def _asked_to_stop(self) -> bool:
         """Whether any machine was asked to; all learn it at the same step."""
