@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from zimage_ref.files import atomic_write
@@ -46,10 +47,11 @@ class Metrics:
         self._refreshed = time.monotonic()
 
     def close(self) -> None:
-        """Writes the page a last time, and everything to disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self.refresh()
+        """Writes everything to disk, and the page a last time if there is room for it."""
+        with self._file:
+            os.fsync(self._file.fileno())
+        with suppress(OSError):
+            self.refresh()
 
 
 def read_lines(run: RunFolder) -> list[dict[str, Any]]:

@@ -18,9 +18,10 @@ from zimage_ref.model_folder import ModelFolder
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.run_folder import Saved as SavedState
 from zimage_ref.schedule import VALIDATION_SIGMAS
-from zimage_ref.train_config import TrainConfig
+from zimage_ref.train_config import TrainConfig, free_options
 from zimage_ref.train_plan import TURBO_WARNING, TrainPlan, changes, list_examples, make_plan
 
+from . import machines
 from .adapter import TrainingAdapter
 from .base import base_precision, load_base
 from .cache import EncodedDataset
@@ -103,7 +104,9 @@ class _Run:
         if self._plan.turbo and not config.training_adapter:
             yield Notice(TURBO_WARNING)
         self._facts = {**self._plan.facts(), "environment": environment()}
-        saved, notices = self._earlier_run()
+        if self._group.size() > 1:
+            machines.agree(self._group, self._facts, free_options())
+        saved, notices = self._earlier_run() if self._first else (None, [])
         yield from map(Notice, notices)
 
         self._pipeline = ZImagePipeline(self._plan.model, base_precision(config)[0])
@@ -113,14 +116,11 @@ class _Run:
             if self._asked_to_stop():
                 yield Stopped(saved.step if saved else 0)
                 return
-        self._prepare(saved)
-        yield from self._recorded(saved.step if saved else 0)
+        yield from self._recorded(self._prepare(saved))
 
     def _earlier_run(self) -> tuple[SavedState | None, list[str]]:
         """What to go on from, and what to say about it. Raises ConfigError where it does not fit this run."""
         config, run = self._config, self._run
-        if not self._first:
-            return (run.latest()[0] if config.resume else None), []
         if not config.resume:
             if (step := run.unfinished()) and not config.overwrite:
                 raise ConfigError(
@@ -141,8 +141,8 @@ class _Run:
             notices.append("the run began with other software or on another machine: results may differ in last digits")
         return saved, notices
 
-    def _prepare(self, saved: SavedState | None) -> None:
-        """Loads the base and puts the LoRA, fresh or saved, beside it."""
+    def _prepare(self, saved: SavedState | None) -> int:
+        """Loads the base and puts the LoRA, fresh or saved, beside it. Returns the steps that are made already."""
         plan, pipeline = self._plan, self._pipeline
         model = load_base(pipeline, base_precision(self._config)[1])
         self._adapter = TrainingAdapter(model, plan.adapter, plan.model.weights["transformer"], pipeline.dtype)
@@ -151,10 +151,13 @@ class _Run:
         self._feed, self._learner = feed, Learner(plan, model, feed, self._group)
         self._saver = Saver(plan, self._run, self._learner, self._facts)
         self._previewer = Previewer(plan, pipeline, self._learner, self._adapter, self._run.previews)
+        if self._group.size() > 1:
+            saved = machines.told_by_first(self._group, saved, self._learner.state())
         if saved:
             self._learner.restore(saved.tensors)
             self._smoothed, self._failures = saved.facts["smoothed"], saved.facts["failures"]
         mx.reset_peak_memory()
+        return saved.step if saved else 0
 
     def _recorded(self, done: int) -> Iterator[Event]:
         """The steps, their events written to metrics and report by the first machine."""

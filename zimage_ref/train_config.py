@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,11 @@ class TrainConfig:
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"--output {self.output}: a LoRA is written as .safetensors")
+
+
+def free_options() -> set[str]:
+    """Names of the options that may change between a run and its resumption without changing the result."""
+    return {field.name for field in fields(TrainConfig) if field.metadata.get("free")}
 
 
 def _several(value: Any) -> tuple[Any, ...]:

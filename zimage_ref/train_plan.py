@@ -20,7 +20,7 @@ from .model_folder import ModelFolder
 from .names import lora_modules, transformer_parameters
 from .schedule import is_turbo
 from .train_cache import weights_digest
-from .train_config import TrainConfig
+from .train_config import TrainConfig, free_options
 
 TURBO_WARNING = (
     "this is Turbo, a distilled model: training it as it is wears its few-step ability away (blurred pictures at 8 "
@@ -114,7 +114,7 @@ def make_plan(
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of a run's facts has changed in a way that changes its result, in words."""
-    free = {name for name, field in TrainConfig.__dataclass_fields__.items() if field.metadata.get("free")}
+    free = free_options()
     found = [
         f"--{name.replace('_', '-')} {then['config'].get(name)} -> {value}"
         for name, value in now["config"].items()
