@@ -28,8 +28,9 @@ from zimage_ref.config_file import dump_options
 from zimage_ref.run_folder import RunFolder
 
 EVERYTHING = {
-    "batch_size": 2, "rank": 3, "grad_accumulation": 2, "ema": 0.9, "caption_dropout": 0.3, "rank_dropout": 0.3, "flip": True,
-    "resolution": (32, 48), "schedule": "cosine", "warmup": 2, "optimizer": "adamw", "lora_plus": 4.0, "steps": 5,
+    "rank": 3, "batch_size": 2, "grad_accumulation": 2, "ema": 0.9, "caption_dropout": 0.3, "rank_dropout": 0.3,
+    "flip": True, "resolution": (32, 48), "schedule": "cosine", "warmup": 2, "optimizer": "adamw",
+    "lora_plus": 4.0, "steps": 5,
     "resume_every": 2, "validation": "0.2", "validation_every": 3,
 }  # fmt: skip
 
@@ -75,7 +76,7 @@ def preparation(shop: Workshop) -> int:
 def test_leaving_the_loop_anywhere_and_resuming_changes_no_bit(shop: Workshop, whole: bytes) -> None:
     total = len(list(train(shop.config("counted", **EVERYTHING))))
     rng = random.Random(1)
-    for cut in rng.sample(range(total), 3):
+    for cut in rng.sample(range(total), 2):
         config = shop.config(f"left{cut}", **EVERYTHING)
         events = train(config)
         for _ in range(cut):
