@@ -30,7 +30,10 @@ def chart(title: str, lines: Sequence[Line], last: float) -> str:
     if not values:
         return f"<figure><figcaption>{escape(title)}</figcaption><p class=muted>nothing measured yet</p></figure>"
     low, high = _range(min(values), max(values))
-    legend = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in shown)
+    legend = "".join(
+        f'<span class="key {line.style}">{escape(line.name)}</span>'
+        for line in shown[: len(shown) if len(shown) > 1 else 0]
+    )
     body = _grid(low, high, last) + "".join(_path(line, low, high, last) for line in shown)
     return (
         f"<figure><figcaption>{escape(title)}<span class=legend>{legend}</span></figcaption>"

@@ -17,7 +17,7 @@ from .chart import Line, Point, chart
 
 _THUMBNAIL = 192  # pixels
 _COLUMNS = 12  # previews of a prompt that are shown: the first, the last, and evenly between
-_REFRESH = 30  # seconds after which a browser reads a page of a run that is not at its end again
+_AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reads the page of a run that goes on every 30 s
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -26,9 +26,10 @@ def page(run: RunFolder, lines: Entries, config: Mapping[str, Any], environment:
     """The whole page of a run with `lines` of metrics."""
     steps = [line for line in lines if "loss" in line]
     last = max((line["step"] for line in lines), default=0)
+    ended = bool(steps) and steps[-1]["step"] == steps[-1]["total"]
     title = escape(run.output.name)
     return (
-        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv=refresh content="{_REFRESH}">'
+        f"<!doctype html><html lang=en><head><meta charset=utf-8>{'' if ended else _AGAIN}"
         f'<meta name=viewport content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head><body>'
         f"<h1>{title}</h1>{_tiles(steps, lines)}<div class=charts>{_charts(steps, lines, last)}</div>"
         f"{_previews(run.path, lines)}"
@@ -42,7 +43,7 @@ def _tiles(steps: Entries, lines: Entries) -> str:
     latest, recent = steps[-1], steps[-50:]
     seconds = sum(line["seconds"] for line in recent)
     facts = {
-        "step": f"{latest['step']:,}",
+        "step": f"{latest['step']:,} of {latest['total']:,}",
         "epoch": f"{latest['epoch']:,}",
         "smoothed loss": _text(latest["smoothed"]),
         "seconds a step": f"{seconds / len(recent):.3g}",
@@ -64,15 +65,13 @@ def _charts(steps: Entries, lines: Entries, last: int) -> str:
     measured = [line for line in lines if "validation" in line]
     levels = list(measured[0]["validation"]) if measured else []
     held_out = [
-        Line(
-            f"sigma {level}", f"c{i}", [(m["step"], m["validation"][level]) for m in measured if m["validation"][level]]
-        )
+        Line(f"σ {level}", f"c{i}", [(m["step"], m["validation"][level]) for m in measured if m["validation"][level]])
         for i, level in enumerate(levels)
     ]
     loss = [Line("each step", "c0 faint", _series(steps, "loss")), Line("smoothed", "c0", _series(steps, "smoothed"))]
     figures = [chart("Training loss", loss, last)]
     if held_out:
-        figures.append(chart("Held-out loss by noise level", held_out, last))
+        figures.append(chart("Held-out loss by noise level σ", held_out, last))
     figures.append(chart("Learning rate", [Line("learning rate", "c1", _series(steps, "lr"))], last))
     figures.append(chart("Gradient norm, before clipping", [Line("norm", "c2", _series(steps, "grad_norm"))], last))
     return "".join(figures)
