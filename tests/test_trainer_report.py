@@ -123,8 +123,8 @@ def test_a_page_before_the_first_step_and_with_losses_that_are_not_finite(tmp_pa
     run = RunFolder(tmp_path / "x.safetensors")
     assert "no step made yet" in page(run, [], {}, {})
     step = {
-        "step": 1, "total": 9, "epoch": 1, "loss": None, "smoothed": None, "lr": 1e-4, "grad_norm": None, "seconds": 0.5,
-        "pictures": 1, "peak_memory": 10, "skipped": True,
+        "step": 1, "total": 9, "epoch": 1, "loss": None, "smoothed": None, "lr": 1e-4, "grad_norm": None,
+        "seconds": 0.5, "pictures": 1, "peak_memory": 10, "skipped": True,
     }  # fmt: skip
     html = page(run, [step, {"step": 1, "validation": {"0.5": None}}], {"rank": 3}, {})
     assert "not finite" in html and "steps skipped" in html and "http-equiv=refresh" in html

@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
-from training_runs import FAST, Workshop, after, pictures, workshop
+from training_runs import Workshop, after, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
@@ -242,28 +243,56 @@ def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int,
     assert "Traceback" not in err and f"{name}.step2.safetensors" in out
 
 
+def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) -> None:
+    options = {"steps": 400, "save_every": 2, "grad_accumulation": 40, "repeats": 40}  # a step of seconds
+    process = launched(shop, "impatient", **options)
+    _await(shop.folder / "impatient.run" / "resume" / "step2", process)
+    time.sleep(0.3)  # the third step has begun
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().endswith("error: interrupted")
+    saved, faults = RunFolder(shop.folder / "impatient.safetensors").latest()
+    assert saved is not None and saved.step == 2 and not faults
+
+
+def _killed(shop: Workshop, name: str, arguments: list[str], ready: Callable[[], bool], **options: Any) -> bool:
+    """Runs until `ready`, then kills it; False where it ended before."""
+    process = launched(shop, name, *arguments, **options)
+    while process.poll() is None and not ready():
+        time.sleep(0.0005)
+    process.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (0, -signal.SIGKILL), err
+    return process.returncode != 0
+
+
 @pytest.mark.slow
 def test_kill_9_at_20_random_moments_and_resuming_changes_no_bit(shop: Workshop) -> None:
+    """Seven times while the cache is built, seven while a resume folder is written, else whenever."""
     rng = random.Random(20)
-    options = {**EVERYTHING, **{k: v for k, v in FAST.items() if k not in EVERYTHING}, "steps": 12}
+    options = {**EVERYTHING, "steps": 12}
     began = time.monotonic()
-    reference = launched(shop, "kill-reference", **options, cache=shop.folder / "kill-reference-cache")
-    assert reference.wait(timeout=120) == 0
-    length, kills = time.monotonic() - began, 0
-    expected = (shop.folder / "kill-reference.safetensors").read_bytes()
+    assert not _killed(shop, "never", [], lambda: False, **options, cache=shop.folder / "never-cache")
+    length = time.monotonic() - began
+    expected = (shop.folder / "never.safetensors").read_bytes()
+    kills = {"cache": 0, "save": 0, "any": 0}
     for trial in range(20):
-        cache = shop.folder / f"kill{trial}-cache"  # built anew, so that this is interrupted too
-        arguments: tuple[str, ...] = ()
-        while True:
-            process = launched(shop, f"kill{trial}", *arguments, **options, cache=cache)
-            time.sleep(rng.uniform(0.3, 1.0) * length if not arguments or rng.random() < 0.3 else 0)
-            if not arguments or rng.random() < 0.3:
-                process.kill()
-            code = process.wait(timeout=120)
-            kills += code == -signal.SIGKILL
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
-            arguments = ("--resume",)
-        assert (shop.folder / f"kill{trial}.safetensors").read_bytes() == expected, f"trial {trial}"
-    assert kills >= 15
+        name, cache = f"kill{trial}", shop.folder / f"kill{trial}-cache"
+        kind, start = ("cache", "save", "any")[trial % 3], time.monotonic()
+        if kind == "cache":
+            entries = rng.randrange(1, 14)
+            ready = lambda: len(list(cache.rglob("*.safetensors*"))) >= entries  # noqa: B023, E731
+        elif kind == "save":
+            half = shop.folder / f"{name}.run" / "resume" / f".step{rng.choice((2, 4, 6, 8, 10))}.tmp"
+            ready = lambda: half.exists()  # noqa: B023, E731
+        else:
+            moment = start + rng.uniform(0.2, 1) * length
+            ready = lambda: time.monotonic() > moment  # noqa: B023, E731
+        kills[kind] += _killed(shop, name, [], ready, **options, cache=cache)
+        assert not _killed(shop, name, ["--resume"], lambda: False, **options, cache=cache)
+        assert (shop.folder / f"{name}.safetensors").read_bytes() == expected, f"trial {trial}, {kind}"
+    print(kills)
+    assert kills["cache"] == 7 and kills["save"] >= 6 and kills["any"] >= 4

@@ -30,13 +30,11 @@ def chart(title: str, lines: Sequence[Line], last: float) -> str:
     if not values:
         return f"<figure><figcaption>{escape(title)}</figcaption><p class=muted>nothing measured yet</p></figure>"
     low, high = _range(min(values), max(values))
-    legend = "".join(
-        f'<span class="key {line.style}">{escape(line.name)}</span>'
-        for line in shown[: len(shown) if len(shown) > 1 else 0]
-    )
+    keys = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in shown)
+    legend = f"<span class=legend>{keys}</span>" if len(shown) > 1 else ""
     body = _grid(low, high, last) + "".join(_path(line, low, high, last) for line in shown)
     return (
-        f"<figure><figcaption>{escape(title)}<span class=legend>{legend}</span></figcaption>"
+        f"<figure><figcaption>{escape(title)}{legend}</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg></figure>'
     )
 

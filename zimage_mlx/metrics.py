@@ -70,7 +70,8 @@ def read_lines(run: RunFolder) -> list[dict[str, Any]]:
 def _line(event: Event, run: RunFolder) -> dict[str, Any] | None:
     if isinstance(event, Step):
         names = (
-            "step", "total", "epoch", "loss", "smoothed", "lr", "grad_norm", "seconds", "pictures", "peak_memory", "skipped"
+            "step", "total", "epoch", "loss", "smoothed", "lr", "grad_norm", "seconds", "pictures", "peak_memory",
+            "skipped",
         )  # fmt: skip
         return {name: _finite(getattr(event, name)) for name in names}
     if isinstance(event, Validated):
