@@ -41,6 +41,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
         _show_plan(mlx, config, console)
         return 0
 
+    if mlx.is_first():
+        _show_options(config, console)
+    with _signals() as received, console.progress() as bars:
+        progress = _Progress(mlx, console, bars)
+        for event in mlx.train(config, lambda: bool(received)):
+            progress.show(event)
+    for path in progress.saved:
+        console.wrote(path)
+    return 128 + received[0] if progress.stopped else 0
+
+
+def _show_options(config: TrainConfig, console: Console) -> None:
     console.facts("train", {
         "model": config.model_dir, "dataset": config.dataset, "output": config.output,
         "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
@@ -49,13 +61,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "resolution": ", ".join(map(str, config.resolution)),
         "report": config.output.with_suffix(".run") / "report.html",
     })  # fmt: skip
-    with _signals() as received, console.progress() as bars:
-        progress = _Progress(mlx, console, bars)
-        for event in mlx.train(config, lambda: bool(received)):
-            progress.show(event)
-    for path in progress.saved:
-        console.wrote(path)
-    return 128 + received[0] if progress.stopped else 0
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) ->
     alone = shop.train("alone", batch_size=2, epochs=2, rank_dropout=0.3)
     first, second = together(shop, "ring", batch_size=1, epochs=2, rank_dropout=0.3)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert str(shop.folder / "ring.safetensors") in first.stdout and not second.stdout  # only the first writes
+    assert str(shop.folder / "ring.safetensors") in first.stdout
+    assert not (second.stdout + second.stderr).strip()  # only the first writes and reports
     lines = [json.loads(line) for line in (shop.folder / "ring.run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["pictures"] for line in lines] == [step.pictures for step in alone.steps]
     assert {step.pictures for step in alone.steps} == {1, 2}
@@ -73,6 +74,17 @@ def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) ->
         np.testing.assert_allclose(ours.tensors["lora"][name], array, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
+def test_a_machine_that_cannot_go_on_ends_the_others_in_one_line(shop: Workshop) -> None:
+    (shop.folder / "ends.run").mkdir()
+    with RunFolder(shop.folder / "ends.safetensors").locked():
+        first, second = together(shop, "ends", steps=4)
+    assert first.returncode == second.returncode == 1
+    assert "another run is writing it" in first.stderr
+    assert "error: another machine of the group is gone" in second.stderr and "Traceback" not in second.stderr
+
+
+@pytest.mark.slow
 def test_machines_resume_from_what_the_first_one_saved(shop: Workshop) -> None:
     whole = together(shop, "whole", steps=4)
     part = together(shop, "part", steps=2)

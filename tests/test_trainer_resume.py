@@ -244,10 +244,10 @@ def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int,
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) -> None:
-    options = {"steps": 400, "save_every": 2, "grad_accumulation": 40, "repeats": 40}  # a step of seconds
+    options = {"steps": 400, "resume_every": 1, "grad_accumulation": 20, "repeats": 20}  # a step of seconds
     process = launched(shop, "impatient", **options)
-    _await(shop.folder / "impatient.run" / "resume" / "step2", process)
-    time.sleep(0.3)  # the third step has begun
+    _await(shop.folder / "impatient.run" / "resume" / "step1", process)
+    time.sleep(0.3)  # the second step has begun
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -255,7 +255,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) ->
     assert process.returncode == 130, err
     assert err.strip().endswith("error: interrupted")
     saved, faults = RunFolder(shop.folder / "impatient.safetensors").latest()
-    assert saved is not None and saved.step == 2 and not faults
+    assert saved is not None and saved.step == 1 and not faults
 
 
 def _killed(shop: Workshop, name: str, arguments: list[str], ready: Callable[[], bool], **options: Any) -> bool:

@@ -19,10 +19,11 @@ from .events import (
     Stopped,
     Validated,
 )
+from .machines import is_first
 from .pipeline import ZImagePipeline
 from .training import plan_of, train
 
 __all__ = [
     "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
-    "TrainConfig", "Validated", "ZImagePipeline", "plan_of", "precision_name", "train",
+    "TrainConfig", "Validated", "ZImagePipeline", "is_first", "plan_of", "precision_name", "train",
 ]  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,24 @@ from zimage_ref.run_folder import Saved
 from zimage_ref.tensors import Array
 
 _KEYS = ("config", "total", "batch", "dataset", "model", "adapter")  # of a run's facts
+_BACKENDS = ("[ring]", "[mpi]", "[nccl]", "[jaccl]")  # that MLX's errors begin with
 Tensors = Mapping[str, Mapping[str, Array]]
+
+
+def is_first() -> bool:
+    """Whether this is the machine that writes and reports; alone, it is."""
+    return bool(mx.distributed.init().rank() == 0)
+
+
+@contextmanager
+def losses() -> Iterator[None]:
+    """A block in which the loss of another machine is a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_BACKENDS):
+            raise
+        raise TrainingError(f"another machine of the group is gone: go on with --resume: {error}") from error
 
 
 def agree(group: mx.distributed.Group, facts: Mapping[str, Any], free: set[str]) -> None:

@@ -61,12 +61,13 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
     """
     group = mx.distributed.init()
     events = _Run(config, group, should_stop).events()
-    if group.rank() == 0:
-        with RunFolder(config.output).locked():
-            yield from events
-    else:
-        for _ in events:
-            pass
+    with machines.losses():
+        if group.rank() == 0:
+            with RunFolder(config.output).locked():
+                yield from events
+        else:
+            for _ in events:
+                pass
 
 
 def plan_of(config: TrainConfig, ranks: int = 1) -> Iterator[Encoded | TrainPlan]:
