@@ -281,18 +281,18 @@ def test_kill_9_at_20_random_moments_and_resuming_changes_no_bit(shop: Workshop)
     kills = {"cache": 0, "save": 0, "any": 0}
     for trial in range(20):
         name, cache = f"kill{trial}", shop.folder / f"kill{trial}-cache"
-        kind, start = ("cache", "save", "any")[trial % 3], time.monotonic()
-        if kind == "cache":
-            entries = rng.randrange(1, 14)
-            ready = lambda: len(list(cache.rglob("*.safetensors*"))) >= entries  # noqa: B023, E731
-        elif kind == "save":
-            half = shop.folder / f"{name}.run" / "resume" / f".step{rng.choice((2, 4, 6, 8, 10))}.tmp"
-            ready = lambda: half.exists()  # noqa: B023, E731
-        else:
-            moment = start + rng.uniform(0.2, 1) * length
-            ready = lambda: time.monotonic() > moment  # noqa: B023, E731
+        kind = ("cache", "save", "any")[trial % 3]
+        entries, saving = rng.randrange(1, 14), shop.folder / f"{name}.run/resume/.step{rng.choice((2, 4, 6, 8))}.tmp"
+        moment = time.monotonic() + rng.uniform(0.2, 0.8) * length
+        ready = {
+            "cache": lambda: len(list(cache.rglob("*.safetensors*"))) >= entries,  # noqa: B023
+            "save": lambda: saving.exists(),  # noqa: B023
+            "any": lambda: time.monotonic() > moment,  # noqa: B023
+        }[kind]
         kills[kind] += _killed(shop, name, [], ready, **options, cache=cache)
         assert not _killed(shop, name, ["--resume"], lambda: False, **options, cache=cache)
         assert (shop.folder / f"{name}.safetensors").read_bytes() == expected, f"trial {trial}, {kind}"
+        assert not list(shop.folder.glob(f".{name}*")) and not list((shop.folder / f"{name}.run").rglob(".*"))
+        assert not list(cache.rglob(".*"))
     print(kills)
-    assert kills["cache"] == 7 and kills["save"] >= 6 and kills["any"] >= 4
+    assert kills["cache"] == 7 and kills["save"] >= 6 and kills["any"] >= 5  # a moment may come too late

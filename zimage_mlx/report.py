@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from zimage_ref.images import thumbnail
 from zimage_ref.run_folder import RunFolder
 
 from .chart import Line, Point, chart
@@ -104,11 +102,7 @@ def _spread(drawn: Entries) -> Entries:
 
 
 def _thumbnail(path: Path) -> str:
-    buffer = io.BytesIO()
-    with Image.open(path) as picture:
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        picture.convert("RGB").save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(thumbnail(path, _THUMBNAIL)).decode()}"
 
 
 def _table(title: str, facts: Mapping[str, Any]) -> str:

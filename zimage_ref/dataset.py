@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ImageOps
 
 from .config import read_json
 from .errors import DatasetError, listing
-from .images import PICTURE_SUFFIXES, cover, read_picture, to_array
+from .images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
 from .tensors import Array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
@@ -45,7 +44,7 @@ class Example:
     def pixels(self, width: int, height: int, flip: bool = False) -> Array:
         """(3, height, width) float32 in [-1, 1], scaled to cover and cut around the centre; mirrored with `flip`."""
         picture = cover(read_picture(self.picture), width, height)
-        return to_array(ImageOps.mirror(picture) if flip else picture)
+        return to_array(mirror(picture) if flip else picture)
 
 
 def read_dataset(folder: Path, trigger: str = "") -> list[Example]:

@@ -27,9 +27,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_stale(folder: Path) -> None:
+def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:
     """Deletes what `atomic_write` left under `folder` where its process was killed."""
-    for temporary in folder.rglob(".*.tmp"):
+    for temporary in folder.glob(pattern):
         owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
         if owner.isdecimal() and not _alive(int(owner)):
             temporary.unlink(missing_ok=True)

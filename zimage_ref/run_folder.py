@@ -10,6 +10,7 @@ previews/                pictures
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import numpy as np
 from . import safetensors_io
 from .config import read_json
 from .errors import ConfigError, FormatError, TrainingError
-from .files import atomic_write
+from .files import atomic_write, remove_stale
 from .tensors import Array, Tensor
 
 if sys.platform != "win32":
@@ -69,7 +70,15 @@ class RunFolder:
                     raise TrainingError(
                         f"{self.output}: another run is writing it: wait for it or give another --output"
                     ) from None
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        """Deletes what a run that was killed had half written."""
+        for half in (*self._resume.glob(".step*.tmp"), *self._resume.glob(".step*.old")):
+            shutil.rmtree(half)
+        remove_stale(self.path)
+        remove_stale(self.output.parent, f".{glob.escape(self.output.stem)}.*.tmp")
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: Mapping[str, Any]) -> Path:
         """Writes a resume folder and drops all but the last two.
