@@ -126,6 +126,7 @@ def test_an_unfinished_run_is_not_overwritten_unasked(shop: Workshop) -> None:
     [
         ({"lr": 2e-3}, r"--lr 0\.01 -> 0\.002"),
         ({"steps": 5}, "--steps 4 -> 5"),
+        ({"ema": 0.9}, r"--ema 0\.0 -> 0\.9"),
         ({"targets": "attention"}, "--targets"),
         ({"dataset": "other"}, "the pictures or captions"),
         ({"model_dir": "other"}, "the model's weights"),
@@ -148,7 +149,10 @@ def test_a_changed_run_is_named_and_refused(shop: Workshop, options: dict[str, A
     given = {"steps": 4, "resume_every": 2, **options, "resume": True}
     with pytest.raises(ConfigError, match=fact + ".*--resume-anyway goes on all the same"):
         shop.train(name, **given)
-    if "targets" not in options:
+    if "targets" in options:
+        with pytest.raises(ConfigError, match="the saved run has other layers or another rank"):
+            shop.train(name, **given, resume_anyway=True)
+    else:
         run = shop.train(name, **given, resume_anyway=True)
         assert run.of(Started)[0].step == 2 and run.of(Done)
 

@@ -14,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from zimage_ref.batches import INITIAL, RANKS, stream
+from zimage_ref.errors import ConfigError
 from zimage_ref.lora_file import LoRA
 from zimage_ref.tensors import Array
 from zimage_ref.train_plan import TrainPlan
@@ -82,9 +83,16 @@ class Learner:
         return {**arrays, "optimizer": self._optimizer.state()}
 
     def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
-        """Takes up a state that `state` gave."""
+        """Takes up a state that `state` gave. Raises ConfigError where it is of another LoRA or optimizer."""
+        fresh = self.state()
+        for part, what in (("lora", "layers or another rank"), ("optimizer", "optimizer state")):
+            if _shapes(state[part]) != _shapes(fresh[part]):
+                raise ConfigError(
+                    f"{self._plan.config.output}: the saved run has other {what}: it cannot be resumed so"
+                )
         self.parameters = {name: mx.array(array) for name, array in state["lora"].items()}
-        self._average = {name: mx.array(array) for name, array in state.get("ema", {}).items()}
+        average = state.get("ema", state["lora"]) if self._plan.config.ema else {}
+        self._average = {name: mx.array(array) for name, array in average.items()}
         self._optimizer.restore(state["optimizer"])
         self._use(self.parameters)
 
@@ -128,3 +136,7 @@ class Learner:
 
     def _use(self, parameters: Parameters) -> None:
         self._model.update(tree_unflatten(list(parameters.items())))
+
+
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}

@@ -99,7 +99,7 @@ class _Run:
                 self._plan = event
             else:
                 yield event
-                if self._asked_to_stop():
+                if self._group.size() == 1 and self._should_stop():
                     yield Stopped(0)
                     return
         if self._plan.turbo and not config.training_adapter:

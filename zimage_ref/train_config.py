@@ -39,7 +39,9 @@ class TrainConfig:
     epochs: int = option(100, "passes over the dataset")
     steps: int = option(0, "optimizer steps to make, instead of --epochs (0: go by epochs)")
     lr: float = option(1e-4, "learning rate")
-    resolution: tuple[int, ...] = option((256,), "pictures have about the area of a square of this side; several mix")
+    resolution: tuple[int, ...] = option(
+        (256,), "pictures get about the area of a square of this side, or of these: 512,768"
+    )
     batch_size: int = option(1, "pictures in a batch, all of one size")
     grad_accumulation: int = option(1, "batches to a step")
     seed: int = option(0, "seed of noise, times, order and initialisation")
@@ -76,7 +78,9 @@ class TrainConfig:
     save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
     resume_every: int = option(100, "save what --resume needs every N steps, and with each saved LoRA", free=True)
     keep_last: int = option(0, "LoRA files of earlier steps to keep (0: all)", free=True)
-    preview_prompt: tuple[str, ...] = option((), "prompt to draw as training goes on", free=True, repeatable=True)
+    preview_prompt: tuple[str, ...] = option(
+        (), "prompt to draw as training goes on; may be given several times", free=True, repeatable=True
+    )
     preview_every: int = option(250, "steps between previews", free=True)
     preview_size: int = option(0, "side of previews in pixels (0: the largest --resolution)", free=True)
     preview_steps: int = option(0, "denoising steps of previews (0: 8 for Turbo, 30 for the base model)", free=True)
