@@ -39,9 +39,7 @@ class TrainConfig:
     epochs: int = option(100, "passes over the dataset")
     steps: int = option(0, "optimizer steps to make, instead of --epochs (0: go by epochs)")
     lr: float = option(1e-4, "learning rate")
-    resolution: tuple[int, ...] = option(
-        (256,), "pictures get about the area of a square of this side, or of these: 512,768"
-    )
+    resolution: tuple[int, ...] = option((256,), "pictures get the area of a square of this side; or of these: 512,768")
     batch_size: int = option(1, "pictures in a batch, all of one size")
     grad_accumulation: int = option(1, "batches to a step")
     seed: int = option(0, "seed of noise, times, order and initialisation")
