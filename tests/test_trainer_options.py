@@ -103,11 +103,11 @@ def test_a_batch_of_two_is_the_mean_of_two_batches_of_one(shop: Workshop) -> Non
 
 
 def test_accumulating_two_batches_of_one_equals_a_batch_of_two(shop: Workshop, pair: Path) -> None:
-    batch = shop.train("batch", dataset=pair, batch_size=2, epochs=3)
-    accumulated = shop.train("accumulated", dataset=pair, grad_accumulation=2, epochs=3)
-    single = shop.train("single", dataset=pair, epochs=3)
-    assert [step.pictures for step in batch.steps] == [step.pictures for step in accumulated.steps] == [2, 2, 2]
-    assert [step.pictures for step in single.steps] == [1] * 6
+    batch = shop.train("batch", dataset=pair, batch_size=2, epochs=2)
+    accumulated = shop.train("accumulated", dataset=pair, grad_accumulation=2, epochs=2)
+    single = shop.train("single", dataset=pair, epochs=1)
+    assert [step.pictures for step in batch.steps] == [step.pictures for step in accumulated.steps] == [2, 2]
+    assert [step.pictures for step in single.steps] == [1] * 2
     assert batch.losses == pytest.approx(accumulated.losses, rel=1e-5)
     assert [s.grad_norm for s in batch.steps] == pytest.approx([s.grad_norm for s in accumulated.steps], rel=1e-4)
     mean = (single.losses[0] + single.losses[1]) / 2  # of the same noise, whatever the batch; the LoRA hardly moved
@@ -205,7 +205,7 @@ def test_weighted_timesteps_weigh_the_loss(shop: Workshop) -> None:
 def test_caption_dropout_shows_pictures_without_their_captions(shop: Workshop) -> None:
     def losses(name: str, captions: list[str], share: float) -> list[float]:
         data = pictures(shop.folder / f"dropout-{name}", (32, 32), (32, 48), captions=captions)
-        return shop.train(f"dropout-{name}", dataset=data, caption_dropout=share, epochs=2).losses
+        return shop.train(f"dropout-{name}", dataset=data, caption_dropout=share, epochs=1).losses
 
     fox, owl = ["a red fox", "the fox again"], ["an owl", "the same owl in soft snow"]
     assert losses("fox1", fox, 1.0) == losses("owl1", owl, 1.0)
@@ -213,17 +213,17 @@ def test_caption_dropout_shows_pictures_without_their_captions(shop: Workshop) -
 
 
 def test_flipping_mirrors_about_half_of_the_pictures(shop: Workshop) -> None:
-    plain = shop.train("unflipped", **PLAIN, epochs=4, lr=1e-9)
-    flipped = shop.train("flipped", **PLAIN, epochs=4, lr=1e-9, flip=True)
+    plain = shop.train("unflipped", **PLAIN, epochs=2, lr=1e-9)
+    flipped = shop.train("flipped", **PLAIN, epochs=2, lr=1e-9, flip=True)
     same = sum(a == pytest.approx(b, rel=1e-6) for a, b in zip(plain.losses, flipped.losses, strict=True))
-    assert 3 <= same <= 13  # of 16
+    assert 2 <= same <= 6  # of 8
 
 
 def test_resolutions_mix_and_squares_are_square(shop: Workshop) -> None:
     data = pictures(shop.folder / "mixed-pictures", (80, 80), (120, 80), (80, 120))
     options = {"dataset": data, "epochs": 1, "batch_size": 9}
     assert [s.pictures for s in shop.train("one", **options, resolution=32).steps] == [1, 1, 1]
-    assert [s.pictures for s in shop.train("mixed", **options, resolution=(32, 48)).steps] == [1] * 6
+    assert [s.pictures for s in shop.train("mixed", **options, resolution=(32, 64)).steps] == [1] * 6
     assert [s.pictures for s in shop.train("square", **options, square=True).steps] == [3]
 
 

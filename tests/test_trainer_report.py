@@ -49,12 +49,12 @@ def test_the_held_out_loss_is_measured_at_fixed_sigmas(run: Run) -> None:
 
 
 def test_held_out_pictures_are_not_learned_and_their_noise_is_fixed(shop: Workshop) -> None:
-    held = pictures(shop.folder / "held", (32, 48), (48, 32))
-    frozen = shop.train("frozen", steps=4, validation=str(held), validation_every=1, lr=1e-9)
+    held = pictures(shop.folder / "held", (32, 48))
+    frozen = shop.train("frozen", steps=2, validation=str(held), validation_every=1, lr=1e-9)
     losses = np.array([list(event.losses.values()) for event in frozen.of(Validated)])
     np.testing.assert_allclose(losses, np.broadcast_to(losses[0], losses.shape), rtol=1e-5)
     assert len(set(losses[0])) == 4
-    watched, plain = (shop.train("watched", steps=4, validation=v, validation_every=1) for v in (str(held), ""))
+    watched, plain = (shop.train("watched", steps=2, validation=v, validation_every=1) for v in (str(held), ""))
     assert watched.losses == plain.losses and len(plain.of(Validated)) == 0
     assert len(shop.train("fraction", epochs=1, validation="0.5").steps) == 2
     for value, error in (("1.5", ConfigError), ("no-such-folder", DatasetError)):

@@ -92,7 +92,7 @@ def pictures(folder: Path, *sizes: tuple[int, int], captions: list[str] | None =
     folder.mkdir(parents=True)
     for i, size in enumerate(sizes):
         tiny.photograph(*size, seed=20 + i).save(folder / f"p{i:04}.png")
-        caption = captions[i] if captions else f"picture {i}" + " of more soft waves in the snow" * (3 * i)
+        caption = captions[i] if captions else f"picture {i}" + " of more soft waves" * (2 * i)
         (folder / f"p{i:04}.txt").write_text(caption, encoding="utf-8")
     return folder
 
