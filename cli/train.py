@@ -13,6 +13,7 @@ from typing import Any
 
 from zimage_ref import TrainConfig
 from zimage_ref.config_file import dump_options, read_options
+from zimage_ref.run_folder import RunFolder
 from zimage_ref.train_plan import TrainPlan
 
 from .backends import require_mlx
@@ -59,7 +60,7 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{config.lr:g}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
-        "report": config.output.with_suffix(".run") / "report.html",
+        "report": RunFolder(config.output).report,
     })  # fmt: skip
 
 
@@ -115,16 +116,16 @@ class _Progress:
     def _step(self, event: Any) -> None:
         if event.skipped:
             self._console.note(f"step {event.step}: loss or gradient is not finite, skipped")
-        detail = (
-            f"epoch {event.epoch}  loss {event.smoothed:.4f}{self._held_out}  lr {event.lr:.2e}  "
-            f"norm {event.grad_norm:.3f}  {event.seconds:.2f} s/step  "
-            f"{event.pictures / max(event.seconds, 1e-9):.2f} pictures/s  {event.peak_memory / 1e9:.1f} GB"
+        lines = (
+            f"epoch {event.epoch}  loss {event.smoothed:.4f}{self._held_out}",
+            f"lr {event.lr:.2e}  norm {event.grad_norm:.3f}  {event.peak_memory / 1e9:.1f} GB",
+            f"{event.seconds:.2f} s/step  {event.pictures / max(event.seconds, 1e-9):.2f} pictures/s",
         )
-        self._bars.update("train", event.step, event.total, detail)
+        self._bars.update("train", event.step, event.total, "\n".join(lines))
         now = time.monotonic()
         if not self._console.err.is_terminal and (now - self._logged > _LOG_EVERY or event.step in (1, event.total)):
             left = (event.total - event.step) * event.seconds
-            self._console.note(f"step {event.step}/{event.total}  {detail}  {left / 60:.0f} min left")
+            self._console.note(f"step {event.step}/{event.total}  {'  '.join(lines)}  {left / 60:.0f} min left")
             self._logged = now
 
 
@@ -142,6 +143,7 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
         ("pictures", f"{len(plan.examples)}, and {len(plan.held_out)} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {precision}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
+        ("targets", ", ".join(config.targets)),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())

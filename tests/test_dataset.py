@@ -14,10 +14,11 @@ from zimage_ref import DatasetError
 from zimage_ref.dataset import fingerprint, hold_out, list_dataset, read_dataset, with_trigger
 
 
-def test_subfolders_are_read_and_hidden_ones_are_not(tmp_path: Path) -> None:
+def test_subfolders_are_read_and_those_that_are_hidden_or_of_a_run_are_not(tmp_path: Path) -> None:
     tiny.write_dataset(tmp_path / "data" / "b")
     tiny.write_dataset(tmp_path / "data" / "a" / "deep")
     tiny.write_dataset(tmp_path / "data" / ".thumbnails")
+    tiny.write_dataset(tmp_path / "data" / "lora.run" / "previews")
     examples = read_dataset(tmp_path / "data")
     names = [e.picture.relative_to(tmp_path / "data").as_posix() for e in examples]
     assert len(names) == 8 and names == sorted(names)

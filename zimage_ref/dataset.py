@@ -24,6 +24,7 @@ from .tensors import Array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
 TRIGGER_MARK = "[trigger]"
+RUN_SUFFIX = ".run"  # of the folder that a run keeps beside its output: see run_folder
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    """Whether `path` lies in a hidden folder, or in the folder of a run, which holds previews."""
+    return any(part.startswith(".") or part.endswith(RUN_SUFFIX) for part in path.parts)
 
 
 def _captions(folder: Path, pictures: Sequence[Path]) -> list[str]:

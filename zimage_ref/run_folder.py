@@ -26,6 +26,7 @@ import numpy as np
 
 from . import safetensors_io
 from .config import read_json
+from .dataset import RUN_SUFFIX
 from .errors import ConfigError, FormatError, TrainingError
 from .files import atomic_write, remove_stale
 from .tensors import Array, Tensor
@@ -51,7 +52,7 @@ class RunFolder:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.with_suffix(".run")
+        self.path = output.with_suffix(RUN_SUFFIX)
         self.metrics, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.previews, self._resume = self.path / "previews", self.path / "resume"
 
