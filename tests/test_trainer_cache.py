@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 import zimage_mlx.training
 from zimage_mlx import ZImagePipeline
 from zimage_mlx.cache import EncodedDataset
-from zimage_ref import FormatError
+from zimage_ref import FormatError, TrainingError
 from zimage_ref.files import atomic_write, remove_stale
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.tensors import BFLOAT16
@@ -56,6 +58,18 @@ def test_the_cache_holds_exactly_what_the_networks_give(shop: Workshop) -> None:
     np.testing.assert_array_equal(data.caption(example.caption), pipeline.encode_prompt(example.caption))
     mirrored = pipeline.vae.encode(example.pixels(*item.size, flip=True)[None])[0]
     assert np.abs(np.array(mirrored) - np.array(encoded)).max() > 1e-3
+
+
+def test_a_disk_that_is_full_before_the_cache_is_complete_is_named(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(TrainingError, match=r"full-cache: the disk is full: about \d+\.\d MB are missing"):
+        shop.train("full", steps=1, cache=tmp_path / "full-cache")
+    assert not [path for path in (tmp_path / "full-cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("kind", ["latents", "captions"])

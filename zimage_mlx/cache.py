@@ -15,7 +15,7 @@ import numpy as np
 from zimage_ref.buckets import Size
 from zimage_ref.dataset import Example
 from zimage_ref.errors import FormatError, TrainingError
-from zimage_ref.files import remove_stale
+from zimage_ref.files import disk_is_full, remove_stale
 from zimage_ref.tensors import BFLOAT16, Array
 from zimage_ref.train_cache import TrainCache, is_entry, read_entry, write_entry
 from zimage_ref.train_plan import TrainPlan
@@ -47,9 +47,20 @@ class EncodedDataset:
             first = rank * len(work) // ranks
             for done, (path, compute) in enumerate(work[first:] + work[:first], start=1):
                 if not is_entry(path):
-                    write_entry(path, _to_numpy(compute()))
+                    self._write(path, _to_numpy(compute()), len(work) - done + 1)
                 yield Encoded(done, len(work), what)
             self._pipeline.release(network)
+
+    def _write(self, path: Path, value: Array, left: int) -> None:
+        try:
+            write_entry(path, value)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            raise TrainingError(
+                f"{self._cache.folder}: the disk is full: about {left * value.nbytes / 1e6:,.1f} MB are missing: make "
+                f"room or give --cache on another disk"
+            ) from error
 
     def latents(self, example: Example, size: Size, flip: bool = False) -> mx.array:
         """(C, h, w) float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether `error` says that there is no room left, on the disk or in the user's share of it."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:

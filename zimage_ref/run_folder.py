@@ -9,7 +9,6 @@ previews/                pictures
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import json
@@ -28,7 +27,7 @@ from . import safetensors_io
 from .config import read_json
 from .dataset import RUN_SUFFIX
 from .errors import ConfigError, FormatError, TrainingError
-from .files import atomic_write, remove_stale
+from .files import atomic_write, disk_is_full, remove_stale
 from .tensors import Array, Tensor
 
 if sys.platform != "win32":
@@ -138,7 +137,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             raise self._full(needed, shutil.disk_usage(self.path).free) from error
 
