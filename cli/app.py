@@ -1,6 +1,7 @@
 """The entry point: which command, and what becomes of its errors.
 
-Exit codes: 0 done, 1 an error that one line explains, 2 a command line that does not parse, 130 interrupted.
+Exit codes: 0 done, 1 an error that one line explains, 2 a command line that does not parse, 130 and 143 stopped by
+Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations

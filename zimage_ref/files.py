@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import weakref
@@ -87,3 +88,28 @@ def check_disjoint(path: Path, extents: Iterable[tuple[int, int, str]]) -> None:
             raise FormatError(f"{path}: {name} overlaps {previous}")
         if stop > start:
             end, previous = stop, name
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether `error` says that there is no room left, on the disk or in the user's share of it."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:
+    """Deletes what `atomic_write` left under `folder` where its process was killed."""
+    for temporary in folder.glob(pattern):
+        owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
+        if owner.isdecimal() and not _alive(int(owner)):
+            temporary.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
