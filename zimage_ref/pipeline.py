@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from .generation import Pipeline
-from .lora_file import LoRA
+from .lora_file import LoRAFile
 from .model_folder import ModelFolder
 from .schedule import guided, model_time
 from .tensors import Array
@@ -48,8 +48,8 @@ class ZImagePipeline(Pipeline):
     def encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
 
-    def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
-        self.transformer.w.use_loras(loras)
+    def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
+        self.transformer.w.use_loras([(file.updates, scale) for file, scale in loras])
 
     def release(self, *components: str) -> None:
         """Nothing to free: mapped weights take no memory of the process's own."""
