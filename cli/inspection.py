@@ -7,6 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 from zimage_ref.checkpoint import Checkpoint
+from zimage_ref.lora import rank
+from zimage_ref.lora_dialects import is_lora
+from zimage_ref.lora_file import read_lora
+from zimage_ref.lora_merge import module_groups, norm
 from zimage_ref.tensors import DTYPE_NAMES
 
 from .console import Console
@@ -16,6 +20,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage inspect`."""
     parser.add_argument("--input", type=Path, required=True, help="file or folder to look into")
     parser.add_argument("--limit", type=int, default=20, help="tensors to list, 0 for all (default: 20)")
+
+
+def lora_tables(path: Path, console: Console) -> None:
+    """What the LoRA in `path` is, and how much it changes, by module."""
+    file = read_lora(path)
+    console.table(("LoRA", ""), list(file.facts().items()))
+    rows = []
+    for group, updates in module_groups(file.updates).items():
+        ranks = sorted({r for update in updates if (r := rank(update)) is not None})
+        norms = [norm(update) for update in updates]
+        rows.append(
+            (group, len(updates), ", ".join(map(str, ranks)), f"{sum(norms) / len(norms):.4g}", f"{max(norms):.4g}")
+        )
+    console.table(("changes", "blocks", "rank", "mean norm", "largest norm"), rows)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
@@ -38,3 +56,5 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.table(("dtype", "tensors", "MB"), [(d, n, f"{sizes[d] / 1e6:,.1f}") for d, n in counts.most_common()])
     if file.metadata:
         console.table(("metadata", "value"), list(file.metadata.items()))
+    if is_lora(file.tensors):
+        lora_tables(file.path, console)

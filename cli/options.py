@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+from zimage_ref import ConfigError
 
 AnyConfig = TypeVar("AnyConfig")
 
@@ -24,6 +28,20 @@ def from_args(config: type[AnyConfig], args: argparse.Namespace) -> AnyConfig:
 def flag(name: str) -> str:
     """The option that sets the field `name`."""
     return "--" + name.replace("_", "-")
+
+
+def path_and_scale(text: str) -> tuple[Path, float]:
+    """PATH or PATH:SCALE, as LoRAs are given; 1.0 where there is no scale. A file called so wins over a scale."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        return Path(text), 1.0
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    if not path or not math.isfinite(number):
+        raise ConfigError(f"{text}: a LoRA is given as PATH or PATH:SCALE, where SCALE is a finite number")
+    return Path(path), number
 
 
 def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:

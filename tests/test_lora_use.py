@@ -162,9 +162,7 @@ def pipe_output(pipe: zimage_mlx.ZImagePipeline) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("merge", [False, True])
-def test_changing_loras_neither_reloads_nor_drifts(
-    bits: int, merge: bool, model: Path, files: dict[str, Path]
-) -> None:
+def test_changing_loras_neither_reloads_nor_drifts(bits: int, merge: bool, model: Path, files: dict[str, Path]) -> None:
     pipe = make_pipeline(model, "mlx", bits)
     assert isinstance(pipe, zimage_mlx.ZImagePipeline)
     transformer, before = pipe.transformer, pipe_output(pipe)

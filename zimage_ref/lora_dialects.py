@@ -16,6 +16,7 @@ underscores for dots. Sources: the loaders of ComfyUI and diffusers, and the wri
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIXES = (
@@ -126,3 +127,8 @@ _OTHERS = {
 def other_model(key: str) -> str:
     """The model that a key of no Z-Image layer seems to belong to, or nothing."""
     return next((model for word, model in _OTHERS.items() if word in key), "")
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether any of the keys ends as LoRA keys do, be it of a layer that Z-Image has or not."""
+    return any(_SPLIT.fullmatch(_ADAPTER.sub(r"\1\2", key)) for key in keys)
