@@ -16,6 +16,7 @@ from zimage_ref.tensors import DTYPE_NAMES, Tensor, Tensors
 
 from . import convert_lora
 from .console import Console
+from .options import path_and_scale
 
 MODEL_TYPES = {
     "transformer": "transformer", "t": "transformer", "autoencoder": "vae", "ae": "vae", "vae": "vae",
@@ -71,12 +72,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.wrote(args.output)
 
 
-def _merged(
-    tensors: Tensors, component: str, config: Any, loras: list[tuple[Path, float]], console: Console
-) -> dict[str, Tensor]:
+def _merged(tensors: Tensors, component: str, config: Any, loras: list[str], console: Console) -> dict[str, Tensor]:
     if component != "transformer":
         raise ConfigError("--merge-lora goes with --model-type transformer")
-    files = [(read_lora(path, transformer_parameters(config)), scale) for path, scale in loras]
+    files = [(read_lora(path, transformer_parameters(config)), scale) for path, scale in map(path_and_scale, loras)]
     for file, scale in files:
         console.facts(str(file.path), {**file.facts(), "merged at": f"{scale:g}"})
     return merged(tensors, [(file.updates, scale) for file, scale in files])

@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--naming", choices=NAMINGS, default="comfy", help="key naming to write (default: comfy)")
     group.add_argument("--rank", type=int, help="reduce to this rank (default: keep, or the sum of several inputs')")
     group.add_argument(
-        "--merge-lora", type=path_and_scale, action="append", default=[], metavar="PATH[:SCALE]",
+        "--merge-lora", action="append", default=[], metavar="PATH[:SCALE]",
         help="bake this LoRA into a transformer; may be given several times",
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from zimage_ref import ZImageError
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.lora import rank
 from zimage_ref.lora_dialects import is_lora
@@ -24,15 +25,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def lora_tables(path: Path, console: Console) -> None:
     """What the LoRA in `path` is, and how much it changes, by module."""
-    file = read_lora(path)
+    try:
+        file = read_lora(path)
+    except ZImageError as error:  # looking into a file is no failure because generating with it would be one
+        console.note(f"cannot be used: {error}")
+        return
     console.table(("LoRA", ""), list(file.facts().items()))
     rows = []
     for group, updates in module_groups(file.updates).items():
         ranks = sorted({r for update in updates if (r := rank(update)) is not None})
         norms = [norm(update) for update in updates]
-        rows.append(
-            (group, len(updates), ", ".join(map(str, ranks)), f"{sum(norms) / len(norms):.4g}", f"{max(norms):.4g}")
-        )
+        mean = f"{sum(norms) / len(norms):.4g}"
+        rows.append((group, len(updates), ", ".join(map(str, ranks)), mean, f"{max(norms):.4g}"))
     console.table(("changes", "blocks", "rank", "mean norm", "largest norm"), rows)
 
 

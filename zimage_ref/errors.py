@@ -16,6 +16,10 @@ from collections.abc import Iterable
 class ZImageError(Exception):
     """Base of all errors caused by input; the command line prints it as one line and exits with 1."""
 
+    def __str__(self) -> str:
+        """The message in one printable line, whatever a damaged file calls its tensors."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 class FormatError(ZImageError):
     """A file is damaged, or is not in the format its name or header claims."""

@@ -56,7 +56,7 @@ def _sum(name: str, updates: Sequence[tuple[Update, float]]) -> Update:
     if len(low_rank) == len(plain):
         A = np.concatenate([update.A for update, _ in low_rank])
         return LowRank(A, np.concatenate([u.B * np.float32(u.scale * scale) for u, scale in low_rank], axis=1))
-    return Dense(sum((np.float32(scale) * _dense(update) for update, scale in plain), np.float32(0)))
+    return Dense(np.sum([np.float32(scale) * _dense(update) for update, scale in plain], axis=0))
 
 
 def _dense(update: Plain) -> Array:

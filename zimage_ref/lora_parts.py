@@ -98,7 +98,8 @@ def _plain(parts: Parts, form: set[str], default_scale: Callable[[str, int], flo
     if "H1a" in form:
         hadamard = Hadamard(arrays["H1a"], arrays["H1b"], arrays["H2a"], arrays["H2b"], scale)
         if hadamard.shape != (len(hadamard.A2), hadamard.B2.shape[1]):
-            raise parts.error(f"{parts.key('H1a')} and {parts.key('H2a')} make matrices of different shapes")
+            keys = " and ".join(listing(parts.key(f"H{n}{x}") for x in "ab") for n in "12")
+            raise parts.error(f"{keys} make matrices of different shapes")
         return hadamard
     W1, W2 = (arrays[w] if w in arrays else arrays[f"{w}a"] @ arrays[f"{w}b"] for w in ("W1", "W2"))
     return Kronecker(W1, W2, scale)
