@@ -55,7 +55,8 @@ def diffusers(path: Path, lora: Factors, alpha: float, base: Weights) -> None:
         rank = len(A)
         tensors[f"transformer.{layer}.lora_A.weight"] = A
         tensors[f"transformer.{layer}.lora_B.weight"] = B
-    config = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.use_rslora": False}
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": list(lora), "use_rslora": False}
+    config = {f"transformer.{key}": value for key, value in config.items()}
     save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
