@@ -62,8 +62,9 @@ class ZImagePipeline(Pipeline):
 
     @cached_property
     def _adapters(self) -> Adapters:
+        """Merging is faster for each step, branches are faster to change: a lean pipeline has nothing to change."""
         tensors = self.folder.weights["transformer"]
-        return Adapters(self.transformer, lambda name: to_mlx(tensors[name], self.dtype), merge=False)
+        return Adapters(self.transformer, lambda name: to_mlx(tensors[name], self.dtype), merge=self.lean)
 
     def release(self, *components: str) -> None:
         for component in (*components, *(["_adapters"] if "transformer" in components else [])):

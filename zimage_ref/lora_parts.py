@@ -121,6 +121,8 @@ def _magnitude(parts: Parts, shape: tuple[int, ...]) -> Array:
 
 def split(parts: Parts, update: Update, count: int) -> list[Update]:
     """The updates of `count` layers whose weights are stacked, in equal shares of the rows, in one fused module."""
+    if count == 1:
+        return [_unpadded(update)]
     total = update.shape[0]
     if total % count:
         raise parts.error(f"{parts.module} has {total} rows, which are not those of {count} layers")
@@ -129,13 +131,22 @@ def split(parts: Parts, update: Update, count: int) -> list[Update]:
     share = total // count
     chunks = [update.rows(i * share, (i + 1) * share) for i in range(count)]
     low_rank = [chunk for chunk in chunks if isinstance(chunk, LowRank)]
-    return list(_own_ranks(low_rank) or chunks)
+    return [_unpadded(chunk) for chunk in _own_ranks(low_rank) or chunks]
+
+
+def _unpadded(update: Update) -> Update:
+    """Less the trailing ranks that are zero on both sides, which z-image-train's one rank for all modules asks for."""
+    if not isinstance(update, LowRank):
+        return update
+    used = np.flatnonzero(update.A.any(axis=1) | update.B.any(axis=0))
+    rank = int(used[-1]) + 1 if len(used) else 1
+    return LowRank(update.A[:rank], update.B[:, :rank], update.scale) if rank < update.rank else update
 
 
 def _own_ranks(chunks: list[LowRank]) -> list[LowRank]:
     """The chunks less the ranks that they do not use, where each has a slice of the fused rank to itself, else []."""
     count = len(chunks)
-    if count < 2 or chunks[0].rank % count:
+    if not chunks or chunks[0].rank % count:
         return []
     own = chunks[0].rank // count
     slices = [slice(i * own, (i + 1) * own) for i in range(count)]
