@@ -249,3 +249,12 @@ def test_a_scale_that_is_no_number_is_refused(scale: float, model: Path, files: 
     pipe = make_pipeline(model, "numpy", 32)
     with pytest.raises(zimage_ref.ConfigError, match="must be a finite number"):
         picture(pipe, (files["comfy"], scale))
+
+
+def test_a_lean_pipeline_merges_and_makes_the_same_picture(model: Path, files: dict[str, Path]) -> None:
+    loras = [(files["comfy"], 0.8), (files["lokr"], 0.3)]
+    lean = zimage_mlx.ZImagePipeline.from_pretrained(model, "float32", lean=True)
+    lean.use_loras(lean.read_loras(loras))
+    assert not [m for m in lean.transformer.modules() if isinstance(m, LoRALinear)]
+    living = make_pipeline(model, "mlx", 32)
+    assert np.abs(picture(lean, *loras) - picture(living, *loras)).max() < SAME

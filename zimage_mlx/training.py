@@ -143,7 +143,7 @@ def _saver(model: Transformer, config: TrainConfig) -> Callable[[Path, int], Sav
             "steps": step,
             "resolution": config.resolution,
         }
-        write_lora(path, lora.factors(model), record)
+        write_lora(path, lora.factors(model), record, config.lora_format)
         return Saved(path, step)
 
     return save

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .lora_writer import NAMINGS
 from .names import LORA_TARGETS
 
 
@@ -39,6 +40,7 @@ class TrainConfig:
     seed: int = option(0, "seed of noise, times, order and initialisation")
     weight_decay: float = option(1e-2, "weight decay of AdamW")
     targets: tuple[str, ...] = option((*LORA_TARGETS, "refiners"), "layers to train: attention, feed_forward, refiners")
+    lora_format: str = option("comfy", f"key naming of the LoRA file: {', '.join(NAMINGS)}")
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank", "epochs")
@@ -47,6 +49,8 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be above 0")
         _check_side("resolution", self.resolution)
+        if self.lora_format not in NAMINGS:
+            raise ConfigError(f"--lora-format {self.lora_format!r} must be one of {', '.join(NAMINGS)}")
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"--output {self.output}: a LoRA is written as .safetensors")
 
