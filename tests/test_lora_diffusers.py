@@ -9,9 +9,9 @@ import lora_makers
 import numpy as np
 import pytest
 import tiny
+from tiny_loras import FACTORS, LAYERS
 
 import zimage_ref
-from zimage_ref import names
 from zimage_ref.lora import LowRank
 from zimage_ref.lora_writer import write_lora
 from zimage_ref.schedule import starting_noise
@@ -21,11 +21,6 @@ torch = pytest.importorskip("torch", reason="needs the extra `oracle`")
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `oracle`")
 pytest.importorskip("peft", reason="needs the extra `oracle`")
 
-SHAPES = names.transformer_parameters(tiny.TRANSFORMER)
-LAYERS = {
-    layer: SHAPES[f"{layer}.weight"]
-    for layer in names.lora_modules(tiny.TRANSFORMER, ("attention", "feed_forward", "refiners"))
-}
 PROMPT, WIDTH, HEIGHT, STEPS, SEED = "a red fox", 32, 48, 2, 5
 CLOSE = 2 / 255
 
@@ -89,7 +84,7 @@ def test_the_makers_files_mean_to_diffusers_what_they_mean_here(
     name: str, model: Path, official: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "lora.safetensors"
-    lora_makers.MAKERS[name](path, lora_makers.factors(LAYERS), 3.0, {})
+    lora_makers.MAKERS[name](path, FACTORS, 3.0, {})
     official.load_lora_weights(path)
     try:
         picture = official_picture(official)

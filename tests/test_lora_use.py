@@ -7,27 +7,23 @@ from functools import cache
 from pathlib import Path
 
 import lora_makers
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
+from tiny_loras import ALPHA, BASE, FACTORS, LAYERS, RANK, SHAPES, make
+
+pytest.importorskip("mlx.core", reason="compares with MLX", exc_type=ImportError)
+
+import mlx.core as mx
+import mlx.nn as nn
 
 import zimage_mlx
 import zimage_ref
 from zimage_mlx.lora import Adapters, LoRALinear, find
-from zimage_ref import names
 from zimage_ref.generation import Pipeline
 from zimage_ref.lora_file import read_lora
 from zimage_ref.tensors import Tensor
 
-SHAPES = names.transformer_parameters(tiny.TRANSFORMER)
-LAYERS = {
-    layer: SHAPES[f"{layer}.weight"]
-    for layer in names.lora_modules(tiny.TRANSFORMER, ("attention", "feed_forward", "refiners"))
-}
-BASE = tiny.random_weights(SHAPES, "transformer")
-RANK, ALPHA = 4, 3.0
 REQUEST = {"prompt": "a red fox", "width": 32, "height": 16, "steps": 1, "output": "array"}
 GROUP = 32  # of quantization: tiny layers are narrow
 SAME, ROUNDING = 2e-5, 2e-3  # float32 pictures in 0..1: equal arithmetic; weights rounded at other places
@@ -45,11 +41,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def write_dialects(folder: Path, base: dict[str, np.ndarray]) -> dict[str, Path]:
     """The same LoRA in every dialect, each in a folder of its own."""
-    lora, found = lora_makers.factors(LAYERS, RANK), {}
-    for name, make in lora_makers.MAKERS.items():
+    found = {}
+    for name in lora_makers.MAKERS:
         (folder / name).mkdir()
-        found[name] = folder / name / ("lora.npz" if name == "npz" else "lora.safetensors")
-        make(found[name], lora, ALPHA, base)
+        found[name] = make(name, folder / name, base)
     return found
 
 
@@ -236,10 +231,10 @@ def test_differences_of_norms_and_biases_are_honoured(model: Path, tmp_path: Pat
 
 def test_loras_are_read_once_until_their_file_changes(model: Path, tmp_path: Path) -> None:
     pipe, path = make_pipeline(model, "numpy", 32), tmp_path / "lora.safetensors"
-    lora_makers.burn(path, lora_makers.factors(LAYERS, RANK), ALPHA, BASE)
+    lora_makers.burn(path, FACTORS, ALPHA, BASE)
     ((first, _),), ((again, scale),) = pipe.read_loras([path]), pipe.read_loras([(path, 0.4)])
     assert first is again and scale == 0.4
-    lora_makers.burn(path, lora_makers.factors(LAYERS, RANK), 11 * ALPHA, BASE)  # only the sidecar differs
+    lora_makers.burn(path, FACTORS, 11 * ALPHA, BASE)  # only the sidecar differs
     ((changed, _),) = pipe.read_loras([path])
     assert changed.scales == [11 * ALPHA / RANK]
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 from .tensors import Array
 
+LARGEST = 1e8  # no trained number comes near it, and squares of products of such numbers still fit in float32
+
 
 @dataclass(frozen=True)
 class LowRank:

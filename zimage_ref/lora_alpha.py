@@ -14,6 +14,7 @@ from typing import Any
 
 from .config import read_json
 from .errors import ConfigError, FormatError
+from .lora import LARGEST
 
 PEFT_METADATA = "lora_adapter_metadata"
 _COMPONENT = "transformer."  # diffusers prefixes each of PEFT's keys with the model it belongs to
@@ -90,6 +91,6 @@ def _object(path: Path, value: Any) -> dict[str, Any]:
 
 
 def _number(source: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise ConfigError(f"{source}: {key} = {value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise ConfigError(f"{source}: {key} = {value!r} is not a number below {LARGEST:g}")
     return float(value)

@@ -23,9 +23,10 @@ PREFIXES = (
     "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.",
     "lora_unet_", "lora_transformer_", "lycoris_",
 )  # fmt: skip
-SOFTWARE = {
+SOFTWARE = {  # by prefix; by style where that is one tool's alone
     "base_model.model.": "PEFT", "model.diffusion_model.": "ComfyUI", "diffusion_model.": "ComfyUI",
     "transformer.": "diffusers", "lora_unet_": "kohya", "lora_transformer_": "kohya", "lycoris_": "LyCORIS", "": "bare",
+    "lora_a/b": "z-image-train", "lora.down/up": "Anime-Z",
 }  # fmt: skip
 
 # suffix of a key -> (what it spells together with its fellows, which part of an update it is)

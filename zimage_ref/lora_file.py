@@ -96,7 +96,7 @@ def read_lora(path: Path, parameters: Shapes | None = None) -> LoRAFile:
         if name in updates and not same_matrices(update, updates[name]):
             raise WeightError(f"{file.path}: {name} is changed by itself and, differently, by a fused module")
     updates = {**fused, **updates}
-    dialect = f"{SOFTWARE[prefix]} ({prefix}*.{style}{', fused qkv' if fused else ''})"
+    dialect = f"{SOFTWARE.get(style) or SOFTWARE[prefix]} ({prefix}*.{style}{', fused qkv' if fused else ''})"
     return LoRAFile(file.path, updates, dialect, source, _main(DTYPE_NAMES[t.dtype] for t in file.tensors.values()))
 
 

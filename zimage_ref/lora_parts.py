@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import WeightError, listing
-from .lora import Dense, DoRA, Hadamard, Kronecker, LowRank, Plain, Update
+from .lora import LARGEST, Dense, DoRA, Hadamard, Kronecker, LowRank, Plain, Update
 from .tensors import DTYPE_NAMES, DTYPES, FLOATS, Array, Tensor, cast
 
 # Each way to be complete: the parts that a module has, besides alpha, magnitude and bias
@@ -47,8 +47,11 @@ class Parts:
         if ndim is not None and len(tensor.shape) != ndim:
             raise self.error(f"{key} has shape {tensor.shape}, which does not fit a Linear layer")
         values = cast(tensor.read(), DTYPES["f32"])
-        if not np.isfinite(values).all():
-            raise self.error(f"{key} holds numbers that are not finite: the file is damaged, or its training failed")
+        if not (np.abs(values) <= LARGEST).all():  # also where they are NaN
+            raise self.error(
+                f"{key} holds numbers that are not finite, or beyond {LARGEST:g}: the file is damaged, "
+                "or its training failed"
+            )
         return values
 
     def number(self, part: str) -> float:
