@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from zimage_ref import ConfigError
-from zimage_ref.lora_file import LoRAFile, read_lora
+from zimage_ref.lora_file import LoRAFile, read_lora, write_lora
 from zimage_ref.lora_merge import combined
-from zimage_ref.lora_writer import NAMINGS, write_lora
+from zimage_ref.lora_namings import NAMINGS
 
 from .console import Console
 from .options import path_and_scale

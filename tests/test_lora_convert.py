@@ -14,9 +14,9 @@ from tiny_loras import BASE, FACTORS, LAYERS, RANK, SHAPES, assert_same, differe
 from zimage_cli.app import main
 from zimage_ref import TrainConfig, WeightError
 from zimage_ref.lora import LowRank
-from zimage_ref.lora_file import read_lora
+from zimage_ref.lora_file import read_lora, write_lora
 from zimage_ref.lora_merge import combined, merged, norm
-from zimage_ref.lora_writer import NAMINGS, write_lora
+from zimage_ref.lora_namings import NAMINGS
 from zimage_ref.tensors import Tensor
 from zimage_ref.weights import delta
 
@@ -43,13 +43,13 @@ def test_mixed_ranks_and_scales_survive_every_naming(naming: str, tmp_path: Path
     rng, lora = np.random.default_rng(2), {}
     for i, (layer, (outputs, inputs)) in enumerate(LAYERS.items()):
         A = rng.standard_normal((2 + i % 3, inputs)).astype(np.float32)
-        lora[f"{layer}.weight"] = LowRank(A, rng.standard_normal((outputs, len(A))).astype(np.float32), 0.3 + i)
-    del lora["layers.1.attention.to_k.weight"]
+        lora[layer] = LowRank(A, rng.standard_normal((outputs, len(A))).astype(np.float32), 0.3 + i)
+    del lora["layers.1.attention.to_k"]
     write_lora(tmp_path / "mixed.safetensors", lora, {}, naming, "f32")
     again = read_lora(tmp_path / "mixed.safetensors", SHAPES).updates
     if naming == "burn":  # a fused qkv has all three
-        absent = again.pop("layers.1.attention.to_k.weight")
-        assert not difference(absent, "layers.1.attention.to_k.weight").any()
+        absent = again.pop("layers.1.attention.to_k")
+        assert not difference(absent, "layers.1.attention.to_k").any()
     assert_same(again, lora, 1e-5)
 
 
@@ -67,7 +67,7 @@ def test_other_kinds_survive_the_namings_that_know_them(name: str, naming: str, 
 
 def test_alpha_is_applied_once(tmp_path: Path) -> None:
     """The default naming folds it into B, says so beside the file, and no reader takes it from there again."""
-    lora = {"layers.0.attention.to_q.weight": LowRank(np.ones((2, 96), np.float32), np.ones((96, 2), np.float32), 4.0)}
+    lora = {"layers.0.attention.to_q": LowRank(np.ones((2, 96), np.float32), np.ones((96, 2), np.float32), 4.0)}
     path = tmp_path / "x.safetensors"
     write_lora(path, lora, {"rank": 2, "alpha": 8.0})
     sidecar = json.loads((tmp_path / "x.lora.json").read_text(encoding="utf-8"))
@@ -90,8 +90,8 @@ def test_combining_is_exact_and_reducing_is_the_best_of_its_rank(tmp_path: Path)
         error = np.linalg.norm(difference(few[name], name) - wanted)
         np.testing.assert_allclose(error, np.linalg.norm(singular[5:]), rtol=1e-3)
     np.testing.assert_allclose(
-        norm(whole["layers.0.attention.to_q.weight"]),
-        np.linalg.norm(difference(whole["layers.0.attention.to_q.weight"], "layers.0.attention.to_q.weight")),
+        norm(whole["layers.0.attention.to_q"]),
+        np.linalg.norm(difference(whole["layers.0.attention.to_q"], "layers.0.attention.to_q")),
         rtol=1e-5,
     )
 
@@ -108,7 +108,7 @@ def test_dora_is_not_combined_without_its_base(tmp_path: Path) -> None:
     dora = read_lora(make("onetrainer_dora", tmp_path), SHAPES).updates
     assert combined([(dora, 1.0)]) == dora
     for loras, rank in (([(dora, 0.5)], None), ([(dora, 1.0), (dora, 1.0)], None), ([(dora, 1.0)], 2)):
-        with pytest.raises(WeightError, match=r"\.attention\.to_k\.weight: .*--merge-lora"):
+        with pytest.raises(WeightError, match=r"\.attention\.to_k: .*--merge-lora"):
             combined(loras, rank)
 
 
@@ -120,14 +120,15 @@ def test_baking_in_is_the_weight_plus_the_delta_in_the_checkpoints_dtype(name: s
     assert baked.keys() == tensors.keys()
     for key, tensor in baked.items():
         wanted = tensors[key].read().astype(np.float64)
-        if key in lora:
-            wanted = wanted + 0.5 * delta(lora[key], wanted)
+        layer = key.removesuffix(".weight")
+        if layer in lora:
+            wanted = wanted + 0.5 * delta(lora[layer], wanted)
         assert tensor.read().dtype == np.float16
         np.testing.assert_allclose(tensor.read(), wanted, rtol=2**-10, atol=1e-6)
 
 
 def test_numbers_that_a_dtype_cannot_hold_are_not_written(tmp_path: Path) -> None:
-    lora = {"layers.0.attention.to_q.weight": LowRank(np.ones((2, 96), np.float32), np.full((96, 2), 1e6, np.float32))}
+    lora = {"layers.0.attention.to_q": LowRank(np.ones((2, 96), np.float32), np.full((96, 2), 1e6, np.float32))}
     with pytest.raises(WeightError, match="does not fit in f16"):
         write_lora(tmp_path / "x.safetensors", lora, {}, dtype="f16")
     assert not list(tmp_path.iterdir())
@@ -149,9 +150,9 @@ def test_the_command_line_combines_converts_bakes_and_inspects(
     assert main([*argv, f"--merge-lora={a}:0.7", f"--merge-lora={b}"]) == 0
     with np.load(baked) as tensors:
         for name in BASE:
-            wanted = BASE[name]
-            if name in first:
-                wanted = wanted + 0.7 * difference(first[name], name) + difference(second[name], name)
+            wanted, layer = BASE[name], name.removesuffix(".weight")
+            if layer in first:
+                wanted = wanted + 0.7 * difference(first[layer], layer) + difference(second[layer], layer)
             np.testing.assert_allclose(tensors[name], wanted, atol=1e-5)
 
     capfd.readouterr()
@@ -194,6 +195,6 @@ def test_training_writes_the_naming_that_is_asked_for(naming: str, tmp_path: Pat
     )
     *_, saved = train(config)
     file = read_lora(saved.path, SHAPES)
-    assert file.updates.keys() == {f"{layer}.weight" for layer in LAYERS}
+    assert file.updates.keys() == LAYERS.keys()
     assert file.scales == ([1.0] if naming == "comfy" else [0.5]) and file.dtype == "bf16" and file.ranks == [4]
-    assert norm(file.updates["layers.1.feed_forward.w2.weight"]) > 0
+    assert norm(file.updates["layers.1.feed_forward.w2"]) > 0

@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 
 from zimage_ref import names
-from zimage_ref.lora import LoRA, Update
+from zimage_ref.lora import LoRA, Update, parameter
 from zimage_ref.weights import delta
 
 SHAPES = names.transformer_parameters(tiny.TRANSFORMER)
@@ -30,7 +30,7 @@ def make(name: str, folder: Path, base: lora_makers.Weights = BASE) -> Path:
 
 def difference(update: Update, name: str) -> np.ndarray:
     """What the update adds to the base weight `name`, in float64."""
-    return delta(update, BASE[name].astype(np.float64))
+    return delta(update, BASE[parameter(name)].astype(np.float64))
 
 
 def assert_same(one: LoRA, other: LoRA, tolerance: float = EXACT) -> None:

@@ -167,9 +167,7 @@ def start(model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng:
 def factors(model: nn.Module) -> LoRA:
     """The low-rank branches on `model`."""
     return {
-        f"{name}.weight": LowRank(
-            np.array(m.lora_A.astype(mx.float32)), np.array(m.lora_B.astype(mx.float32)), m._scale
-        )
+        name: LowRank(np.array(m.lora_A.astype(mx.float32)), np.array(m.lora_B.astype(mx.float32)), m._scale)
         for name, m in model.named_modules()
         if isinstance(m, LoRALinear)
     }

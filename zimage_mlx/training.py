@@ -22,7 +22,7 @@ import numpy as np
 
 from zimage_ref.dataset import Example, read_dataset
 from zimage_ref.errors import ConfigError
-from zimage_ref.lora_writer import write_lora
+from zimage_ref.lora_file import write_lora
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.names import lora_modules
 from zimage_ref.options import TrainConfig

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from .tensors import Array
 
+BIAS = ".bias"  # ends the names of updates of biases
 LARGEST = 1e8  # no trained number comes near it, and squares of products of such numbers still fit in float32
 
 
@@ -134,7 +135,7 @@ class DoRA:
 
 
 Update = Plain | DoRA
-LoRA = dict[str, Update]  # parameter name, such as layers.0.attention.to_q.weight -> its update
+LoRA = dict[str, Update]  # layer -> the update of its weight; layer + ".bias" -> that of its bias
 
 
 def rank(update: Update) -> int | None:
@@ -148,5 +149,10 @@ def by_parameter(loras: Sequence[tuple[LoRA, float]]) -> dict[str, list[tuple[Up
     found: dict[str, list[tuple[Update, float]]] = {}
     for lora, scale in loras:
         for name, update in lora.items() if scale else ():
-            found.setdefault(name, []).append((update, scale))
+            found.setdefault(parameter(name), []).append((update, scale))
     return found
+
+
+def parameter(name: str) -> str:
+    """The parameter that the update called `name` in a LoRA changes."""
+    return name if name.endswith(BIAS) else f"{name}.weight"

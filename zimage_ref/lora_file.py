@@ -1,25 +1,30 @@
-"""LoRA files: any dialect of `lora_dialects`, as safetensors or npz, read whole or refused.
+"""LoRA files: any dialect of `lora_dialects` is read, whole or not at all; those of `lora_namings` are written.
 
 Every tensor of a file is used or named in an error. Fused modules (qkv) become the official layers on the way.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import npz, safetensors_io
 from .checkpoint import Checkpoint
-from .errors import WeightError, listing
-from .lora import LoRA, Update, rank
-from .lora_alpha import scales
+from .errors import ConfigError, WeightError, listing
+from .files import atomic_write
+from .lora import BIAS, LoRA, Update, rank
+from .lora_alpha import PEFT_METADATA, Scale, scales, sidecar
 from .lora_dialects import OFFICIAL_PATCH_KEY, SOFTWARE, Key, other_model, parse
+from .lora_namings import NAMINGS, spelled
 from .lora_parts import Parts, bias_of, same_matrices, split, update_of
 from .names import Shapes
-from .tensors import DTYPE_NAMES, Tensor
+from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
 
 Modules = dict[tuple[str, ...], Parts]  # official layers -> the tensors of the module that stands for them
 
@@ -72,32 +77,86 @@ def read_lora(path: Path, parameters: Shapes | None = None) -> LoRAFile:
     modules = _modules(file, keys)
     style = _main(key.style for key in keys.values() if key.style)
     prefix = next(iter(keys.values())).prefix
-    with_alpha = sum("alpha" in parts for parts in modules.values())
-    source, default_scale = "alpha keys", lambda module, rank: 1.0
-    if not with_alpha:
-        source, default_scale = scales(file.path, prefix, style, file.metadata)
+    alpha_from, default_scale = _alpha(file, modules, prefix, style)
 
-    updates: LoRA = {}
+    single: LoRA = {}
     fused: LoRA = {}
     for layers, parts in modules.items():
         _check_layers(parts, layers, parameters)
-        if "bias" in parts:
-            bias = f"{layers[0]}.bias"
-            updates[bias] = bias_of(parts)
-            if parameters is not None and updates[bias].shape != parameters[bias]:
-                raise parts.error(f"{parts.key('bias')} {updates[bias].shape} does not fit {bias} {parameters[bias]}")
-        update = update_of(parts, default_scale)
-        if update is not None:
-            if parameters is not None:
-                _check_shape(parts, layers, update, parameters)
-            home = updates if len(layers) == 1 else fused
-            home |= zip((f"{layer}.weight" for layer in layers), split(parts, update, len(layers)), strict=True)
-    for name, update in fused.items():
-        if name in updates and not same_matrices(update, updates[name]):
-            raise WeightError(f"{file.path}: {name} is changed by itself and, differently, by a fused module")
-    updates = {**fused, **updates}
+        home = single if len(layers) == 1 else fused
+        home |= _updates(parts, layers, parameters, default_scale)
+    for layers, parts in modules.items():
+        for layer in layers if len(layers) > 1 else ():
+            if layer in single and not same_matrices(fused[layer], single[layer]):
+                raise parts.error(f"{parts.keys}: differ from what there is for {layer} alone")
     dialect = f"{SOFTWARE.get(style) or SOFTWARE[prefix]} ({prefix}*.{style}{', fused qkv' if fused else ''})"
-    return LoRAFile(file.path, updates, dialect, source, _main(DTYPE_NAMES[t.dtype] for t in file.tensors.values()))
+    dtype = _main(DTYPE_NAMES[tensor.dtype] for tensor in file.tensors.values())
+    return LoRAFile(file.path, {**fused, **single}, dialect, alpha_from, dtype)
+
+
+def write_lora(
+    path: Path,
+    lora: LoRA,
+    record: Mapping[str, Any],
+    naming: str = NAMINGS[0],
+    dtype: str | None = "bf16",
+    with_sidecar: bool = True,
+) -> None:
+    """Writes `lora` in one of NAMINGS, as .safetensors or .npz, with a sidecar beside it (burn: always).
+
+    `record` (rank, alpha, targets, base model, ...) goes into the metadata and the sidecar. An alpha is float32
+    whatever the `dtype`. Raises ConfigError for an unknown naming or suffix, WeightError for updates that the naming
+    has no keys for, or numbers that the dtype does not hold.
+    """
+    if path.suffix not in (".safetensors", ".npz"):
+        raise ConfigError(f"{path}: a LoRA is written as .safetensors or .npz")
+    if not lora:
+        raise ConfigError(f"{path}: not written: the LoRA changes nothing")
+    arrays, extra = spelled(lora, naming)
+    facts, number = {**record, **extra}, float_dtype(dtype or "f32")
+    tensors = {
+        name: Tensor.of(array if name.endswith(".alpha") else _cast(path, name, array, number))
+        for name, array in arrays.items()
+    }
+    if with_sidecar or naming == "burn":
+        beside = {key: value for key, value in facts.items() if key != PEFT_METADATA}
+        with atomic_write(sidecar(path)) as file:
+            file.write((json.dumps(beside, indent=2) + "\n").encode())
+    if path.suffix == ".npz":
+        npz.write(path, tensors, {"model_type": "lora", **facts})
+    else:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+        safetensors_io.write(path, tensors, {"format": "pt", **texts})
+
+
+def _cast(path: Path, name: str, array: Array, dtype: np.dtype[Any]) -> Array:
+    result = cast(array, dtype)
+    if not np.isfinite(cast(result, array.dtype)).all():
+        raise WeightError(f"{path}: {name} does not fit in {DTYPE_NAMES[dtype]}: choose bf16 or f32")
+    return result
+
+
+def _alpha(file: Checkpoint, modules: Modules, prefix: str, style: str) -> tuple[str, Scale]:
+    """Where alpha comes from, and the scale of modules that have no alpha key."""
+    if any("alpha" in parts for parts in modules.values()):
+        return "alpha keys", lambda module, rank: 1.0
+    return scales(file.path, prefix, style, file.metadata)
+
+
+def _updates(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None, default_scale: Scale) -> LoRA:
+    """What one module changes, by layer."""
+    found: LoRA = {}
+    if "bias" in parts:
+        name = layers[0] + BIAS
+        found[name] = bias_of(parts)
+        if parameters is not None and found[name].shape != parameters[name]:
+            raise parts.error(f"{parts.key('bias')} {found[name].shape} does not fit {name} {parameters[name]}")
+    update = update_of(parts, default_scale)
+    if update is not None:
+        if parameters is not None:
+            _check_shape(parts, layers, update, parameters)
+        found |= zip(layers, split(parts, update, len(layers)), strict=True)
+    return found
 
 
 def _parsed(file: Checkpoint, parameters: Shapes | None) -> dict[str, Key]:

@@ -37,7 +37,8 @@ def combined(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) -> Lo
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank} must be at least 1")
     result: LoRA = {}
-    for name, updates in by_parameter(loras).items():
+    for parameter, updates in by_parameter(loras).items():
+        name = parameter.removesuffix(".weight")
         update = _sum(name, updates)
         result[name] = update if rank is None else reduced(name, update, rank)
     return result
@@ -113,6 +114,6 @@ def module_groups(lora: LoRA) -> Mapping[str, list[Update]]:
     """The updates of the same module in different blocks together: layers.*.attention.to_q -> its updates."""
     groups: dict[str, list[Update]] = {}
     for name, update in lora.items():
-        parts = name.removesuffix(".weight").split(".")
+        parts = name.split(".")
         groups.setdefault(".".join([parts[0], "*", *parts[2:]] if parts[1].isdigit() else parts), []).append(update)
     return groups

@@ -35,6 +35,11 @@ class Parts:
         """What the file calls the part."""
         return self.tensors[part][0]
 
+    @property
+    def keys(self) -> str:
+        """What the file calls all parts."""
+        return listing(key for key, _ in self.tensors.values())
+
     def error(self, fact: str) -> WeightError:
         """An error about this file."""
         return WeightError(f"{self.path}: {fact}")
@@ -71,8 +76,7 @@ def update_of(parts: Parts, default_scale: Callable[[str, int], float]) -> Updat
     if not form and "alpha" not in parts and "magnitude" not in parts:
         return None
     if form not in _FORMS:
-        keys = listing(parts.key(part) for part in parts.tensors)
-        raise parts.error(f"{parts.module} has only {keys}: the other half is missing")
+        raise parts.error(f"{parts.module} has only {parts.keys}: the other half is missing")
     plain = _plain(parts, form, default_scale)
     return DoRA(plain, _magnitude(parts, plain.shape)) if "magnitude" in parts else plain
 

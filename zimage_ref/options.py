@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .lora_writer import NAMINGS
+from .lora_namings import NAMINGS
 from .names import LORA_TARGETS
 
 

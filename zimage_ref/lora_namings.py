@@ -1,4 +1,4 @@
-"""LoRA files in the namings that other tools read.
+"""LoRAs under the names that other tools read.
 
     comfy    diffusion_model.<layer>.lora_A.weight          alpha / rank multiplied into B
     peft     transformer.<layer>.lora_A.weight              alpha in the metadata `lora_adapter_metadata`
@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from . import npz, safetensors_io
-from .checkpoint import SUFFIXES
 from .errors import ConfigError, WeightError, listing
-from .files import atomic_write
-from .lora import Dense, DoRA, Hadamard, LoRA, LowRank, Update
-from .lora_alpha import PEFT_METADATA, sidecar
-from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
+from .lora import BIAS, Dense, DoRA, Hadamard, LoRA, LowRank, Update
+from .lora_alpha import PEFT_METADATA
+from .tensors import Array
 
 NAMINGS = ("comfy", "peft", "kohya", "burn")
 _QKV = tuple(f".attention.to_{p}" for p in "qkv")
@@ -34,73 +30,39 @@ _BURN_MODULES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Spelled:
-    """A LoRA under the names of one dialect."""
-
-    arrays: dict[str, Array]  # float32
-    facts: dict[str, Any]  # of the metadata and the sidecar
+Spelled = tuple[dict[str, Array], dict[str, Any]]  # float32 arrays by key; facts for metadata and sidecar
 
 
-def write_lora(
-    path: Path,
-    lora: LoRA,
-    record: Mapping[str, Any],
-    naming: str = "comfy",
-    dtype: str | None = "bf16",
-    with_sidecar: bool = True,
-) -> None:
-    """Writes `lora` in one of NAMINGS, as .safetensors or .npz, with a sidecar beside it (burn: always).
+def spelled(lora: LoRA, naming: str) -> Spelled:
+    """`lora` under the names of one of NAMINGS.
 
-    `record` (rank, alpha, targets, base model, ...) goes into the metadata and the sidecar. An alpha is float32
-    whatever the `dtype`. Raises ConfigError for an unknown naming or suffix, WeightError for updates that the naming
-    has no keys for.
+    Raises ConfigError for another, WeightError for updates that the naming has no keys for.
     """
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: a LoRA is written as {' or '.join(SUFFIXES)}")
     if naming not in NAMINGS:
         raise ConfigError(f"unknown naming {naming!r} of LoRA keys: known are {', '.join(NAMINGS)}")
-    if not lora:
-        raise ConfigError(f"{path}: not written: the LoRA changes nothing")
-    spelled = {"comfy": _comfy, "peft": _peft, "kohya": _kohya, "burn": _burn}[naming](lora)
-    facts = {**record, **spelled.facts}
-    number = float_dtype(dtype or "f32")
-    tensors = {
-        name: Tensor.of(array if name.endswith(".alpha") else _cast(path, name, array, number))
-        for name, array in spelled.arrays.items()
-    }
-    if with_sidecar or naming == "burn":
-        beside = {key: value for key, value in facts.items() if key != PEFT_METADATA}
-        with atomic_write(sidecar(path)) as file:
-            file.write((json.dumps(beside, indent=2) + "\n").encode())
-    if path.suffix == ".npz":
-        npz.write(path, tensors, {"model_type": "lora", **facts})
-    else:
-        safetensors_io.write(path, tensors, {"format": "pt", **{k: _text(v) for k, v in facts.items()}})
+    return {"comfy": _comfy, "peft": _peft, "kohya": _kohya, "burn": _burn}[naming](lora)
 
 
-def _comfy(lora: LoRA) -> _Spelled:
+def _comfy(lora: LoRA) -> Spelled:
     arrays: dict[str, Array] = {}
     for name, update in lora.items():
-        layer, _, kind = name.rpartition(".")
-        parts = _parts(_folded(update), kind, ("lora_A", "lora_B"))
+        layer, parts = name.removesuffix(BIAS), _parts(_folded(update), name, ("lora_A", "lora_B"))
         arrays |= {f"diffusion_model.{layer}.{part}": m for part, m in parts.items() if part != "alpha"}
-    return _Spelled(arrays, {"alpha_folded": True})
+    return arrays, {"alpha_folded": True}
 
 
-def _kohya(lora: LoRA) -> _Spelled:
+def _kohya(lora: LoRA) -> Spelled:
     arrays: dict[str, Array] = {}
     for name, update in lora.items():
-        layer, _, kind = name.rpartition(".")
-        parts = _parts(update, kind, ("lora_down", "lora_up"))
-        arrays |= {f"lora_unet_{layer.replace('.', '_')}.{part}": m for part, m in parts.items()}
-    return _Spelled(arrays, {"alpha_folded": False})
+        parts = _parts(update, name, ("lora_down", "lora_up"))
+        arrays |= {f"lora_unet_{name.removesuffix(BIAS).replace('.', '_')}.{part}": m for part, m in parts.items()}
+    return arrays, {"alpha_folded": False}
 
 
-def _parts(update: Update, kind: str, halves: tuple[str, str]) -> dict[str, Array]:
+def _parts(update: Update, name: str, halves: tuple[str, str]) -> dict[str, Array]:
     """The tensors of any update under kohya's and LyCORIS's suffixes; a Kronecker or dense scale is multiplied in."""
     if isinstance(update, DoRA):
-        return {**_parts(update.update, kind, halves), "dora_scale": update.magnitude}
+        return {**_parts(update.update, name, halves), "dora_scale": update.magnitude}
     if isinstance(update, LowRank):
         return {f"{halves[0]}.weight": update.A, f"{halves[1]}.weight": update.B, "alpha": _alpha(update)}
     if isinstance(update, Hadamard):
@@ -108,7 +70,7 @@ def _parts(update: Update, kind: str, halves: tuple[str, str]) -> dict[str, Arra
         return {**{f"hada_{name}": factor for name, factor in factors.items()}, "alpha": _alpha(update)}
     scale = np.float32(update.scale)
     if isinstance(update, Dense):
-        return {"diff" if kind == "weight" else "diff_b": update.D * scale}
+        return {"diff_b" if name.endswith(BIAS) else "diff": update.D * scale}
     if update.stop is None:
         return {"lokr_w1": update.W1 * scale, "lokr_w2": update.W2}
     return {"diff": np.kron(update.W1 * scale, update.W2)[update.start : update.stop]}  # some rows: no such product
@@ -130,7 +92,7 @@ def _folded(update: Update) -> Update:
     return update
 
 
-def _peft(lora: LoRA) -> _Spelled:
+def _peft(lora: LoRA) -> Spelled:
     factors = _low_rank(lora, "peft")
     arrays = {f"transformer.{layer}.lora_{x}.weight": getattr(u, x) for layer, u in factors.items() for x in "AB"}
     ranks = {layer: update.rank for layer, update in factors.items()}
@@ -142,10 +104,10 @@ def _peft(lora: LoRA) -> _Spelled:
         "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
     }  # fmt: skip
     metadata = json.dumps({f"transformer.{key}": value for key, value in config.items()})
-    return _Spelled(arrays, {"alpha_folded": False, PEFT_METADATA: metadata})
+    return arrays, {"alpha_folded": False, PEFT_METADATA: metadata}
 
 
-def _burn(lora: LoRA) -> _Spelled:
+def _burn(lora: LoRA) -> Spelled:
     factors = _low_rank(lora, "burn")
     scales = {update.scale for update in factors.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -162,7 +124,7 @@ def _burn(lora: LoRA) -> _Spelled:
         "target_feed_forward": any(".feed_forward." in module for module in modules),
         "target_refiners": any("_refiner." in module for module in modules),
     }  # fmt: skip
-    return _Spelled(arrays, facts)
+    return arrays, facts
 
 
 def _fused(factors: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -209,7 +171,7 @@ def _low_rank(lora: LoRA, naming: str) -> dict[str, LowRank]:
     others = [f"{name} ({type(update).__name__})" for name, update in lora.items() if not isinstance(update, LowRank)]
     if others:
         raise WeightError(f"the {naming} naming has low-rank updates only, not {listing(others)}: use comfy or kohya")
-    return {name.removesuffix(".weight"): update for name, update in lora.items() if isinstance(update, LowRank)}
+    return {name: update for name, update in lora.items() if isinstance(update, LowRank)}
 
 
 def _commonest(values: list[Any]) -> Any:
@@ -219,14 +181,3 @@ def _commonest(values: list[Any]) -> Any:
 def _short(number: float) -> float | int:
     """An integer where it is one within rounding, as other tools write it."""
     return round(number) if abs(number - round(number)) < 1e-9 * max(1, abs(number)) else number
-
-
-def _cast(path: Path, name: str, array: Array, dtype: np.dtype[Any]) -> Array:
-    result = cast(array, dtype)
-    if not np.isfinite(cast(result, array.dtype)).all():
-        raise WeightError(f"{path}: {name} does not fit in {DTYPE_NAMES[dtype]}: choose bf16 or f32")
-    return result
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
