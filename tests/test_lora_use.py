@@ -253,3 +253,29 @@ def test_a_lean_pipeline_merges_and_makes_the_same_picture(model: Path, files: d
     assert not [m for m in lean.transformer.modules() if isinstance(m, LoRALinear)]
     living = make_pipeline(model, "mlx", 32)
     assert np.abs(picture(lean, *loras) - picture(living, *loras)).max() < SAME
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_every_linear_layer_can_have_a_lora(bits: int, model: Path, tmp_path: Path) -> None:
+    """Embedders, modulation and the final layer too, under official names and ComfyUI's."""
+    layers = {
+        name.removesuffix(".weight"): shape
+        for name, shape in SHAPES.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    lora = lora_makers.factors(layers, RANK, seed=3, size=0.2)
+    short = {
+        layer.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer"): matrices
+        for layer, matrices in lora.items()
+    }
+    lora_makers.diffusers(tmp_path / "official.safetensors", lora, ALPHA, BASE)
+    lora_makers.kohya(tmp_path / "short.safetensors", short, ALPHA, BASE)
+    pictures = []
+    for backend in ("numpy", "mlx"):
+        pipe = make_pipeline(model, backend, bits)
+        for name in ("official", "short"):
+            ((file, _),) = pipe.read_loras([tmp_path / f"{name}.safetensors"])
+            assert file.updates.keys() == layers.keys() and len(layers) == 37
+            pictures.append(picture(pipe, file.path))
+    for other in pictures[1:]:
+        assert np.abs(other - pictures[0]).max() < ROUNDING
