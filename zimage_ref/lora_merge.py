@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import ConfigError, WeightError
 from .lora import Dense, DoRA, Hadamard, Kronecker, LoRA, LowRank, Plain, Update, by_parameter
-from .tensors import DTYPES, Array, Tensor, Tensors, cast
+from .tensors import Array, Tensor, Tensors, cast
 from .weights import delta, updated
 
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 4  # of the randomized SVD, arXiv 0909.4061
@@ -22,7 +22,7 @@ def merged(tensors: Tensors, loras: Sequence[tuple[LoRA, float]]) -> dict[str, T
 
 def _merged(tensor: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
     def read() -> Array:
-        return cast(updated(cast(tensor.read(), DTYPES["f32"]), updates), tensor.dtype)
+        return cast(updated(tensor.cast("f32").read(), updates), tensor.dtype)
 
     return Tensor(tensor.shape, tensor.dtype, read)
 
