@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zimage_ref import ZImageError
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.components import COMPONENTS, config_of
 from zimage_ref.errors import ZImageError

@@ -12,8 +12,6 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from zimage_ref.config_file import typed
 from zimage_ref.errors import ConfigError
 
-from zimage_ref import ConfigError
-
 AnyConfig = TypeVar("AnyConfig")
 
 
