@@ -7,15 +7,12 @@ here that is left to lazy evaluation. Source: FlashAttention-2, arXiv 2307.08691
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from .compiled import on_gpu
-
-Rotation = tuple[
-    mx.array, mx.array
-]  # cos (B, S, 1, K / 2, 1) and sin (B, S, 1, K / 2, 2), float32; see `rotation_tables`
+Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
 _QUERY_ROWS = 1024  # scores held at once by the backward pass: B x H x these x S
 
@@ -42,13 +39,15 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
 def _attention_gradient(
     q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, out: mx.array, mask: mx.array | None, scale: float
 ) -> tuple[mx.array, mx.array, mx.array]:
-    if mask is None and on_gpu() and mx.cuda.is_available():
-        return _fused_attention_gradient(q, k, v, d_out, scale)
     S = q.shape[2]
     chunks = -(-S // _QUERY_ROWS)
     rows = -(-S // chunks)  # as equal as can be
-    delta = mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
-    k_t, v_t = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
+    # p * (dO v^T - delta): delta goes into the product as two more columns, coarse and fine, to save a pass
+    delta = -mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
+    coarse = delta.astype(v.dtype)
+    d_wide = mx.concatenate([d_out, coarse, (delta - coarse).astype(v.dtype)], axis=-1)  # (B, H, S, K + 2)
+    k_t = k.swapaxes(-1, -2)
+    v_wide_t = mx.concatenate([v, mx.ones((*v.shape[:-1], 2), v.dtype)], axis=-1).swapaxes(-1, -2)
     dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
     for start in range(0, S, rows):
         part = slice(start, start + rows)
@@ -58,55 +57,45 @@ def _attention_gradient(
             allowed = mask[:, :, part] if mask.shape[2] > 1 else mask
             scores = mx.where(allowed, scores, mx.array(-mx.inf, scores.dtype))
         p = mx.softmax(scores, axis=-1, precise=True)
-        d_scores = (p * (d_rows @ v_t - delta[:, :, part])).astype(q.dtype)
+        d_scores = p * (d_wide[:, :, part] @ v_wide_t)
         dq.append((d_scores @ k) * scale)
         dk = dk + d_scores.swapaxes(-1, -2) @ q_rows
         dv = dv + p.swapaxes(-1, -2) @ d_rows
     return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _fused_attention_gradient(
-    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, scale: float
-) -> tuple[mx.array, mx.array, mx.array]:
-    """By MLX's fused kernel, which on CUDA takes queries by 128; zero queries with zero cotangents change nothing."""
-    S = q.shape[2]
-    padding = [(0, 0), (0, 0), (0, -S % 128), (0, 0)]
-    padded = mx.pad(q, padding)
-
-    def fused(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return [mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)]
-
-    _, (dq, dk, dv) = mx.vjp(fused, [padded, k, v], [mx.pad(d_out, padding)])
-    return dq[:, :, :S], dk, dv
-
-
 def rotation_tables(angles: mx.array) -> Rotation:
     """The tables that `rotate` takes, of angles (B, S, K / 2) float32; computed at once, since they are kept."""
-    angles = angles[:, :, None, :, None]
-    sin = mx.sin(angles)
-    tables = mx.cos(angles), mx.concatenate([-sin, sin], axis=-1)
+    tables = tuple(mx.repeat(f(angles), 2, axis=-1)[:, :, None] for f in (mx.cos, mx.sin))
     mx.eval(tables)
-    return tables
+    return tables[0], tables[1]
 
 
 def rotate(x: mx.array, tables: Rotation) -> mx.array:
     """RoPE on neighbouring channels of x (B, S, H, K), in float32 whatever x is; the result has the dtype of x."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    turned: Any = _turn(pairs, *tables)
-    return turned.reshape(x.shape)
+    turned: Any = _turn(x, *tables, _quarter_turn(x.shape[-1], x.dtype))
+    return turned
+
+
+@cache
+def _quarter_turn(width: int, dtype: mx.Dtype) -> mx.array:
+    """The matrix (K, K) that takes each pair (a, b) to (-b, a). Exact in any dtype, and a product beats a shuffle."""
+    rows = [[0.0] * width for _ in range(width)]
+    for a in range(0, width, 2):
+        rows[a][a + 1], rows[a + 1][a] = 1.0, -1.0
+    return mx.array(rows, dtype)
 
 
 @mx.custom_function
-def _turn(pairs: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """(a, b) -> (a cos - b sin, b cos + a sin), as one elementwise pass over the pairs and their swapped view."""
-    return (pairs.astype(mx.float32) * cos + pairs[..., ::-1].astype(mx.float32) * sin).astype(pairs.dtype)
+def _turn(x: mx.array, cos: mx.array, sin: mx.array, quarter: mx.array) -> Any:
+    return (x.astype(mx.float32) * cos + (x @ quarter).astype(mx.float32) * sin).astype(x.dtype)
 
 
 @_turn.vjp
 def _turn_back(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
     """A rotation's transpose is the rotation the other way; the tables are constants."""
-    _, cos, sin = primals
-    return _turn(cotangent, cos, -sin), mx.zeros_like(cos), mx.zeros_like(sin)
+    _, cos, sin, quarter = primals
+    return _turn(cotangent, cos, -sin, quarter), *(mx.zeros_like(table) for table in (cos, sin, quarter))
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:

@@ -11,7 +11,6 @@ statistics of the whole picture. That is the same result, not an approximation b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -40,23 +39,30 @@ class GroupNorm(nn.Module):
     def coefficients(self, x: mx.array, rows: int | None) -> tuple[mx.array, mx.array]:
         """Scale and shift (B, 1, 1, C) float32 that norm x."""
         B, H, W, C = x.shape
-        count = H * W * C // self._groups
-        parts = [x[:, top : top + (rows or H)] for top in range(0, H, rows or H)]
-        mean = self._grouped(parts, lambda part: part) / count
-        wide = mx.repeat(mean, C // self._groups, axis=-1)
-        variance = self._grouped(parts, lambda part: mx.square(part - wide)) / count
-        scale = mx.repeat(mx.rsqrt(variance + NORM_EPS), C // self._groups, axis=-1) * self.weight
-        return scale, self.bias - wide * scale
+        count, rows, settle = H * W * C // self._groups, rows or H, Settle()
+        pivot = self._groupwise(mx.mean(x[:, :1].astype(mx.float32), axis=1)) / (count // H)  # close to the mean
+        sums: list[Any] = [0.0, 0.0]
+        for top in range(0, H, rows):
+            parts = _deviations(x[:, top : top + rows], mx.repeat(pivot, C // self._groups, axis=-1))
+            sums = [total + self._groupwise(mx.sum(part, axis=1)) for total, part in zip(sums, parts, strict=True)]
+            if rows < H:
+                settle(sums)
+        deviation, square = (total / count for total in sums)
+        scale = mx.rsqrt(square - mx.square(deviation) + NORM_EPS)
+        scale, mean = (mx.repeat(a, C // self._groups, axis=-1) for a in (scale, pivot + deviation))
+        scale = scale * self.weight
+        return scale, self.bias - mean * scale
 
-    def _grouped(self, parts: Sequence[mx.array], function: Callable[[mx.array], mx.array]) -> mx.array:
-        """Sums over each group of `function` of each part, (B, 1, 1, groups) float32."""
-        total: Any = 0.0
-        for part in parts:
-            sums = mx.sum(function(part.astype(mx.float32)), axis=(1, 2))  # (B, C)
-            total = total + mx.sum(sums.reshape(len(sums), 1, 1, self._groups, -1), axis=-1)
-            if len(parts) > 1:
-                mx.eval(total)
-        return total
+    def _groupwise(self, x: mx.array) -> mx.array:
+        """(B, W, C) -> sums over each group of channels, (B, 1, 1, groups)."""
+        return mx.sum(x.reshape(*x.shape[:2], self._groups, -1), axis=(1, 3))[:, None, None]
+
+
+@fused
+def _deviations(x: mx.array, pivot: mx.array) -> tuple[mx.array, mx.array]:
+    """x - pivot and its square, float32: sums of these lose nothing to a large mean."""
+    deviation = x.astype(mx.float32) - pivot
+    return deviation, mx.square(deviation)
 
 
 class Resnet(nn.Module):
