@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import tiny
-from training_runs import Workshop, after, pictures, workshop
+from training_runs import Run, Workshop, after, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
+import zimage_mlx.learner
 import zimage_ref.run_folder
 from zimage_mlx import Checkpointed, Done, Started, Stopped, train
+from zimage_mlx.loss import loss_and_gradients
 from zimage_ref import ConfigError, TrainingError, safetensors_io
 from zimage_ref.config_file import dump_options
 from zimage_ref.run_folder import RunFolder
@@ -44,14 +46,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @pytest.fixture(scope="module")
-def whole(shop: Workshop) -> bytes:
-    """The result of all options together, without interruption."""
-    return shop.train("whole", **EVERYTHING).bytes
+def whole(shop: Workshop) -> Run:
+    """All options together, without interruption."""
+    return shop.train("whole", **EVERYTHING)
 
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_stopping_after_step_k_and_resuming_changes_no_bit(
-    shop: Workshop, whole: bytes, preparation: int, k: int
+    shop: Workshop, whole: Run, preparation: int, k: int
 ) -> None:
     name = f"stopped{k}"
     first = shop.train(name, after(preparation + k - 1), **EVERYTHING)
@@ -59,9 +61,14 @@ def test_stopping_after_step_k_and_resuming_changes_no_bit(
     assert not first.output.exists()
     rest = shop.train(name, **EVERYTHING, resume=True)
     assert rest.of(Started) == [Started(k, 5)] and len(rest.steps) == 5 - k
-    assert rest.bytes == whole
-    lines = (RunFolder(rest.output).metrics).read_text(encoding="utf-8").splitlines()
-    assert [line["step"] for line in map(json.loads, lines) if "loss" in line] == list(range(1, 6))
+    assert rest.bytes == whole.bytes
+    assert [step.smoothed for step in first.steps + rest.steps] == [step.smoothed for step in whole.steps]
+    assert _recorded_steps(rest) == [1, 2, 3, 4, 5]
+
+
+def _recorded_steps(run: Run) -> list[int]:
+    lines = RunFolder(run.output).metrics.read_text(encoding="utf-8").splitlines()
+    return [line["step"] for line in map(json.loads, lines) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def preparation(shop: Workshop) -> int:
 
 
 @pytest.mark.slow
-def test_leaving_the_loop_anywhere_and_resuming_changes_no_bit(shop: Workshop, whole: bytes) -> None:
+def test_leaving_the_loop_anywhere_and_resuming_changes_no_bit(shop: Workshop, whole: Run) -> None:
     total = len(list(train(shop.config("counted", **EVERYTHING))))
     rng = random.Random(1)
     for cut in rng.sample(range(total), 6):
@@ -85,7 +92,7 @@ def test_leaving_the_loop_anywhere_and_resuming_changes_no_bit(shop: Workshop, w
             next(events)
         events.close()
         resumed = shop.train(f"left{cut}", **EVERYTHING, resume=True)
-        assert resumed.bytes == whole, f"left after event {cut}"
+        assert resumed.bytes == whole.bytes, f"left after event {cut}"
 
 
 def test_a_damaged_resume_folder_is_named_and_the_one_before_used(shop: Workshop) -> None:
@@ -101,6 +108,23 @@ def test_a_damaged_resume_folder_is_named_and_the_one_before_used(shop: Workshop
     resumed = shop.train("damaged", steps=3, resume_every=1, resume=True)
     assert resumed.of(Started) == [Started(1, 3)] and "optimizer.safetensors: is damaged" in resumed.notices
     assert resumed.bytes == whole
+    assert _recorded_steps(resumed) == [1, 2, 3]  # the second was made and recorded twice
+
+
+def test_steps_that_failed_before_an_interruption_count_after_it(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: Any, batch: Any) -> Any:
+        loss, gradients = loss_and_gradients(model, batch)
+        return loss * float("nan"), gradients
+
+    monkeypatch.setattr(zimage_mlx.learner, "loss_and_gradients", fails)
+    events = train(shop.config("failing", steps=9, resume_every=2))
+    while not isinstance(next(events), Checkpointed):
+        pass
+    events.close()
+    with pytest.raises(TrainingError, match="step 3: loss or gradient was not finite 3 times in a row"):
+        shop.train("failing", steps=9, resume_every=2, resume=True)
 
 
 def test_only_two_resume_folders_are_kept(shop: Workshop) -> None:
