@@ -36,11 +36,15 @@ VALIDATION_SIGMAS = (0.25, 0.5, 0.75, 1.0)  # where the held-out loss is measure
 BASE_SHIFT = 4.5  # between Turbo's shift, 3, and the base model's, 6
 
 
-def sigmas(steps: int, config: SchedulerConfig, image_tokens: int) -> list[float]:
-    """The `steps + 1` sigmas of a sampling run, from 1 down to exactly 0."""
+def sigmas(steps: int, config: SchedulerConfig, image_tokens: int, strength: float = 1.0) -> list[float]:
+    """The `steps + 1` sigmas of a sampling run, from 1 down to exactly 0.
+
+    With a strength below 1, only the last steps of it: that share of them, rounded up, as in diffusers.
+    """
     spaced = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
     shift = resolution_shift(image_tokens) if config.use_dynamic_shifting else config.shift
-    return [*(float(s) for s in shifted(spaced, shift)), 0.0]
+    skipped = int(max(steps - steps * strength, 0))
+    return [*(float(s) for s in shifted(spaced, shift)), 0.0][skipped:]
 
 
 def shifted(sigma: Any, shift: float) -> Any:
@@ -126,6 +130,11 @@ def training_target(x_0: Any, noise: Any) -> Any:
 def guided(positive: Any, negative: Any, guidance: float) -> Any:
     """Classifier-free guidance as the official pipeline counts it: 0 is none."""
     return positive + guidance * (positive - negative)
+
+
+def predicted_picture(x: Any, raw: Any, sigma: float) -> Any:
+    """x_0 as the raw output `raw` at `sigma` implies it."""
+    return x + sigma * raw
 
 
 def euler_step(x: Any, raw: Any, sigma: float, next_sigma: float) -> Any:
