@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.generation import Pipeline
+from zimage_ref.generation_memory import LAZY
 from zimage_ref.lora_file import LoRAFile
 from zimage_ref.model_folder import ModelFolder
-from zimage_ref.schedule import guided, model_time
+from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
 
 from .lora import Adapters
@@ -29,6 +30,7 @@ class ZImagePipeline(Pipeline):
     """
 
     dtypes = tuple(DTYPES)
+    footprint = LAZY
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
@@ -36,6 +38,10 @@ class ZImagePipeline(Pipeline):
         super().__init__(folder, dtype, lean, quantize)
         default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
         self.dtype = DTYPES[dtype or default]
+
+    @property
+    def precision(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -76,18 +82,27 @@ class ZImagePipeline(Pipeline):
     def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
         return self.transformer.condition(captions, h, w)
 
-    def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, guidance: float) -> mx.array:
-        inputs = mx.concatenate([x, x]) if guidance else x
+    def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
+        inputs = mx.concatenate([x] * copies)
         raw = self.transformer.denoise(inputs, mx.full(len(inputs), model_time(sigma)), conditioning)
-        raw = raw.astype(mx.float32)
-        return guided(raw[: len(x)], raw[len(x) :], guidance) if guidance else raw
+        return raw.astype(mx.float32)
 
     def to_backend(self, array: Array) -> mx.array:
         return mx.array(array)
 
+    def memory_limit(self) -> int | None:
+        if mx.default_device().type != mx.gpu:
+            return super().memory_limit()
+        info = mx.device_info()  # Metal recommends three quarters of the machine's memory
+        limit = info.get("max_recommended_working_set_size") or info.get("total_memory")
+        return int(limit) if limit else super().memory_limit()
+
     def settle(self, array: mx.array) -> mx.array:
         mx.eval(array)
         return array
+
+    def encode(self, pixels: Array) -> mx.array:
+        return self.vae.encode(mx.array(pixels)).astype(mx.float32)
 
     def decode(self, x: mx.array) -> Array:
         return np.array(self.vae.decode(x)[0].astype(mx.float32))

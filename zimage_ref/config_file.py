@@ -65,7 +65,7 @@ def typed(value: Any, hint: Any, what: str) -> Any:
     """
     if isinstance(hint, UnionType):  # X | None
         inner = next(part for part in get_args(hint) if part is not NoneType)
-        return None if value is None else typed(value, inner, what)
+        return None if value in (None, "auto") else typed(value, inner, what)
     if get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(typed(item, get_args(hint)[0], what) for item in items)

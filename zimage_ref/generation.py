@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .checkpoint import find_weights
+from .denoising import Step, denoised, plain_steps
 from .errors import ConfigError
-from .images import to_picture, to_unit
+from .generation_memory import Footprint, Stage, estimate, largest, physical_memory
+from .images import Picture, to_array, to_picture, to_unit
 from .lora_alpha import companions
 from .lora_file import LoRAFile, read_lora
 from .model_folder import ModelFolder
 from .names import transformer_parameters
 from .options import GenerateConfig
 from .quantize import Quantization
-from .schedule import euler_step, sigmas, starting_noise
+from .requests import Request, batches, configs, plan
 from .tensors import Array
 from .tokenizer import Tokenizer
 
@@ -30,12 +33,18 @@ OUTPUTS = ("pil", "array", "latents")
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
 LoRASource = str | Path | tuple[str | Path, float]  # a LoRA file, at scale 1 or as given
 Progress = Callable[[str, int, int], None]  # stage (encode, denoise, decode), units done, units in all
+Watch = Callable[[Sequence[Request], Step], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
 
 
 class Pipeline(ABC):
     """A Z-Image model that makes pictures."""
 
     dtypes: tuple[str, ...]  # precisions that the backend offers
+    footprint: Footprint  # how it uses memory
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
@@ -73,6 +82,11 @@ class Pipeline(ABC):
         """
         return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize)
 
+    @property
+    @abstractmethod
+    def precision(self) -> str:
+        """The dtype that the networks compute in, by name."""
+
     @abstractmethod
     def encode_prompt(self, text: str) -> Any:
         """(T, cap_feat_dim): the encoder's hidden_states[-2] for `text` in the chat template, without padding."""
@@ -90,10 +104,10 @@ class Pipeline(ABC):
         """Whatever `predict` needs of captions and latent size, once for all steps."""
 
     @abstractmethod
-    def predict(self, x: Any, sigma: float, conditioning: Any, guidance: float) -> Any:
-        """The transformer's raw output (B, C, h, w), guided.
+    def predict(self, x: Any, sigma: float, conditioning: Any, copies: int = 1) -> Any:
+        """The transformer's raw output for `copies` of x (B, C, h, w): (copies * B, C, h, w).
 
-        With guidance, `conditioning` is of 2 B captions: the prompts', then the negative ones'.
+        `conditioning` is of copies * B captions.
         """
 
     @abstractmethod
@@ -103,6 +117,10 @@ class Pipeline(ABC):
     @abstractmethod
     def settle(self, array: Any) -> Any:
         """The array, computed: a lazy backend does its work here."""
+
+    @abstractmethod
+    def encode(self, pixels: Array) -> Any:
+        """Pixels (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w)."""
 
     @abstractmethod
     def decode(self, x: Any) -> Array:
@@ -130,96 +148,146 @@ class Pipeline(ABC):
         self,
         prompt: str | Sequence[str],
         *,
-        width: int = 512,
-        height: int = 512,
-        steps: int = 8,
-        guidance: float = 0.0,
-        negative_prompt: str = "",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        batch_size: int | None = None,
         loras: Sequence[LoRASource] = (),
         latents: Any | None = None,
         output: str = "pil",
-        progress: Progress = lambda stage, done, total: None,
+        progress: Progress = _silent,
+        **options: Any,
     ) -> list[Any]:
-        """One picture a prompt: PIL images, (H, W, 3) float32 arrays in 0..1, or (C, h, w) latents, by `output`.
+        """A picture for each prompt: PIL images, (H, W, 3) float32 in 0..1, or (C, h, w) latents, by `output`.
 
-        `latents` is the starting noise (B, C, h, w); picture i of a batch otherwise starts from seed + i.
-        `loras` are files, or pairs of file and scale. `progress` is called as each unit of a stage is done.
-        Raises ConfigError for options out of bounds, FormatError or WeightError for LoRA files that do not fit.
+        Picture i starts from seed + i; a list of seeds makes each prompt with each. `options` are the other fields of
+        GenerateConfig. At most `batch_size` are denoised together, which costs memory and changes no picture. `loras`
+        are pairs of file and scale. `latents` is the starting noise (N, C, h, w), instead of the seeds'. `progress` is
+        called as each unit of a stage is done.
+        Raises ConfigError for options out of bounds, DatasetError for an unreadable picture, FormatError or WeightError
+        for LoRA files that do not fit.
         """
-        batch = _requests(
-            prompt, seed, width=width, height=height, steps=steps, guidance=guidance, negative_prompt=negative_prompt
-        )
-        if output not in OUTPUTS:
-            raise ConfigError(f"output {output!r} must be one of {', '.join(OUTPUTS)}")
-        noise = self._starting_latents(batch, latents)
-        adapters = self.read_loras(loras)
+        requests = self.plan(configs(prompt, seed, **options), latents)
+        made = self.generate(requests, batch_size=batch_size, loras=loras, output=output, progress=progress)
+        return [picture for _, picture in made]
 
-        captions = self._encode([r.prompt for r in batch] + ([negative_prompt] if guidance else []), progress)
-        captions = captions[: len(batch)] + captions[len(batch) :] * len(batch)
-        self._done_with("text_encoder")
-
+    def stream(
+        self,
+        prompt: str,
+        *,
+        loras: Sequence[LoRASource] = (),
+        latents: Any | None = None,
+        progress: Progress = _silent,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Yields each step of making one picture, and may be left at any; `picture` shows it. Options as of a call."""
+        requests, adapters = self.plan([GenerateConfig(prompt, **options)], latents), self.read_loras(loras)
+        captions, starts = self._prepared(requests, progress)
         self.use_loras(adapters)
-        x = self.to_backend(noise)
-        for step, latest in enumerate(self.denoise(x, captions, steps, guidance), start=1):
-            progress("denoise", step, steps)
-            x = latest
+        yield from denoised(self, requests, captions, starts)
         self._done_with("transformer")
-
-        pictures = [self._finish(x[i : i + 1], output) for i in _counted(range(len(batch)), "decode", progress)]
-        self._done_with("vae")
-        return pictures
 
     def denoise(self, x: Any, captions: Sequence[Any], steps: int, guidance: float) -> Iterator[Any]:
         """Yields the latents (B, C, h, w) after each of `steps` Euler steps from the noise `x`.
 
-        captions: B of the prompts; with guidance, B more of the negative prompt.
+        captions: features of B prompts; with guidance, B more of the negative ones.
         """
-        h, w = x.shape[2:]
-        tokens = h * w // self.folder.transformer.patch_size**2
-        schedule = sigmas(steps, self.folder.scheduler, tokens)
-        conditioning = self.condition(captions, h, w)
-        for sigma, next_sigma in zip(schedule, schedule[1:], strict=False):
-            raw = self.predict(x, sigma, conditioning, guidance)
-            x = self.settle(euler_step(x, raw, sigma, next_sigma))
-            yield x
+        return plain_steps(self, x, captions, steps, guidance)
 
-    def _encode(self, texts: Sequence[str], progress: Progress) -> list[Any]:
-        return [self.settle(self.encode_prompt(text)) for text in _counted(texts, "encode", progress)]
+    def picture(self, x: Any) -> Picture:
+        """Latents (1, C, h, w) as a picture."""
+        return to_picture(to_unit(self.decode(x)))
 
-    def _starting_latents(self, batch: Sequence[GenerateConfig], given: Any | None) -> Array:
-        """Noise (B, C, h, w) float32: `given`, or drawn from each request's seed."""
-        request, factor, multiple = batch[0], self.folder.vae.factor, self.folder.size_multiple
-        for side in (request.width, request.height):
-            if side % multiple:
-                raise ConfigError(
-                    f"width and height must be multiples of {multiple} for {self.folder.path}, not {side}"
-                )
-        shape = (self.folder.transformer.in_channels, request.height // factor, request.width // factor)
-        if given is None:
-            return np.stack([starting_noise(request.seed, shape) for request in batch])
-        noise = np.asarray(given, np.float32)
-        if noise.shape != (len(batch), *shape):
-            raise ConfigError(f"latents have shape {noise.shape}, the request needs {(len(batch), *shape)}")
-        return noise
+    def plan(self, configs: Sequence[GenerateConfig], latents: Any | None = None) -> list[Request]:
+        """What there is to do for `configs`, as `requests.plan`; `latents` (N, C, h, w) replaces the seeds' noise."""
+        requests = plan(configs, self.folder)
+        if latents is None:
+            return requests
+        noise, shape = np.asarray(latents, np.float32), (len(requests), *requests[0].noise.shape)
+        if noise.shape != shape:
+            raise ConfigError(f"latents have shape {noise.shape}, the request needs {shape}")
+        return [replace(request, noise=own) for request, own in zip(requests, noise, strict=True)]
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int | None = None,
+        loras: Sequence[LoRASource] = (),
+        output: str = "pil",
+        progress: Progress = _silent,
+        watch: Watch = lambda batch, step: None,
+    ) -> Iterator[tuple[Request, Any]]:
+        """Yields each request with what was made of it, by `output`, as it is decoded.
+
+        All prompts are encoded, then all latents denoised, then all pictures decoded: each network is loaded once.
+        `watch` is shown every step of every batch. Raises as a call does, before any weights are read.
+        """
+        if output not in OUTPUTS:
+            raise ConfigError(f"output {output!r} must be one of {', '.join(OUTPUTS)}")
+        size = len(requests) if batch_size is None else batch_size
+        if size < 1:
+            raise ConfigError(f"batch size {size} must be at least 1")
+        adapters = self.read_loras(loras)
+        captions, starts = self._prepared(requests, progress)
+
+        self.use_loras(adapters)
+        latents, done = [], 0
+        total = sum(len(batch[0].sigmas) - 1 for batch in batches(requests, size))
+        for batch in batches(requests, size):
+            for step in denoised(self, batch, captions, starts):
+                watch(batch, step)
+                done += 1
+                progress("denoise", done, total)
+            latents += [step.x[i : i + 1] for i in range(len(batch))]
+        self._done_with("transformer")
+
+        for request, x in _counted(list(zip(requests, latents, strict=True)), "decode", progress):
+            yield request, self._finish(request, x, output)
+        self._done_with("vae")
+
+    def memory(self, requests: Sequence[Request], batch_size: int) -> list[Stage]:
+        """An estimate of the memory that each stage of making `requests` takes."""
+        sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
+        return largest(
+            estimate(
+                self.folder,
+                self.precision,
+                self.footprint,
+                width=width,
+                height=height,
+                batch=min(batch_size, len(requests)),
+                guided=guided,
+                quantization=self.quantization,
+                one_at_a_time=self.lean,
+            )
+            for width, height, guided in sizes
+        )
+
+    def memory_limit(self) -> int | None:
+        """Bytes of memory that the pipeline can work in, None where nothing says."""
+        return physical_memory()
+
+    def _prepared(self, requests: Sequence[Request], progress: Progress) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Features of every text, and latents of every picture to start from (by its id), each made once."""
+        if self.lean:  # what an interrupted run left
+            self.release("transformer", "vae")
+        guided = [request for request in requests if request.guidance.scale]
+        texts = dict.fromkeys([r.config.prompt for r in requests] + [r.config.negative_prompt for r in guided])
+        captions = {text: self.settle(self.encode_prompt(text)) for text in _counted(list(texts), "encode", progress)}
+        self._done_with("text_encoder")
+        pictures = {id(r.picture): r.picture for r in requests if r.picture is not None}
+        return captions, {key: self.settle(self.encode(to_array(p)[None])) for key, p in pictures.items()}
 
     def _done_with(self, component: str) -> None:
         if self.lean:
             self.release(component)
 
-    def _finish(self, x: Any, output: str) -> Any:
+    def _finish(self, request: Request, x: Any, output: str) -> Any:
         if output == "latents":
             return np.asarray(x[0], np.float32)
-        pixels = to_unit(self.decode(x))
+        pixels = to_unit(self.decode(x))  # (H, W, 3)
+        if request.picture is not None and request.mask is not None:
+            pixels = np.where(request.mask[..., None], pixels, np.asarray(request.picture, np.float32) / 255)
         return to_picture(pixels) if output == "pil" else pixels
-
-
-def _requests(prompt: str | Sequence[str], seed: int, **options: Any) -> list[GenerateConfig]:
-    """One checked request a prompt; picture i of a batch has seed + i, so it is the one made alone with that seed."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ConfigError("at least one prompt is needed")
-    return [GenerateConfig(prompt=text, seed=seed + i, **options) for i, text in enumerate(prompts)]
 
 
 def _counted(items: Sequence[Any], stage: str, progress: Progress) -> Iterator[Any]:

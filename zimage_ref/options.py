@@ -1,14 +1,22 @@
 """What a user can ask for: each option once, with its default, type, help text and bounds.
 
-The command line, config files, the Python interface and the README all take them from here and from `train_config`.
+The command line, the Python interface and the README all take them from here.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .images import FITS, Source
+from .samplers import SAMPLERS
+
+SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
+DEFAULT_SIDE = 512
+MAX_AREA = 2048 * 2048  # pixels
 
 
 def option(default: Any, help: str, **traits: bool) -> Any:
@@ -23,24 +31,66 @@ def required(help: str, **traits: bool) -> Any:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What a picture should be. Raises ConfigError for values out of bounds."""
+    """What one picture should be. None is a choice left to the model or to the picture given; see `requests`.
+
+    Raises ConfigError for values out of bounds, and for options of a picture to start from where there is none.
+    """
 
     prompt: str = required("what the picture shows")
-    width: int = option(512, "width in pixels, a multiple of 16")
-    height: int = option(512, "height in pixels, a multiple of 16")
-    steps: int = option(8, "denoising steps")
-    guidance: float = option(0.0, "classifier-free guidance; 0 is none, as Turbo wants it")
-    negative_prompt: str = option("", "what the picture should not show; needs guidance")
+    negative_prompt: str = option("", "what it should not show; needs guidance")
+    width: int | None = option(
+        None, f"pixels, a multiple of {SIDE_MULTIPLE}, or auto: that of --init-image, else {DEFAULT_SIDE}"
+    )
+    height: int | None = option(None, "as --width; the shape of --init-image decides where only one is given")
+    steps: int | None = option(None, "denoising steps (auto: 8 for Turbo, 50 for the base model)")
+    guidance: float | None = option(
+        None, "classifier-free guidance, 0 is none (auto: 0 for Turbo, 4 for the base model)"
+    )
+    shift: float | None = option(
+        None, "shift of the noise levels (auto: the checkpoint's, 3 for Turbo, 6 for the base)"
+    )
+    sampler: str = option("euler", f"one of {', '.join(SAMPLERS)}")
+    cfg_normalization: float = option(0.0, "longest that guidance may make a prediction, 1 is no longer; 0: no limit")
+    cfg_truncation: float = option(1.0, "part of the way, 0 to 1, after which there is no guidance")
     seed: int = option(0, "seed of the starting noise")
+    init_image: Source | None = option(None, "picture to start from")
+    strength: float | None = option(None, "how much of --init-image to change, 1 is all (auto: 0.6, with --mask 1)")
+    mask: Source | None = option(None, "black and white picture the size of --init-image: white is painted anew")
+    fit: str = option(
+        "crop", f"how --init-image comes to another shape: {', '.join(FITS)} (with --mask: to be painted)"
+    )
 
     def __post_init__(self) -> None:
-        check_side("width", self.width)
-        check_side("height", self.height)
+        _check_text("prompt", self.prompt)
+        _check_text("negative-prompt", self.negative_prompt)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                check_side(name, getattr(self, name))
+        if self.width and self.height:
+            check_area(self.width, self.height)
         at_least(self, 1, "steps")
-        at_least(self, 0, "seed", "guidance")
+        at_least(self, 0, "seed", "guidance", "cfg_normalization", "cfg_truncation", "strength")
+        at_most(self, 1, "cfg_truncation", "strength")
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise ConfigError(f"--shift {self.shift} must be above 0")
+        one_of(self, "sampler", SAMPLERS)
+        one_of(self, "fit", FITS)
+        if self.init_image is None:
+            needs_picture = {"strength": self.strength is not None, "mask": self.mask is not None}
+            for name, given in needs_picture.items():
+                if given:
+                    raise ConfigError(f"--{name} needs --init-image")
 
-
-SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
+    def check_guidance(self) -> None:
+        """Raises ConfigError where an option is given that does nothing without `guidance`, which is 0 or None."""
+        idle = {
+            "negative-prompt": bool(self.negative_prompt),
+            "cfg-normalization": bool(self.cfg_normalization),
+            "cfg-truncation": self.cfg_truncation < 1,
+        }
+        for name, given in idle.items():
+            if given and not self.guidance:
+                raise ConfigError(f"--{name} does nothing without guidance: give --guidance above 0")
 
 
 def check_side(name: str, side: int) -> None:
@@ -50,8 +100,50 @@ def check_side(name: str, side: int) -> None:
         raise ConfigError(f"--{name} {side} must be a multiple of {SIDE_MULTIPLE}: {nearest} is the nearest")
 
 
+def check_area(width: int, height: int) -> None:
+    """Raises ConfigError for a picture larger than the model was made for."""
+    if width * height > MAX_AREA:
+        raise ConfigError(
+            f"{width} x {height} is more than 2048 x 2048 pixels: {' x '.join(map(str, shrunk(width, height)))} fits"
+        )
+
+
+def shrunk(width: float, height: float) -> tuple[int, int]:
+    """The size of the shape width : height, no larger than asked nor than MAX_AREA, in multiples of SIDE_MULTIPLE."""
+    scale = min(1.0, math.sqrt(MAX_AREA / (width * height)))
+    sides = (round(side * scale / SIDE_MULTIPLE) * SIDE_MULTIPLE for side in (width, height))
+    w, h = (max(SIDE_MULTIPLE, side) for side in sides)
+    while w * h > MAX_AREA:  # both were rounded up
+        w, h = (w - SIDE_MULTIPLE, h) if w >= h else (w, h - SIDE_MULTIPLE)
+    return w, h
+
+
 def at_least(config: Any, low: float, *names: str) -> None:
-    """Raises ConfigError where one of the fields `names` of `config` is below `low`."""
+    """Raises ConfigError where one of the fields `names` of `config` is below `low`; None is not."""
     for name in names:
-        if not getattr(config, name) >= low:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {low}")
+        if getattr(config, name) is not None and not getattr(config, name) >= low:
+            raise ConfigError(f"{_flag(name)} {getattr(config, name)} must be at least {low}")
+
+
+def at_most(config: Any, high: float, *names: str) -> None:
+    """Raises ConfigError where one of the fields `names` of `config` is above `high`; None is not."""
+    for name in names:
+        if getattr(config, name) is not None and not getattr(config, name) <= high:
+            raise ConfigError(f"{_flag(name)} {getattr(config, name)} must be at most {high}")
+
+
+def one_of(config: Any, name: str, known: Iterable[str]) -> None:
+    """Raises ConfigError unless the field `name` of `config` is one of `known`."""
+    if getattr(config, name) not in known:
+        raise ConfigError(f"{_flag(name)} {getattr(config, name)!r} is unknown: known are {', '.join(known)}")
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line in another encoding
+        raise ConfigError(f"--{name} is not valid Unicode: {error.reason}") from error
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 
 from .generation import Pipeline
+from .generation_memory import NUMPY
 from .lora_file import LoRAFile
 from .model_folder import ModelFolder
 from .quantize import quantize_all
-from .schedule import guided, model_time
+from .schedule import model_time
 from .tensors import DTYPE_NAMES, Array
 from .text_encoder import TextEncoder
 from .transformer import Conditioning, Transformer
@@ -23,12 +24,17 @@ class ZImagePipeline(Pipeline):
     """A Z-Image model that makes pictures, in float32 or float64. Weights stay on disk, memory-mapped."""
 
     dtypes = ("float32", "float64")
+    footprint = NUMPY
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
     ) -> None:
         super().__init__(folder, dtype, lean, quantize)
         self.dtype = np.dtype(dtype or "float32")
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -64,16 +70,18 @@ class ZImagePipeline(Pipeline):
     def condition(self, captions: Sequence[Array], h: int, w: int) -> Conditioning:
         return self.transformer.condition(captions, h, w)
 
-    def predict(self, x: Array, sigma: float, conditioning: Conditioning, guidance: float) -> Array:
-        inputs = np.concatenate([x, x]) if guidance else x
-        raw = self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
-        return guided(raw[: len(x)], raw[len(x) :], guidance) if guidance else raw
+    def predict(self, x: Array, sigma: float, conditioning: Conditioning, copies: int = 1) -> Array:
+        inputs = np.concatenate([x] * copies)
+        return self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
 
     def to_backend(self, array: Array) -> Array:
         return array.astype(self.dtype)
 
     def settle(self, array: Array) -> Array:
         return array
+
+    def encode(self, pixels: Array) -> Array:
+        return self.vae.encode(pixels)
 
     def decode(self, x: Array) -> Array:
         return self.vae.decode(x)[0]
