@@ -6,17 +6,26 @@ where the output is not a terminal or NO_COLOR is set.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import rich.console
+from rich.color import Color
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Column, Table
+from rich.text import Text
 from rich.theme import Theme
 
-_THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "muted": "dim"})
+from zimage_ref.images import Picture, half_blocks
+
+with suppress(ImportError):
+    import readline  # noqa: F401  gives `input` line editing; Windows has none
+
+_THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
 
 
 class Console:
@@ -55,6 +64,29 @@ class Console:
     def print(self, text: str) -> None:
         """A plain line of the result."""
         self.out.print(escape(text), soft_wrap=True)
+
+    def raw(self, data: bytes) -> None:
+        """A result that is not text, on stdout."""
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    def picture(self, image: Picture, columns: int = 64) -> None:
+        """`image`, `columns` wide, in coloured half blocks; nothing where stderr is not a terminal with colours."""
+        if not self.err.is_terminal or self.err.no_color or self.err.color_system not in ("256", "truecolor"):
+            return
+        for cells in half_blocks(image, max(1, min(columns, self.err.width, image.width))):
+            line = Text()
+            for upper, lower in cells:
+                line.append("▀", Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
+            self.err.print(line, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line that something is not as it seems to be meant."""
+        self.err.print(f"[warn]warning:[/] {escape(message)}", soft_wrap=True)
+
+    def ask(self, prompt: str) -> str:
+        """A line from the person at the keyboard. Raises EOFError at the end of the input."""
+        return self.err.input(f"[muted]{escape(prompt)}[/]").strip()
 
     @contextmanager
     def progress(self) -> Iterator[Bars]:

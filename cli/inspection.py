@@ -1,4 +1,4 @@
-"""zimage inspect: what a weights file or a model's folder holds, from headers alone."""
+"""zimage inspect: what a weights file or a model's folder holds, from headers alone, or how a picture was made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.components import COMPONENTS, config_of
 from zimage_ref.errors import ZImageError
 from zimage_ref.hub import local_folder
+from zimage_ref.images import PICTURE_SUFFIXES
 from zimage_ref.inspection import (
     Description,
     Fault,
@@ -25,6 +26,7 @@ from zimage_ref.lora import rank
 from zimage_ref.lora_dialects import is_lora
 from zimage_ref.lora_file import read_lora
 from zimage_ref.lora_merge import module_groups, norm
+from zimage_ref.picture_metadata import read_record
 
 from .console import Console
 
@@ -45,6 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Prints what there is. Returns 1 if --verify finds a fault."""
     path = args.input if args.input.exists() else local_folder(args.input)
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return _picture(path, args.json, console)
     if is_model_folder(path):
         return _folder(path, args, console)
     file = Checkpoint.open(path)
@@ -59,6 +63,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if is_lora(file.tensors):
             lora_tables(file.path, console)
     return 1 if faults else 0
+
+
+def _picture(path: Path, as_json: bool, console: Console) -> int:
+    record = read_record(path)
+    if as_json:
+        console.print(json.dumps(record, indent=2))
+        return 0
+    loras = {"loras": "\n".join(f"{lora['file']} at {lora['scale']:g}" for lora in record.get("loras", ())) or "none"}
+    console.table(("made with", ""), list((record | loras).items()))
+    return 0
 
 
 def _verified(file: Checkpoint, console: Console) -> list[Fault]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -15,13 +15,17 @@ from zimage_ref.errors import ConfigError
 AnyConfig = TypeVar("AnyConfig")
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type[Any], from_file: bool = False) -> None:
-    """One option for each field of the dataclass `config`; a field without a default must be given.
+def add_fields(
+    parser: argparse.ArgumentParser, config: type[Any], from_file: bool = False, without: Collection[str] = ()
+) -> None:
+    """One option for each field of the dataclass `config` but those `without`; one without a default must be given.
 
     from_file: values may also come from a file, so what is not given stays out of the parsed arguments.
     """
     hints = get_type_hints(config)
     for field in fields(config):
+        if field.name in without:
+            continue
         settings = _settings(field, hints[field.name])
         if from_file:
             settings |= {"default": argparse.SUPPRESS, "required": False}

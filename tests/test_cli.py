@@ -55,7 +55,7 @@ def test_a_wrong_option_is_one_line_and_exit_code_1(
 
 def test_a_command_line_that_does_not_parse_is_exit_code_2() -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["generate", "--prompt", "no model"])
+        main(["generate", "--steps", "many"])
     assert stop.value.code == 2
 
 
