@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from cases import random_lora
 from PIL import Image
 
 from zimage_cli.app import main
 from zimage_ref import FormatError, GenerateConfig, ModelFolder
 from zimage_ref.images import save_picture
+from zimage_ref.lora_file import write_lora
 from zimage_ref.picture_metadata import metadata, parameters, read_record
 from zimage_ref.provenance import Repeat, identity, record
 
@@ -128,6 +130,24 @@ def test_a_picture_is_made_again_exactly_and_shown_by_inspect(
     assert main(["generate", f"--from-image={first}", f"--output={again}", "--overwrite"]) == 0
     assert "in.png: is not what" in capfd.readouterr().err
     assert (np.asarray(Image.open(again)) != np.asarray(Image.open(first))).any()
+
+
+def test_loras_are_recorded_with_their_scales_and_used_again(
+    model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lora(Path("fox.safetensors"), random_lora(rank=4, seed=0), {"rank": 4})
+    argv = ["generate", "--backend=numpy", f"--model-dir={model_dir}", "--prompt=x", "--width=48", "--height=32"]
+    assert main([*argv, "--steps=2", "--output=plain.png"]) == 0
+    assert main([*argv, "--steps=2", "--output=first.png", "--lora=fox.safetensors:0.8"]) == 0
+    assert main(["generate", "--from-image=first.png", "--output=again.png"]) == 0
+    assert Path("again.png").read_bytes() == Path("first.png").read_bytes()
+    assert (np.asarray(Image.open("first.png")) != np.asarray(Image.open("plain.png"))).any()
+    assert main(["inspect", "--input=first.png"]) == 0
+    assert "fox.safetensors at 0.8" in capfd.readouterr().out
+    write_lora(Path("fox.safetensors"), random_lora(rank=4, seed=1), {"rank": 4})
+    assert main(["generate", "--from-image=first.png", "--output=changed.png"]) == 0
+    assert "fox.safetensors: is not what first.png was made from" in capfd.readouterr().err
 
 
 def test_no_metadata_leaves_nothing_but_the_picture(model_dir: Path, tmp_path: Path) -> None:
