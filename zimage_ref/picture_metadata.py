@@ -38,7 +38,7 @@ def metadata(format: str, record: Record) -> dict[str, Any]:
             f"{len(text)} characters of metadata do not fit a {format}: write a PNG or give --no-metadata"
         )
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}  # older Pillows write nothing that get_ifd gave
     return {"exif": exif}
 
 
