@@ -15,7 +15,7 @@ from zimage_ref.generation import Pipeline
 from zimage_ref.generation_memory import require_memory
 from zimage_ref.images import save_picture
 from zimage_ref.picture_metadata import read_record
-from zimage_ref.provenance import Repeat, identity, record
+from zimage_ref.provenance import ENGINE, PARTS, Repeat, identity, record
 from zimage_ref.quantize import BITS
 from zimage_ref.requests import Request
 from zimage_ref.tokenizer import MAX_TOKENS
@@ -26,7 +26,6 @@ from .console import Console
 from .options import add_fields, from_args, path_and_scale
 from .pictures import STDOUT, Names, preview_path, write
 
-PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 THUMBNAIL_COLUMNS = 48
 
 
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
     given = None if args.lora is None else [path_and_scale(text) for text in args.lora]
     loras = given if given is not None else repeat.loras if repeat else []
-    pipe, facts = _open(args, repeat.facts if repeat else {})
+    pipe, facts = _open(args, repeat)
     if repeat:
         for path in repeat.changes(facts, loras):
             console.warn(f"{path}: is not what {args.from_image} was made from: the picture will differ")
@@ -87,21 +86,19 @@ def run(args: argparse.Namespace, console: Console) -> None:
         run.make(run.plan(configs), names.of(configs))
 
 
-def _open(args: argparse.Namespace, before: Mapping[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
-    """The model that is asked for, else that of the record `before`; with what a record should say of it."""
-    if not args.model_dir and not before:
+def _open(args: argparse.Namespace, repeat: Repeat | None) -> tuple[Pipeline, dict[str, Any]]:
+    """The model that is asked for, else the one that is recorded; with what a record should say of it."""
+    model_dir = args.model_dir or (repeat.model if repeat else None)
+    if model_dir is None:
         raise ConfigError("--model-dir must be given: a folder with the Z-Image model")
-    facts: dict[str, Any] = {
-        name: getattr(args, name) or before.get(name) for name in ("backend", "dtype", "quantize", *PARTS)
-    }
+    before = repeat.engine if repeat else {}
+    facts: dict[str, Any] = {name: getattr(args, name) or before.get(name) for name in ENGINE}
     facts["backend"] = facts["backend"] or DEFAULT
     engine = pipeline(facts["backend"])
     if not args.dtype and facts["dtype"] not in engine.dtypes:  # recorded of the other engine
         facts["dtype"] = None
-    parts = {name: facts[name] and Path(facts[name]) for name in PARTS}
-    pipe = engine.from_pretrained(
-        args.model_dir or before["model"], facts["dtype"], quantize=facts["quantize"], parts=parts
-    )
+    parts = {name: facts[name] for name in PARTS}
+    pipe = engine.from_pretrained(model_dir, facts["dtype"], quantize=facts["quantize"], parts=parts)
     texts = {name: path and str(path) for name, path in parts.items()}
     return pipe, {**facts, **texts, **identity(pipe.folder), "dtype": pipe.precision, "version": __version__}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def _picture(path: Path, as_json: bool, console: Console) -> int:
     if as_json:
         console.print(json.dumps(record, indent=2))
         return 0
-    loras = {"loras": "\n".join(f"{lora['file']} at {lora['scale']:g}" for lora in record.get("loras", ())) or "none"}
-    console.table(("made with", ""), list((record | loras).items()))
+    rows = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
+    with suppress(KeyError, TypeError, ValueError):  # a record that another program has changed is shown as it is
+        rows["loras"] = "\n".join(f"{lora['file']} at {lora['scale']:g}" for lora in record["loras"]) or "none"
+    console.table(("made with", ""), list(rows.items()))
     return 0
 
 

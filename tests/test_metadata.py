@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import tiny
 from cases import random_lora
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+import zimage_cli.generate
 from zimage_cli.app import main
-from zimage_ref import FormatError, GenerateConfig, ModelFolder
+from zimage_ref import FormatError, GenerateConfig, ModelFolder, ZImageError
 from zimage_ref.images import save_picture
 from zimage_ref.lora_file import write_lora
-from zimage_ref.picture_metadata import metadata, parameters, read_record
-from zimage_ref.provenance import Repeat, identity, record
+from zimage_ref.picture_metadata import KEY, metadata, parameters, read_record
+from zimage_ref.provenance import ENGINE, Repeat, identity, record
 
 RECORD = {
     "prompt": 'a "red" fox — 狐 🦊\nin snow', "negative_prompt": "soft", "seed": 7, "steps": 8, "guidance": 1.5,
@@ -72,6 +73,31 @@ def test_a_picture_that_cannot_be_repeated_is_one_line(
     error = capfd.readouterr().err
     assert error.startswith(f"error: {path}: ") and fact in error and error.count("\n") == 1
     assert not (tmp_path / "again.png").exists()
+
+
+def test_a_record_that_was_tampered_with_is_shown_or_refused_but_never_a_traceback(
+    model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = GenerateConfig("x", width=32, height=32, steps=1), tmp_path / "picture.png"
+    made = record(config, [], **identity(ModelFolder.open(model_dir)), backend="numpy", version="1")
+    monkeypatch.setattr(zimage_cli.generate.Run, "make", lambda *_: None)
+    read, answers = [], []
+    for name in dict.fromkeys([*made, *ENGINE, "init_image"]):
+        for value in (None, -1.5, "x", [], [1], {"a": 1}, 1e999):
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt(KEY, json.dumps(made | {name: value}))
+            tiny.photograph(16, 16, 1).save(path, pnginfo=info)
+            assert main(["inspect", f"--input={path}"]) == 0
+            try:
+                read.append(GenerateConfig(**Repeat.of(read_record(path), path).options))
+            except ZImageError as error:
+                assert "\n" not in str(error)
+            if name in (*ENGINE, "model") and value != -1.5:
+                capfd.readouterr()
+                answers.append(main(["generate", f"--from-image={path}", f"--output={tmp_path}/x.png"]))
+                errors = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning: ")]
+                assert answers[-1] == len(errors) and all(line.startswith("error: ") for line in errors), (name, value)
+    assert len(read) > 40 and answers.count(1) > 30 and answers.count(0) > 5
 
 
 def test_the_fingerprint_of_a_model_tells_weights_apart(tmp_path: Path, model_dir: Path) -> None:

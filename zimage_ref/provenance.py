@@ -22,6 +22,8 @@ from .quantize import QuantizedTensor
 _SAMPLE = 512  # elements of a tensor that its model is known by
 _DIGITS = 16  # of a SHA-256
 _PICTURES = ("init_image", "mask")
+PARTS = ("transformer", "text_encoder", "vae", "tokenizer")  # files that may stand in for those of the model's folder
+ENGINE: dict[str, type] = {"backend": str, "dtype": str, "quantize": int, **dict.fromkeys(PARTS, Path)}
 
 
 def record(config: GenerateConfig, loras: Sequence[tuple[str | Path, float]], **facts: object) -> dict[str, Any]:
@@ -68,27 +70,36 @@ class Repeat:
     options: dict[str, Any]  # fields of GenerateConfig
     model: str
     loras: list[tuple[Path, float]]
-    facts: Mapping[str, Any]  # the whole record
+    engine: dict[str, Any]  # backend, dtype, quantize and the files of parts, where it says so
+    hashes: dict[str, str]  # of everything that has one; a LoRA's by its place
+    source: Path  # the picture
 
     @classmethod
     def of(cls, record: Mapping[str, Any], source: Path) -> Repeat:
-        """Reads a record. Raises FormatError naming `source`, the picture it came from, where it is not complete."""
-        hints = get_type_hints(GenerateConfig)
+        """Reads a record. Raises ConfigError or FormatError naming `source` where it is not complete."""
+
+        def known(hints: Mapping[str, Any]) -> dict[str, Any]:
+            given = {k: hint for k, hint in hints.items() if record.get(k) is not None}
+            return {k: typed(record[k], hint, f"{source}: {k}") for k, hint in given.items()}
+
         try:
-            options = {k: typed(record[k], hint, f"{source}: {k}") for k, hint in hints.items() if k in record}
             loras = [(Path(lora["file"]), float(lora["scale"])) for lora in record["loras"]]
-            return cls(options, str(record["model"]), loras, record)
-        except (KeyError, TypeError, ValueError) as error:
+            hashes = {str(i): str(lora["sha256"]) for i, lora in enumerate(record["loras"])}
+            options = known(get_type_hints(GenerateConfig))
+            if "prompt" not in options or record.get("model") is None:
+                raise KeyError("prompt and model")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{source}: its metadata cannot be understood: {error!r}") from error
+        named = {k: str(v) for k, v in record.items() if k.endswith(("_sha256", "_fingerprint"))}
+        return cls(options, str(record["model"]), loras, known(ENGINE), hashes | named, source)
 
     def changes(self, model: Mapping[str, str], loras: Iterable[tuple[str | Path, float]]) -> list[str]:
         """Which files are not those that the picture was made from, `model` being an `identity`."""
         found = []
-        if model["model_fingerprint"] != self.facts.get("model_fingerprint"):
+        if model["model_fingerprint"] != self.hashes.get("model_fingerprint"):
             found.append(model["model"])
-        known = {lora["sha256"] for lora in self.facts["loras"]}
-        found += [str(path) for path, _ in loras if digest(Path(path)) not in known]
+        found += [str(path) for path, _ in loras if digest(Path(path)) not in self.hashes.values()]
         for name in _PICTURES:
-            if name in self.options and digest(Path(self.options[name])) != self.facts.get(f"{name}_sha256"):
+            if name in self.options and digest(Path(self.options[name])) != self.hashes.get(f"{name}_sha256"):
                 found.append(str(self.options[name]))
         return found
