@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from zimage_ref import ZImageError, __version__
 
@@ -36,7 +40,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     args = parser().parse_args(argv)
     console = console or Console()
     try:
-        code: int | None = COMMANDS[args.command].run(args, console)
+        with _terminable():
+            code: int | None = COMMANDS[args.command].run(args, console)
     except ZImageError as error:
         console.error(str(error))
         return 1
@@ -49,4 +54,27 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
+    except _Terminated:
+        console.error("terminated")
+        return 143
     return code or 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: everything unwinds, as it does for Ctrl-C, so that no half-written file stays."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import config as cfg
 from . import names
 from .checkpoint import Checkpoint
 from .config import TextEncoderConfig, TransformerConfig, VAEConfig, read_json
-from .dialects import DIALECTS, Dialect, taken
+from .dialects import DIALECTS, Dialect, Layout, taken
 from .errors import ConfigError, FormatError, WeightError, listing
 from .tensors import DTYPE_NAMES, FLOATS, Tensor, Tensors
 
@@ -81,7 +82,7 @@ def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:
         own, prefix = _own(tensors, component)
         for dialect in DIALECTS[component].values():
             sizes = _sizes(dialect, own)
-            layout = dialect.layout(COMPONENTS[component].parameters(sizes), sizes)
+            layout = _layout(dialect, sizes)
             found = len(layout.keys() & own.keys()) / len(layout)
             if found > share:
                 best, share = Identity(component, dialect, sizes, prefix), found
@@ -103,7 +104,7 @@ def official_weights(
     config = config or identity.sizes
     own, _ = _own(file.tensors, component, file.path)
     shapes, unused = kind.parameters(config), kind.unused(config)
-    layout = identity.dialect.layout(shapes, config)
+    layout = _layout(identity.dialect, config)
     expected = {name: group[0][1].stored(shapes[group[0][0]]) for name, group in layout.items()}
     needed = {name for name, group in layout.items() if any(part not in unused for part, _ in group)}
     require(own, expected, needed, kind.ignored, file.path)
@@ -113,6 +114,11 @@ def official_weights(
         for part, shape in shapes.items()
         if homes[part][0] in own
     }
+
+
+@lru_cache(64)
+def _layout(dialect: Dialect, config: Any) -> Layout:
+    return dialect.layout(COMPONENTS[dialect.component].parameters(config), config)
 
 
 def require(tensors: Tensors, expected: names.Shapes, needed: set[str], ignored: Iterable[str], path: Path) -> None:

@@ -14,7 +14,7 @@ convert_ldm_vae_checkpoint), burn's nn modules, gguf-py's tensor_mapping.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,10 @@ class Home:
         return (rows[0] // self.parts, *rows[1:]) if self.parts > 1 else rows
 
 
+# each tensor of a file, and the official tensors it holds
+Layout = Mapping[str, Sequence[tuple[str, Home]]]
+
+
 @dataclass(frozen=True)
 class Dialect:
     """One way to name and lay out one component's weights."""
@@ -61,8 +65,8 @@ class Dialect:
     component: str
     home: Callable[[str, tuple[int, ...], Any], Home]  # official name, its shape, the component's config
 
-    def layout(self, shapes: Shapes, config: Any) -> dict[str, list[tuple[str, Home]]]:
-        """Each tensor of a file in this dialect, and the official tensors it holds."""
+    def layout(self, shapes: Shapes, config: Any) -> Layout:
+        """The file in this dialect of a model with parameters `shapes`."""
         layout: dict[str, list[tuple[str, Home]]] = {}
         for name, shape in shapes.items():
             home = self.home(name, shape, config)
@@ -87,7 +91,7 @@ def taken(stored: Tensor, home: Home, shape: tuple[int, ...]) -> Tensor:
     return stored.view(shape, take)
 
 
-def _joined(parts: list[tuple[Tensor, Home]]) -> Tensor:
+def _joined(parts: Sequence[tuple[Tensor, Home]]) -> Tensor:
     first, home = parts[0]
     if home.same:
         return first
