@@ -116,7 +116,7 @@ def test_official_sizes_are_assumed_where_nothing_tells_and_must_fit(model: Path
     arrays = foreign.official(folder, "transformer")
     shutil.rmtree(folder / "transformer")
     foreign.write(folder / "z_image.safetensors", arrays)
-    with pytest.raises(WeightError, match=r"cap_pad_token \(1, 96\) instead of \(1, 3840\)"):
+    with pytest.raises(WeightError, match=r"x_pad_token \(1, 96\) instead of \(1, 3840\)"):
         ModelFolder.open(folder)
 
 

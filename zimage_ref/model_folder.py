@@ -59,6 +59,7 @@ class ModelFolder:
         places = find_parts(path, parts)
         files = {name: Checkpoint.open(places[name]) for name in COMPONENTS}
         configs = {name: config_of(file, name, path) or COMPONENTS[name].official for name, file in files.items()}
+        weights = {name: _used(file, name, configs[name]) for name, file in files.items()}
         transformer, text_encoder, vae = (configs[name] for name in COMPONENTS)
         if transformer.cap_feat_dim != text_encoder.hidden_size:
             raise ConfigError(
@@ -70,7 +71,6 @@ class ModelFolder:
                 f"{path}: the transformer takes {transformer.in_channels} latent channels, "
                 f"the vae makes {vae.latent_channels}"
             )
-        weights = {name: _used(file, name, configs[name]) for name, file in files.items()}
         return cls(path, transformer, text_encoder, vae, scheduler_config(path), places["tokenizer"], weights)
 
     @property
@@ -111,7 +111,7 @@ def find_component(folder: Path, component: str) -> Path:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(file.suffix in READABLE for file in folder.iterdir())
+    return folder.is_dir() and any(file.name.endswith((*READABLE, ".index.json")) for file in folder.iterdir())
 
 
 def _tokenizer(folder: Path, given: Path | None) -> Path:
