@@ -140,7 +140,8 @@ def test_it_refuses_before_it_reads(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tensor, "read", lambda self: pytest.fail("read"), raising=False)
     (tmp_path / "precious.npz").write_bytes(b"precious")
-    assert convert("--input", model / "transformer", "--model-type=t", *options) == 1
+    source = [] if any(option.startswith("--input") for option in options) else ["--input", model / "transformer"]
+    assert convert(*source, "--model-type=t", *options) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and fact in line
     assert [p.name for p in tmp_path.iterdir()] == ["precious.npz"]
