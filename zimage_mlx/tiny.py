@@ -125,7 +125,6 @@ def train_vae(pictures: Array, recipe: Recipe, report: Callable[[str], None]) ->
     order = _batches(len(pictures), recipe.vae_batch, recipe.vae_steps, recipe.seed)
     for line in _counted(order, recipe.vae_steps, "autoencoder", lambda i: step(mx.array(pictures[i]))):
         report(line)
-    step.settle()
     some = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, min(len(pictures), 5000), 250)])
     shift, deviation = (float(np.array(f(some.astype(mx.float32)))) for f in (mx.mean, mx.std))
     vae.config = replace(vae.config, shift_factor=round(shift, 5), scaling_factor=round(1 / deviation, 5))
@@ -217,7 +216,10 @@ def denoising_loss(model: Denoiser, x_0: mx.array, ids: mx.array, lengths: mx.ar
 
 
 class Stepper:
-    """One compiled AdamW step of `model` a call, under a warmed-up cosine rate; `average` follows its weights."""
+    """One AdamW step of `model` a call, under a warmed-up cosine rate; `average` follows its weights.
+
+    Not compiled: on CUDA the compilation of the fused kernels of a whole step takes minutes.
+    """
 
     def __init__(
         self, model: nn.Module, loss: Callable[..., mx.array], rate: float, steps: int, average: nn.Module | None = None
@@ -226,34 +228,26 @@ class Stepper:
         schedule = optim.join_schedules(
             [optim.linear_schedule(1e-6, rate, warm), optim.cosine_decay(rate, steps - warm, rate / 100)], [warm]
         )
-        optimizer = optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=1e-2, bias_correction=True)
-        optimizer.init(model.trainable_parameters())
-        value_and_gradient = nn.value_and_grad(model, loss)
-        state: list[Any] = [model.state, optimizer.state, mx.random.state]
+        self.optimizer = optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=1e-2, bias_correction=True)
+        self.model, self.average, self.done = model, average, 0
+        self.value_and_gradient = nn.value_and_grad(model, loss)
         if average is not None:
-            average.update(tree_map(lambda p: p + 0, model.parameters()))
-            state.append(average.state)
-
-        def step(batch: mx.array) -> mx.array:
-            value, gradients = value_and_gradient(model, batch)
-            gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-            optimizer.update(model, gradients)
-            if average is not None:
-                decay = mx.minimum(EMA, (1 + optimizer.step) / (10 + optimizer.step))
-                mean = tree_map(lambda a, p: a + (1 - decay) * (p - a), average.parameters(), model.parameters())
-                average.update(mean)
-            return value
-
-        self.state, self.step = state, mx.compile(step, inputs=state, outputs=state)
+            average.update(model.parameters())
 
     def __call__(self, batch: mx.array) -> mx.array:
-        value = self.step(batch)
-        mx.async_eval(value, self.state)
+        """The loss, and the new weights, are under way when this returns."""
+        value, gradients = self.value_and_gradient(self.model, batch)
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        self.optimizer.update(self.model, gradients)
+        self.done += 1
+        state = [self.model.parameters(), self.optimizer.state]
+        if self.average is not None:
+            pace = 1 - min(EMA, (1 + self.done) / (10 + self.done))
+            parameters, averages = self.model.parameters(), self.average.parameters()
+            self.average.update(tree_map(lambda a, p: a + pace * (p - a), averages, parameters))
+            state.append(self.average.parameters())
+        mx.async_eval(value, state)
         return value
-
-    def settle(self) -> None:
-        """Waits until the weights are there."""
-        mx.eval(self.state)
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Array]:

@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> N
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(_CHAT_TOKENS), min_frequency=50, show_progress=False,
+        vocab_size=vocab_size - len(_CHAT_TOKENS), min_frequency=max(len(captions) // 500, 2), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     tokenizer.train_from_iterator(["user\nassistant\n"] * len(captions) + list(captions), trainer)
