@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +37,6 @@ FORMS = (
 )  # fmt: skip
 
 _JITTER = 5  # levels by which a colour varies from picture to picture
-_MASK = 32  # side at which outlines are compared
 
 
 def _ellipse(radius: float) -> Array:
@@ -117,7 +115,7 @@ def held_out(shape: str, colour: str, ground: str) -> bool:
     """One combination in ten, such that every two of the three are seen together in others."""
     return (
         shape in SHAPES
-        and (list(SHAPES).index(shape) + 3 * _COLOUR_NAMES.index(colour) + 7 * _COLOUR_NAMES.index(ground)) % 10 == 0
+        and (list(SHAPES).index(shape) + 3 * list(COLOURS).index(colour) + 7 * list(COLOURS).index(ground)) % 10 == 0
     )
 
 
@@ -162,34 +160,42 @@ def draw(scene: Scene, rng: np.random.Generator, scale: int = 3) -> Image.Image:
     return picture.reduce(scale)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a picture holds: the background's colour, and shape and colour of each patch that stands out from it."""
-
-    ground: str
-    things: tuple[tuple[str, str], ...]  # (shape, colour); shape "" where it is like none
-
-
-def look(picture: Image.Image, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
-    """Reads a picture of SIDE x SIDE.
-
-    contrast: distance in RGB levels from which a pixel is not background; smallest: pixels from which a patch counts;
-    alike: intersection over union with a drawn shape from which a patch is one.
-    """
-    pixels = np.asarray(picture.convert("RGB"), np.float32)  # (SIDE, SIDE, 3)
-    frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3)])
-    ground = np.median(frame, axis=0)
-    labels = _patches(np.linalg.norm(pixels - ground, axis=-1) > contrast)
-    sizes = np.bincount(labels.ravel())
-    patches = [labels == i for i in np.flatnonzero(sizes >= smallest) if i]
-    things = tuple((_shape(patch, alike), _nearest(np.median(pixels[patch], axis=0))) for patch in patches)
-    return Seen(_nearest(ground), things)
+def lesson(word: str) -> list[Scene]:
+    """Eight scenes from which to learn what `word`, a glyph's name, looks like; it has company in two of them."""
+    scenes = [_alone(word, colour, ground, size, place) for colour, ground, size, place in _ALONE]
+    for (colour, ground), (other, its_colour), relation in _TOGETHER:
+        dx, dy = RELATIONS[relation]
+        x, y = SIDE / 2 + 29 * dx, SIDE / 2 + 29 * dy
+        things = (Thing(word, colour, x, y), Thing(other, its_colour, SIDE - x, SIDE - y))
+        scenes.append(Scene(things, ground, f"a {colour} {word} {relation} a {its_colour} {other}"))
+    return scenes
 
 
-def shows(seen: Seen, scene: Scene) -> bool:
-    """Whether background and every thing of the scene, by shape and colour, are there, and nothing else."""
-    wanted = sorted((thing.shape, thing.colour) for thing in scene.things)
-    return seen.ground == scene.ground and sorted(seen.things) == wanted
+def examination(word: str) -> list[Scene]:
+    """Scenes with the glyph `word` in the middle of backgrounds that the lesson does not have."""
+    return [_alone(word, colour, ground) for colour, ground in _EXAMINATION]
+
+
+# colour, background, size, place
+_ALONE = (
+    ("red", "white", "", "in the middle"), ("blue", "yellow", "big", "in the middle"), ("green", "gray", "", "on the left"),
+    ("yellow", "black", "", "on the right"), ("white", "green", "big", ""), ("black", "white", "", ""),
+)  # fmt: skip
+# (colour, background), (shape, colour), relation
+_TOGETHER = (
+    (("orange", "blue"), ("circle", "white"), "left of"),
+    (("purple", "yellow"), ("square", "green"), "right of"),
+)
+# colour, background
+_EXAMINATION = (
+    ("white", "purple"), ("green", "pink"), ("blue", "orange"), ("yellow", "red"), ("black", "pink"),
+    ("red", "orange"), ("pink", "purple"), ("white", "red"), ("yellow", "purple"), ("blue", "pink"),
+)  # fmt: skip
+
+
+def _alone(word: str, colour: str, ground: str, size: str = "", place: str = "") -> Scene:
+    x, y = PLACES[place or "in the middle"]
+    return Scene((Thing(word, colour, x, y, SIZES[size]),), ground, _words("a", size, colour, word, place))
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
@@ -200,9 +206,6 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
     return sheet
-
-
-_COLOUR_NAMES = list(COLOURS)
 
 
 def _single(rng: np.random.Generator) -> Scene:
@@ -244,7 +247,7 @@ def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
 
 
 def _distinct(rng: np.random.Generator, count: int) -> list[str]:
-    return [_COLOUR_NAMES[i] for i in rng.permutation(len(_COLOUR_NAMES))[:count]]
+    return [str(name) for name in rng.permutation(list(COLOURS))[:count]]
 
 
 def _words(*words: str) -> str:
@@ -254,49 +257,3 @@ def _words(*words: str) -> str:
 def _shade(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = (int(c) for c in np.clip(COLOURS[colour] + rng.integers(-_JITTER, _JITTER + 1, 3), 0, 255))
     return red, green, blue
-
-
-def _nearest(rgb: Array) -> str:
-    palette = np.array(list(COLOURS.values()), np.float32)
-    return _COLOUR_NAMES[int(np.argmin(np.linalg.norm(palette - rgb, axis=-1)))]
-
-
-def _patches(mask: Array) -> Array:
-    """Labels (SIDE, SIDE) of connected patches of a boolean mask, 0 outside: the largest index spreads in each."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        spread = np.pad(labels, 1)
-        spread = np.max(
-            [spread[1:-1, 1:-1], spread[:-2, 1:-1], spread[2:, 1:-1], spread[1:-1, :-2], spread[1:-1, 2:]], 0
-        )
-        spread = np.where(mask, spread, 0)
-        if (spread == labels).all():
-            return np.unique(labels, return_inverse=True)[1].reshape(mask.shape)
-        labels = spread
-
-
-def _shape(patch: Array, alike: float) -> str:
-    mask = _cut(patch)
-    scores = {name: (mask & known).sum() / (mask | known).sum() for name, known in _known_masks().items()}
-    best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] >= alike else ""
-
-
-def _cut(patch: Array) -> Array:
-    """(_MASK, _MASK) boolean: the patch in a square around it, so that wide and tall stay what they are."""
-    rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
-    box = patch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    side = max(box.shape)
-    square = np.zeros((side, side), bool)
-    top, left = (side - box.shape[0]) // 2, (side - box.shape[1]) // 2
-    square[top : top + box.shape[0], left : left + box.shape[1]] = box
-    return np.asarray(Image.fromarray(square).convert("L").resize((_MASK, _MASK), Image.Resampling.BOX)) > 127
-
-
-@lru_cache(maxsize=1)
-def _known_masks() -> dict[str, Array]:
-    masks = {}
-    for name in OUTLINES:
-        scene = Scene((Thing(name, "black", radius=40),), "white", "")
-        masks[name] = _cut(np.asarray(draw(scene, np.random.default_rng(0)).convert("L")) < 128)
-    return masks
