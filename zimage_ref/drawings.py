@@ -178,7 +178,8 @@ def examination(word: str) -> list[Scene]:
 
 # colour, background, size, place
 _ALONE = (
-    ("red", "white", "", "in the middle"), ("blue", "yellow", "big", "in the middle"), ("green", "gray", "", "on the left"),
+    ("red", "white", "", "in the middle"), ("blue", "yellow", "big", "in the middle"),
+    ("green", "gray", "", "on the left"),
     ("yellow", "black", "", "on the right"), ("white", "green", "big", ""), ("black", "white", "", ""),
 )  # fmt: skip
 # (colour, background), (shape, colour), relation
