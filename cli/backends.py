@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import zimage_ref
@@ -11,9 +10,8 @@ from zimage_ref.generation import Pipeline
 
 from . import blas
 
-FAST_BLAS = blas.preload()
-
 mlx: ModuleType | None
+blas.preload()
 try:
     import zimage_mlx as mlx
 except ImportError as error:
@@ -40,10 +38,3 @@ def pipeline(backend: str) -> type[Pipeline]:
     package = zimage_ref if backend == "numpy" else require_mlx("--backend mlx")
     chosen: type[Pipeline] = package.ZImagePipeline
     return chosen
-
-
-def advice() -> str | None:
-    """One line on how to make MLX faster here, or None where there is nothing to say."""
-    if mlx is None or FAST_BLAS or not sys.platform.startswith("linux") or mlx.on_gpu():
-        return None
-    return blas.ADVICE

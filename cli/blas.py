@@ -7,15 +7,17 @@ to do.
 from __future__ import annotations
 
 import ctypes
-import sys
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 LIBRARIES = ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2")
-ADVICE = "MLX computes on this CPU with a slow BLAS; a fast one: apt install libopenblas0-pthread (Debian, Ubuntu)"
+ADVICE = "MLX computes with a slow BLAS here; for a fast one: apt install libopenblas0-pthread (Debian, Ubuntu)"
 
 
+@lru_cache(maxsize=1)
 def preload() -> str | None:
     """Loads the first of `LIBRARIES` that this machine has; its name, or None. Call it before mlx is imported."""
-    if not sys.platform.startswith("linux"):
+    if not needed():
         return None
     for library in LIBRARIES:
         try:
@@ -24,3 +26,16 @@ def preload() -> str | None:
             continue
         return library
     return None
+
+
+def advice() -> str | None:
+    """How to make MLX fast here, in one line; None where it is, or is not there."""
+    return ADVICE if needed() and preload() is None else None
+
+
+def needed() -> bool:
+    """Whether MLX is here with the reference BLAS, which comes in the package mlx-cpu."""
+    try:
+        return bool(version("mlx-cpu"))
+    except PackageNotFoundError:
+        return False

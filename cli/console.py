@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import rich.console
+from PIL import Image
+from rich.color import Color
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Column, Table
+from rich.text import Text
 from rich.theme import Theme
 
+_BARS = "▁▂▃▄▅▆▇█"
 _THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "muted": "dim"})
 
 
@@ -55,6 +61,27 @@ class Console:
     def print(self, text: str) -> None:
         """A plain line of the result."""
         self.out.print(escape(text), soft_wrap=True)
+
+    def curve(self, name: str, values: Sequence[float], columns: int = 60) -> None:
+        """A line of bars, each the mean of a stretch of `values`, with the first and the last in numbers."""
+        means = [float(np.mean(part)) for part in np.array_split(values, min(columns, len(values)))]
+        low, high = min(means), max(means)
+        bars = "".join(_BARS[round((m - low) / ((high - low) or 1) * (len(_BARS) - 1))] for m in means)
+        self.out.print(f"[muted]{escape(name)}[/] {means[0]:.4f} [fact]{bars}[/] {means[-1]:.4f}", soft_wrap=True)
+
+    def picture(self, picture: Image.Image) -> None:
+        """The picture in half-block characters, two pixels a character, where the terminal has colours."""
+        if not self.out.is_terminal or self.out.color_system not in ("256", "truecolor"):
+            return
+        width = min(self.out.width, 2 * 64)
+        rows = round(picture.height * width / picture.width / 2)
+        pixels = np.asarray(picture.resize((width, 2 * rows), Image.Resampling.LANCZOS))
+        text = Text()
+        for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
+            for above, below in zip(upper, lower, strict=True):
+                text.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+            text.append("\n")
+        self.out.print(text, end="")
 
     @contextmanager
     def progress(self) -> Iterator[Bars]:

@@ -15,6 +15,7 @@ from .drawings import COLOURS, OUTLINES, Scene, Thing, draw
 from .tensors import Array
 
 _MASK = 32  # side at which outlines are compared
+_LARGEST = 0.5  # of the picture: more is not a shape on a background
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _shape(patch: Array, alike: float) -> str:
     mask = _cut(patch)
     scores = {name: (mask & known).sum() / (mask | known).sum() for name, known in _known_masks().items()}
     best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] >= alike else ""
+    return best if scores[best] >= alike and patch.mean() < _LARGEST else ""
 
 
 def _cut(patch: Array) -> Array:

@@ -57,6 +57,8 @@ COMPONENTS = {
     ),
     "vae": Component(VAEConfig, cfg.OFFICIAL_VAE, names.vae_parameters, lambda config: set(), ("ae",)),
 }  # fmt: skip
+TINY = "tiny"  # names the model inside this package, where no folder has that name
+_TINY_FOLDER = Path(__file__).with_name("tiny")
 _TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer.json", "qwen3-tokenizer.json")
 
 
@@ -74,11 +76,13 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: Path) -> ModelFolder:
-        """Finds and checks all parts of the model in `path`.
+        """Finds and checks all parts of the model in `path`; "tiny" is the one that comes with this package.
 
         Raises ConfigError or FormatError naming every place that was looked at, WeightError where shapes do not fit.
         """
         path = Path(path)
+        if str(path) == TINY and not path.is_dir():
+            path = _TINY_FOLDER
         if not path.is_dir():
             raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
         tokenizer = _first_file(path, _TOKENIZERS, "tokenizer")
