@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig, read_json
@@ -125,6 +125,7 @@ def train_vae(pictures: Array, recipe: Recipe, report: Callable[[str], None]) ->
     order = _batches(len(pictures), recipe.vae_batch, recipe.vae_steps, recipe.seed)
     for line in _counted(order, recipe.vae_steps, "autoencoder", lambda i: step(mx.array(pictures[i]))):
         report(line)
+    step.finish()
     some = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, min(len(pictures), 5000), 250)])
     shift, deviation = (float(np.array(f(some.astype(mx.float32)))) for f in (mx.mean, mx.std))
     vae.config = replace(vae.config, shift_factor=round(shift, 5), scaling_factor=round(1 / deviation, 5))
@@ -191,7 +192,9 @@ def train_denoiser(
     for i, line in enumerate(lines, start=1):
         report(line)
         if i % 10 == 0:
+            step.finish()
             write(average)
+    step.finish()
     write(average)
 
 
@@ -218,7 +221,8 @@ def denoising_loss(model: Denoiser, x_0: mx.array, ids: mx.array, lengths: mx.ar
 class Stepper:
     """One AdamW step of `model` a call, under a warmed-up cosine rate; `average` follows its weights.
 
-    Not compiled: on CUDA the compilation of the fused kernels of a whole step takes minutes.
+    All weights are one vector to the optimizer: a few large operations instead of thousands of small ones. Nothing is
+    compiled: on CUDA the fused kernels of a whole step take minutes to build.
     """
 
     def __init__(
@@ -229,25 +233,39 @@ class Stepper:
             [optim.linear_schedule(1e-6, rate, warm), optim.cosine_decay(rate, steps - warm, rate / 100)], [warm]
         )
         self.optimizer = optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=1e-2, bias_correction=True)
+        named: Any = tree_flatten(model.parameters())
+        self.shapes = [(name, array.shape) for name, array in named]
+        self.ends = np.cumsum([array.size for _, array in named])[:-1].tolist()
+        self.weights = self.averages = mx.concatenate([array.flatten() for _, array in named])
         self.model, self.average, self.done = model, average, 0
-        self.value_and_gradient = nn.value_and_grad(model, loss)
-        if average is not None:
-            average.update(model.parameters())
+
+        def loss_of(weights: mx.array, batch: mx.array) -> mx.array:
+            self.place(weights, model)
+            return loss(model, batch)
+
+        self.value_and_gradient = mx.value_and_grad(loss_of)
 
     def __call__(self, batch: mx.array) -> mx.array:
-        """The loss, and the new weights, are under way when this returns."""
-        value, gradients = self.value_and_gradient(self.model, batch)
-        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-        self.optimizer.update(self.model, gradients)
+        """The loss; it and the new weights are under way when this returns. See `finish`."""
+        value, gradient = self.value_and_gradient(self.weights, batch)
+        gradient = gradient * mx.minimum(1, 1 / mx.linalg.norm(gradient))
+        self.weights = self.optimizer.apply_gradients({"": gradient}, {"": self.weights})[""]
         self.done += 1
-        state = [self.model.parameters(), self.optimizer.state]
-        if self.average is not None:
-            pace = 1 - min(EMA, (1 + self.done) / (10 + self.done))
-            parameters, averages = self.model.parameters(), self.average.parameters()
-            self.average.update(tree_map(lambda a, p: a + pace * (p - a), averages, parameters))
-            state.append(self.average.parameters())
-        mx.async_eval(value, state)
+        pace = 1 - min(EMA, (1 + self.done) / (10 + self.done))
+        self.averages = self.averages + pace * (self.weights - self.averages)
+        mx.async_eval(value, self.weights, self.averages, self.optimizer.state)
         return value
+
+    def finish(self) -> None:
+        """Puts the weights into the model, and their averages into the other."""
+        self.place(self.weights, self.model)
+        if self.average is not None:
+            self.place(self.averages, self.average)
+
+    def place(self, weights: mx.array, model: nn.Module) -> None:
+        """Gives `model` the parameters that are the parts of a vector."""
+        parts = zip(self.shapes, mx.split(weights, self.ends), strict=True)
+        model.update(tree_unflatten([(name, part.reshape(shape)) for (name, shape), part in parts]))
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Array]:
