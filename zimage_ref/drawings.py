@@ -22,7 +22,7 @@ COLOURS = {
     "blue": (38, 92, 214), "purple": (128, 52, 168), "pink": (248, 152, 196), "gray": (136, 136, 136),
     "black": (22, 22, 22), "white": (246, 246, 246),
 }  # fmt: skip
-SIZES = {"small": 13.0, "": 20.0, "big": 29.0}  # radius in pixels
+SIZES = {"small": 16.0, "": 22.0, "big": 30.0}  # radius in pixels
 PLACES = {
     "in the top left corner": (36, 36), "at the top": (64, 36), "in the top right corner": (92, 36),
     "on the left": (36, 64), "in the middle": (64, 64), "on the right": (92, 64),
@@ -165,7 +165,7 @@ def lesson(word: str) -> list[Scene]:
     scenes = [_alone(word, colour, ground, size, place) for colour, ground, size, place in _ALONE]
     for (colour, ground), (other, its_colour), relation in _TOGETHER:
         dx, dy = RELATIONS[relation]
-        x, y = SIDE / 2 + 29 * dx, SIDE / 2 + 29 * dy
+        x, y = SIDE / 2 + 30 * dx, SIDE / 2 + 30 * dy
         things = (Thing(word, colour, x, y), Thing(other, its_colour, SIDE - x, SIDE - y))
         scenes.append(Scene(things, ground, f"a {colour} {word} {relation} a {its_colour} {other}"))
     return scenes
@@ -220,7 +220,7 @@ def _single(rng: np.random.Generator) -> Scene:
 def _several(rng: np.random.Generator) -> Scene:
     shape, (colour, ground), count = _pick(rng, SHAPES), _distinct(rng, 2), int(rng.integers(2, 4))
     xs = SIDE / 2 + (np.arange(count) - (count - 1) / 2) * (54 if count == 2 else 41)
-    y, radius = SIDE / 2 + rng.uniform(-4, 4), 16 * rng.uniform(0.94, 1.06)
+    y, radius = SIDE / 2 + rng.uniform(-4, 4), 17 * rng.uniform(0.94, 1.06)
     things = tuple(Thing(shape, colour, x, y, radius) for x in xs + rng.uniform(-2, 2))
     return Scene(things, ground, _words(NUMBERS[count], colour, shape + ("es" if shape == "cross" else "s")))
 
@@ -233,7 +233,7 @@ def _pair(rng: np.random.Generator) -> Scene:
     things = tuple(
         Thing(
             shapes[i], colours[i],
-            SIDE / 2 + side * 29 * dx + rng.uniform(-3, 3), SIDE / 2 + side * 29 * dy + rng.uniform(-3, 3),
+            SIDE / 2 + side * 30 * dx + rng.uniform(-3, 3), SIDE / 2 + side * 30 * dy + rng.uniform(-3, 3),
             SIZES[sizes[i]] * rng.uniform(0.94, 1.06),
         )
         for i, side in enumerate((1, -1))

@@ -15,6 +15,7 @@ from PIL import Image
 from zimage_mlx import ZImagePipeline
 from zimage_ref import drawings
 from zimage_ref.images import to_array
+from zimage_ref.judge import Seen, look, shows
 
 BATCH = 25
 
@@ -36,15 +37,15 @@ def main() -> None:
     captions = [drawings.describe(scene, rng) for scene in scenes]
     drawn = [drawings.draw(scene, rng) for scene in scenes]
 
-    right = [drawings.shows(drawings.look(picture), scene) for picture, scene in zip(drawn, scenes, strict=True)]
+    right = [shows(look(picture), scene) for picture, scene in zip(drawn, scenes, strict=True)]
     print(f"judge on drawings: {np.mean(right):.1%} read as drawn")
     print(f"autoencoder: {np.mean(list(psnr(pipeline, drawn[:50]))):.2f} dB")
     for guidance in options.guidance:
         pictures = list(generate(pipeline, captions, options.steps, guidance))
-        seen = [drawings.look(picture) for picture in pictures]
+        seen = [look(picture) for picture in pictures]
         report(f"guidance {guidance:g}, {options.steps} steps", scenes, seen)
         for i, (scene, what) in enumerate(zip(scenes, seen, strict=True)):
-            if not drawings.shows(what, scene):
+            if not shows(what, scene):
                 print(f"    {i}: {captions[i]}: {what.ground}, {what.things}")
         if options.sheet:
             options.sheet.mkdir(parents=True, exist_ok=True)
@@ -69,9 +70,9 @@ def generate(pipeline: ZImagePipeline, captions: list[str], steps: int, guidance
         )  # fmt: skip
 
 
-def report(title: str, scenes: list[drawings.Scene], seen: list[drawings.Seen]) -> None:
+def report(title: str, scenes: list[drawings.Scene], seen: list[Seen]) -> None:
     """One line for all captions, one for each kind of scene."""
-    right = np.array([drawings.shows(what, scene) for what, scene in zip(seen, scenes, strict=True)])
+    right = np.array([shows(what, scene) for what, scene in zip(seen, scenes, strict=True)])
     ground = np.mean([what.ground == scene.ground for what, scene in zip(seen, scenes, strict=True)])
     kinds = np.array([kind(scene) for scene in scenes])
     parts = ", ".join(
