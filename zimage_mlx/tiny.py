@@ -4,7 +4,8 @@
 
 First the autoencoder learns to reproduce drawings; the mean and the deviation of its latents become shift_factor and
 scaling_factor. Then text encoder and transformer learn together, by flow matching as in `zimage_ref.schedule`, and
-moving averages of their weights are what is written. A run that finds a finished autoencoder in DIR keeps it.
+moving averages of their weights are what is written. A run that finds an autoencoder in DIR keeps it, and one that
+finds a denoiser goes on from there.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from zimage_ref.tiny_files import write_component, write_surroundings
 from zimage_ref.tokenizer import Tokenizer
 
 from .text_encoder import TextEncoder
-from .transformer import Conditioning, Transformer
+from .transformer import Conditioning, Layout, Transformer
 from .vae import VAE
 from .weights import load, to_numpy
 
@@ -66,11 +67,11 @@ TOKENS = SEQUENCE_MULTIPLE  # of every caption, filled up
 class Recipe:
     """How long everything takes."""
 
-    pictures: int = 150_000
-    vae_steps: int = 6_000
+    pictures: int = 120_000
+    vae_steps: int = 5_000
     vae_batch: int = 64
     vae_rate: float = 2e-3
-    steps: int = 12_000
+    steps: int = 20_000
     batch: int = 512
     rate: float = 1.5e-3
     seed: int = 0
@@ -80,14 +81,16 @@ def make(output: Path, recipe: Recipe, report: Callable[[str], None]) -> ModelFo
     """Trains the whole model and writes it to `output`, telling `report` how it goes."""
     mx.random.seed(recipe.seed)
     pictures, captions = drawings(recipe, report)
-    write_surroundings(output, captions, TEXT_ENCODER.vocab_size, SCHEDULER)
+    if not (output / "tokenizer").is_dir():
+        write_surroundings(output, captions, TEXT_ENCODER.vocab_size, SCHEDULER)
     vae = finished_vae(output) or train_vae(pictures, recipe, report)
     write_component(output / "vae", vae.config, parameters(vae))
     latents = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, len(pictures), 250)])
     mx.eval(latents)
     report(f"{len(latents)} latents, shift {vae.config.shift_factor}, scale {vae.config.scaling_factor}")
     ids, lengths = tokenized(Tokenizer(output / "tokenizer" / "tokenizer.json"), captions)
-    train_denoiser(latents, mx.array(ids), mx.array(lengths), recipe, report, partial(write_denoiser, output))
+    denoiser = started_denoiser(output) or Denoiser()
+    train_denoiser(denoiser, latents, mx.array(ids), mx.array(lengths), recipe, report, partial(write_denoiser, output))
     return ModelFolder.open(output)
 
 
@@ -167,6 +170,7 @@ class Denoiser(nn.Module):
 
 
 def train_denoiser(
+    model: Denoiser,
     latents: mx.array,
     ids: mx.array,
     lengths: mx.array,
@@ -178,13 +182,14 @@ def train_denoiser(
 
     `write` gets the averaged model ten times on the way and at the end.
     """
-    model, average = Denoiser(), Denoiser()
-    given = model.transformer.condition([mx.zeros((TOKENS, TEXT_ENCODER.hidden_size))], *latents.shape[2:])
+    average = Denoiser()
+    layout = model.transformer.layout([TOKENS], *latents.shape[2:])
+    mx.eval(layout.image_rotation, layout.caption_rotation, layout.rotation)
 
     def loss(model: Denoiser, chosen: mx.array) -> mx.array:
         x_0 = latents[chosen].astype(mx.float32)
         named = mx.where(mx.random.uniform(shape=chosen.shape) < EMPTY, 0, chosen + 1)
-        return denoising_loss(model, x_0, ids[named], lengths[named], given)
+        return denoising_loss(model, x_0, ids[named], lengths[named], layout)
 
     step = Stepper(model, loss, recipe.rate, recipe.steps, average)
     order = _batches(len(latents), recipe.batch, recipe.steps, recipe.seed + 1)
@@ -198,23 +203,22 @@ def train_denoiser(
     write(average)
 
 
-def denoising_loss(model: Denoiser, x_0: mx.array, ids: mx.array, lengths: mx.array, given: Conditioning) -> mx.array:
+def denoising_loss(model: Denoiser, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: Layout) -> mx.array:
     """The flow-matching loss of x_0 (B, C, h, w) with captions ids (B, TOKENS), each of its own length.
 
-    `given` holds the rotations, which are the same for all captions of one padded length.
+    `layout` is that of one caption: where tokens stand is the same for all captions of one padded length.
     """
     B, _, h, w = x_0.shape
     transformer = model.transformer
     tokens = transformer.embed_caption(model.text_encoder(ids))  # (B, TOKENS, D)
     tokens = mx.where((mx.arange(TOKENS) < lengths[:, None])[..., None], tokens, transformer.cap_pad_token)
-    cos, sin = (part[:, -TOKENS:] for part in given.rotation)
     for block in transformer.context_refiner:
-        tokens = block(tokens, (cos, sin), None)
+        tokens = block(tokens, layout.caption_rotation, None)
     noise = mx.random.normal(x_0.shape)
     shift = resolution_shift(h * w // TRANSFORMER.patch_size**2)
     sigma = shifted(mx.random.uniform(shape=(B,)), shift)
     x = add_noise(x_0, noise, sigma[:, None, None, None])
-    raw = transformer.denoise(x, model_time(sigma), replace(given, caption=tokens))
+    raw = transformer.denoise(x, model_time(sigma), Conditioning(tokens, layout))
     return mx.mean(mx.square(raw - training_target(x_0, noise)))
 
 
@@ -309,6 +313,16 @@ def finished_vae(folder: Path) -> VAE | None:
     vae = VAE(VAEConfig.from_json(read_json(file), str(file)))
     load(vae, Checkpoint.open(folder / "vae").tensors, mx.float32)
     return vae
+
+
+def started_denoiser(folder: Path) -> Denoiser | None:
+    """Text encoder and transformer of an earlier run into `folder`, or None."""
+    if not (folder / "transformer").is_dir():
+        return None
+    model, weights = Denoiser(), ModelFolder.open(folder).weights
+    load(model.text_encoder, weights["text_encoder"], mx.float32)
+    load(model.transformer, weights["transformer"], mx.float32)
+    return model
 
 
 def write_denoiser(folder: Path, model: Denoiser) -> None:
