@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import rich.console
 from PIL import Image
 from rich.color import Color
@@ -64,7 +63,8 @@ class Console:
 
     def curve(self, name: str, values: Sequence[float], columns: int = 60) -> None:
         """A line of bars, each the mean of a stretch of `values`, with the first and the last in numbers."""
-        means = [float(np.mean(part)) for part in np.array_split(values, min(columns, len(values)))]
+        ends = [len(values) * i // columns for i in range(columns + 1)]
+        means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False) if b > a]
         low, high = min(means), max(means)
         bars = "".join(_BARS[round((m - low) / ((high - low) or 1) * (len(_BARS) - 1))] for m in means)
         self.out.print(f"[muted]{escape(name)}[/] {means[0]:.4f} [fact]{bars}[/] {means[-1]:.4f}", soft_wrap=True)
@@ -75,11 +75,12 @@ class Console:
             return
         width = min(self.out.width, 2 * 64)
         rows = round(picture.height * width / picture.width / 2)
-        pixels = np.asarray(picture.resize((width, 2 * rows), Image.Resampling.LANCZOS))
+        data = picture.convert("RGB").resize((width, 2 * rows), Image.Resampling.LANCZOS).tobytes()
+        pixels = [Color.from_rgb(*data[i : i + 3]) for i in range(0, len(data), 3)]
         text = Text()
-        for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
-            for above, below in zip(upper, lower, strict=True):
-                text.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+        for top in range(0, len(pixels), 2 * width):
+            for upper, lower in zip(pixels[top : top + width], pixels[top + width :], strict=False):
+                text.append("▀", Style(color=upper, bgcolor=lower))
             text.append("\n")
         self.out.print(text, end="")
 

@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from zimage_ref import TrainConfig
-from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, describe, draw, examination, lesson, scenes
+from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
 from zimage_ref.images import save_picture
 from zimage_ref.judge import look, shows
 from zimage_ref.model_folder import TINY
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Draws, generates, trains, generates again, and shows what has changed."""
     if note := blas.advice():
         console.note(note)
-    new, known = examination(WORD)[:PICTURES], known_scenes()
+    new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=1, held_out=True)
     if mlx is None:
         pictures = generate(known, [], console, "generate")
         console.picture(contact_sheet(pictures, PICTURES))
@@ -60,18 +59,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.print(_NEXT)
 
 
-def known_scenes() -> list[Scene]:
-    """Scenes of shapes that the model knows, in combinations that it has not seen."""
-    stream = scenes(np.random.default_rng(1), held_out=True)
-    return [next(stream) for _ in range(PICTURES)]
-
-
 def write_dataset(folder: Path) -> Path:
     """The eight pictures of the lesson and their captions, as `zimage train` takes them."""
-    rng = np.random.default_rng(0)
-    for i, scene in enumerate(lesson(WORD), start=1):
-        save_picture(draw(scene, rng), folder / f"{WORD}{i}.png")
-        (folder / f"{WORD}{i}.txt").write_text(describe(scene, rng) + "\n", encoding="utf-8")
+    for i, (picture, caption) in enumerate(illustrated(lesson(WORD), seed=0), start=1):
+        save_picture(picture, folder / f"{WORD}{i}.png")
+        (folder / f"{WORD}{i}.txt").write_text(caption + "\n", encoding="utf-8")
     return folder
 
 

@@ -29,8 +29,7 @@ def reference(folder: ModelFolder) -> zimage_ref.ZImagePipeline:
 
 
 def held_out(count: int) -> list[drawings.Scene]:
-    stream = drawings.scenes(np.random.default_rng(77), held_out=True)
-    return [next(stream) for _ in range(count)]
+    return drawings.take(count, seed=77, held_out=True)
 
 
 def test_the_folder_is_small_whole_and_in_bfloat16(folder: ModelFolder) -> None:
@@ -73,3 +72,25 @@ def test_pictures_show_what_captions_never_seen_in_training_say(
     pictures = reference(captions, width=SIDE, height=SIDE, steps=8, guidance=guidance, seed=5)
     right = [shows(look(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
     assert sum(right) >= 10, [c for c, yes in zip(captions, right, strict=True) if not yes]
+
+
+@pytest.mark.slow
+def test_a_lora_learns_a_word_from_eight_drawings_and_leaves_the_others_alone(
+    reference: zimage_ref.ZImagePipeline, tmp_path: Path
+) -> None:
+    demo = pytest.importorskip("zimage_cli.demo")
+    zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
+    config = zimage_mlx.TrainConfig(
+        Path("tiny"), demo.write_dataset(tmp_path / "dataset"), tmp_path / "zorp.safetensors",
+        epochs=demo.EPOCHS, lr=demo.RATE, resolution=SIDE,
+    )  # fmt: skip
+    assert list(zimage_mlx.train(config))
+
+    def shown(scenes: list[drawings.Scene], scale: float) -> float:
+        """The share of scenes whose pictures show them, with the LoRA at `scale`."""
+        made = reference([demo.prompt(s) for s in scenes], width=SIDE, height=SIDE, loras=[(config.output, scale)])
+        return float(np.mean([shows(look(picture), scene) for picture, scene in zip(made, scenes, strict=True)]))
+
+    new, known = drawings.examination(demo.WORD), held_out(12)
+    assert shown(new, 0.0) < 0.1 and shown(new, 1.0) > 0.8
+    assert shown(known, 1.0) > shown(known, 0.0) - 0.2

@@ -11,6 +11,7 @@ finds a denoiser goes on from there.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -349,7 +350,12 @@ def main() -> None:
     for field in fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     options = vars(parser.parse_args())
-    make(options.pop("output"), Recipe(**options), partial(print, flush=True))
+    make(options.pop("output"), Recipe(**options), _say)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,18 @@ def scenes(rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
             yield scene
 
 
+def take(count: int, seed: int, held_out: bool = False) -> list[Scene]:
+    """The first `count` of the scenes of a seed."""
+    return [scene for scene, _ in zip(scenes(np.random.default_rng(seed), held_out), range(count), strict=False)]
+
+
+def illustrated(scenes: Iterable[Scene], seed: int) -> Iterator[tuple[Image.Image, str]]:
+    """Each scene as a picture and its caption."""
+    rng = np.random.default_rng(seed)
+    for scene in scenes:
+        yield draw(scene, rng), describe(scene, rng)
+
+
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """The scene in one of several wordings."""
     return articles(_pick(rng, FORMS).format(subject=scene.subject, ground=scene.ground))
