@@ -1,6 +1,7 @@
 """The entry point: which command, and what becomes of its errors.
 
-Exit codes: 0 done, 1 an error that one line explains, 2 a command line that does not parse, 130 interrupted.
+Exit codes: 0 done, 1 an error that one line explains, 2 a command line that does not parse, 130 and 143 stopped by
+Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     args = parser().parse_args(argv)
     console = console or Console()
     try:
-        COMMANDS[args.command].run(args, console)
+        code: int | None = COMMANDS[args.command].run(args, console)
     except ZImageError as error:
         console.error(str(error))
         return 1
@@ -48,4 +49,4 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
-    return 0
+    return code or 0

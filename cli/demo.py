@@ -10,9 +10,9 @@ from PIL import Image
 
 from zimage_ref import TrainConfig
 from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
+from zimage_ref.hub import TINY
 from zimage_ref.images import save_picture
 from zimage_ref.judge import look, shows
-from zimage_ref.model_folder import TINY
 
 from . import blas, train
 from .backends import DEFAULT, mlx, pipeline
@@ -33,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("zimage-demo"), help="folder (default: zimage-demo)")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    """Draws, generates, trains, generates again, and shows what has changed."""
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Draws, generates, trains, generates again, and shows what has changed. The exit code is that of training."""
     if note := blas.advice():
         console.note(note)
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=1, held_out=True)
@@ -44,11 +44,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
         compare(console, known, {"by NumPy": pictures})
         keep(console, args.output / "pictures.png", pictures, PICTURES)
         console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
-        return
+        return 0
 
     before = generate(new + known, [], console, "before")
     dataset, lora = write_dataset(args.output / "dataset"), args.output / f"{WORD}.safetensors"
-    losses = train.follow(TrainConfig(Path(TINY), dataset, lora, epochs=EPOCHS, lr=RATE, resolution=SIDE), console)
+    config = TrainConfig(Path(TINY), dataset, lora, epochs=EPOCHS, lr=RATE, resolution=(SIDE,), overwrite=True)
+    code, losses = train.follow(config, console)
+    if code:
+        return code
     after = generate(new + known, [lora], console, "after")
 
     console.curve("loss", losses)
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     keep(console, args.output / "before-after.png", before + after, 2 * PICTURES)
     console.wrote(lora)
     console.print(_NEXT)
+    return 0
 
 
 def write_dataset(folder: Path) -> Path:

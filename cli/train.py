@@ -3,50 +3,162 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
 
 from zimage_ref import TrainConfig
+from zimage_ref.config_file import dump_options, read_options
+from zimage_ref.run_folder import RunFolder
+from zimage_ref.train_plan import TrainPlan
 
 from .backends import require_mlx
-from .console import Console
+from .console import Bars, Console
 from .options import add_fields, from_args
 
-_SMOOTHING = 0.95  # of the loss shown, an average over about the last 20 steps
+_LOG_EVERY = 10.0  # seconds between lines where there is no terminal for a bar
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage train`."""
-    add_fields(parser, TrainConfig)
+    add_fields(parser, TrainConfig, from_file=True)
+    parser.add_argument("--config", type=Path, help="file with options (.toml or .json); those given here come first")
+    parser.add_argument("--dump-config", action="store_true", help="print all options as TOML and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, load no weights")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    """Trains, showing loss, rate and time left, and names each file that is written."""
-    config = from_args(TrainConfig, args)
-    require_mlx("training")
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Trains, showing how it goes, and names each file that is written. Returns 128 + the signal that stopped it."""
+    config = from_args(TrainConfig, args, read_options(args.config, TrainConfig) if args.config else None)
+    if args.dump_config:
+        console.print(dump_options(config).rstrip("\n"))
+        return 0
+    mlx = require_mlx("training")
+    if args.dry_run:
+        _show_plan(mlx, config, console)
+        return 0
 
+    if mlx.is_first():
+        _show_options(config, console)
+    return follow(config, console)[0]
+
+
+def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
+    """Trains with a progress bar and names the files written. The exit code, and the loss of every step."""
+    mlx = require_mlx("training")
+    with _signals() as received, console.progress() as bars:
+        progress = _Progress(mlx, console, bars)
+        for event in mlx.train(config, lambda: bool(received)):
+            progress.show(event)
+    for path in progress.saved:
+        console.wrote(path)
+    return 128 + received[0] if progress.stopped else 0, progress.losses
+
+
+def _show_options(config: TrainConfig, console: Console) -> None:
     console.facts("train", {
         "model": config.model_dir, "dataset": config.dataset, "output": config.output,
         "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
-        "epochs": config.epochs, "learning rate": f"{config.lr:g}", "resolution": config.resolution,
+        "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
+        "learning rate": f"{config.lr:g}, {config.optimizer}, {config.schedule}",
+        "resolution": ", ".join(map(str, config.resolution)),
+        "report": RunFolder(config.output).report,
     })  # fmt: skip
-    follow(config, console)
 
 
-def follow(config: TrainConfig, console: Console) -> list[float]:
-    """Trains with a progress bar, names the files written, and returns the loss of every step."""
-    mlx = require_mlx("training")
-    losses: list[float] = []
-    loss, saved = None, []
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM enters; the second one ends the program where it is."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """Events as bars, and as plain lines where there is no terminal."""
+
+    def __init__(self, mlx: ModuleType, console: Console, bars: Bars) -> None:
+        self._mlx, self._console, self._bars = mlx, console, bars
+        self._held_out, self._logged = "", time.monotonic()
+        self.saved: list[Path] = []
+        self.losses: list[float] = []
+        self.stopped = False
+
+    def show(self, event: Any) -> None:
+        """Shows one event."""
+        mlx, console = self._mlx, self._console
+        if isinstance(event, mlx.Step):
+            self._step(event)
+        elif isinstance(event, mlx.Encoded):
+            self._bars.update(event.what, event.done, event.total)
+        elif isinstance(event, mlx.Notice):
+            console.note(event.text)
+        elif isinstance(event, mlx.Started) and event.step:
+            console.note(f"going on after step {event.step} of {event.total}")
+        elif isinstance(event, mlx.Validated):
+            self._held_out = f"  held out {event.loss:.4f}"
+            each = "  ".join(f"{sigma:g}: {loss:.4f}" for sigma, loss in event.losses.items())
+            console.note(f"step {event.step}: held-out loss {event.loss:.4f}  ({each})")
+        elif isinstance(event, mlx.Saved):
+            self.saved.append(event.path)
+        elif isinstance(event, mlx.Stopped):
+            self.stopped = True
+            console.note(f"stopped after step {event.step}: go on with --resume")
+
+    def _step(self, event: Any) -> None:
+        self.losses.append(event.loss)
+        if event.skipped:
+            self._console.note(f"step {event.step}: loss or gradient is not finite, skipped")
+        lines = (
+            f"epoch {event.epoch}  loss {event.smoothed:.4f}{self._held_out}",
+            f"lr {event.lr:.2e}  norm {event.grad_norm:.3f}  {event.peak_memory / 1e9:.1f} GB",
+            f"{event.seconds:.2f} s/step  {event.pictures / max(event.seconds, 1e-9):.2f} pictures/s",
+        )
+        self._bars.update("train", event.step, event.total, "\n".join(lines))
+        now = time.monotonic()
+        if not self._console.err.is_terminal and (now - self._logged > _LOG_EVERY or event.step in (1, event.total)):
+            left = (event.total - event.step) * event.seconds
+            self._console.note(f"step {event.step}/{event.total}  {'  '.join(lines)}  {left / 60:.0f} min left")
+            self._logged = now
+
+
+def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
+    """What a run would do, from headers and pictures alone."""
     with console.progress() as bars:
-        for event in mlx.train(config):
-            if isinstance(event, mlx.Encoded):
-                bars.update("encode", event.done, event.total)
-            elif isinstance(event, mlx.Step):
-                losses.append(event.loss)
-                loss = event.loss if loss is None else _SMOOTHING * loss + (1 - _SMOOTHING) * event.loss
-                detail = f"epoch {event.epoch}  loss {loss:.4f}  {event.seconds:.2f} s/step"
-                bars.update("train", event.step, event.total, detail)
+        for event in mlx.plan_of(config):
+            if isinstance(event, TrainPlan):
+                plan = event
             else:
-                saved.append(event.path)
-    for path in saved:
-        console.wrote(path)
-    return losses
+                bars.update(event.what, event.done, event.total)
+    precision = mlx.precision_name(config)
+    memory = plan.memory(precision)
+    console.table(("plan", ""), [
+        ("pictures", f"{len(plan.examples)}, and {len(plan.held_out)} held out"),
+        ("base", f"{'Turbo' if plan.turbo else 'base model'} in {precision}"),
+        ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
+        ("targets", ", ".join(config.targets)),
+        ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
+    ])  # fmt: skip
+    sizes = sorted(plan.batches.sizes().items())
+    console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
+    stages = {
+        "encode captions": memory.text_encoder, "encode pictures": memory.vae, "train: base": memory.base,
+        "train: LoRA and optimizer": memory.lora, "train: activations, about": memory.activations,
+        "largest stage, about": memory.peak,
+    }  # fmt: skip
+    console.table(("memory", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in stages.items()])

@@ -10,7 +10,7 @@ import tiny
 
 from zimage_ref import names
 from zimage_ref.config import TransformerConfig, VAEConfig
-from zimage_ref.lora_file import LoRA, LoRAFactors
+from zimage_ref.lora import LoRA, LowRank
 
 DATA = Path(__file__).parent / "data"
 Arrays = dict[str, np.ndarray]
@@ -75,5 +75,5 @@ def random_lora(rank: int, seed: int, layers: Sequence[str] = LAYERS) -> LoRA:
     for layer in layers:
         outputs, inputs = shapes[f"{layer}.weight"]
         A, B = rng.standard_normal((rank, inputs)) * inputs**-0.5, rng.standard_normal((outputs, rank)) * 0.3
-        lora[layer] = LoRAFactors(A.astype(np.float32), B.astype(np.float32))
+        lora[layer] = LowRank(A.astype(np.float32), B.astype(np.float32))
     return lora

@@ -73,7 +73,7 @@ def test_train_has_the_original_options_and_defaults() -> None:
     config = TrainConfig(Path("m"), Path("d"))
     original = {
         "output": Path("lora_weights.safetensors"), "rank": 16, "alpha": 16.0, "epochs": 100, "lr": 1e-4,
-        "resolution": 256, "save_every": 0, "seed": 0,
+        "resolution": (256,), "save_every": 0, "seed": 0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in original} == original
 

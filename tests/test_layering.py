@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"cli": "zimage_cli", "zimage_mlx": "zimage_mlx", "zimage_ref": "zimage_ref"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-MATHEMATICS = {f"zimage_ref.{m}" for m in ("ops", "weights", "transformer", "text_encoder", "vae", "pipeline")}
+MATHEMATICS = {
+    f"zimage_ref.{m}" for m in ("ops", "weights", "transformer", "text_encoder", "vae", "pipeline", "lora_merge")
+}
 MATHEMATICS.add("zimage_ref.ZImagePipeline")  # the same, by its public name
 FORBIDDEN = {  # package -> what its files may not import
     "zimage_ref": {"mlx", "zimage_mlx", "zimage_cli", "cli"},

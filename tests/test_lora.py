@@ -14,7 +14,7 @@ from networks import HAS_MLX, PARAMETERS, mlx_only, native, network
 from parity import assert_parity
 
 from zimage_ref import names
-from zimage_ref.lora_file import LoRA, LoRAFactors
+from zimage_ref.lora import LoRA, LowRank
 from zimage_ref.schedule import add_noise, model_time, training_target
 
 if HAS_MLX:
@@ -45,6 +45,13 @@ def mlx_transformer(dtype: str = "float32") -> Any:
     return network("mlx", "transformer", CONFIG, WEIGHTS, dtype)
 
 
+def attach(model: Any, loras: list[tuple[LoRA, float]]) -> Any:
+    """Low-rank LoRAs as branches, which need no weight to be read again."""
+    adapters = mlx_lora.Adapters(model, pristine=lambda name: mx.array(WEIGHTS[name]), merge=False)
+    adapters.use(loras)
+    return adapters
+
+
 def test_the_reference_merges_what_the_formula_says() -> None:
     first, second = random_lora(3, seed=1), random_lora(5, seed=2, layers=LAYERS[2:9])
     merged = dict(WEIGHTS)
@@ -68,7 +75,7 @@ def test_the_reference_forgets_a_lora_that_is_replaced() -> None:
 def test_branches_beside_the_layers_equal_the_merged_reference() -> None:
     loras = [(random_lora(3, seed=1), 0.7), (random_lora(5, seed=2, layers=LAYERS[2:9]), -1.3)]
     model = mlx_transformer()
-    mlx_lora.attach(model, loras)
+    attach(model, loras)
     assert_parity(on_mlx(model), reference(loras), "twin")
 
 
@@ -76,7 +83,7 @@ def test_branches_beside_the_layers_equal_the_merged_reference() -> None:
 def test_branches_keep_a_bfloat16_stream_bfloat16() -> None:
     loras = [(random_lora(3, seed=1), 0.7)]
     model = mlx_transformer("bfloat16")
-    mlx_lora.attach(model, loras)
+    attach(model, loras)
     assert_parity(on_mlx(model), reference(loras), "twin", "bfloat16")
 
 
@@ -84,9 +91,9 @@ def test_branches_keep_a_bfloat16_stream_bfloat16() -> None:
 def test_detaching_and_a_scale_of_zero_give_the_base_model_again() -> None:
     model = mlx_transformer()
     plain = np.array(on_mlx(model))
-    mlx_lora.attach(model, [(random_lora(3, seed=1), 1.0)])
+    adapters = attach(model, [(random_lora(3, seed=1), 1.0)])
     assert np.abs(np.array(on_mlx(model)) - plain).max() > 0.1
-    mlx_lora.attach(model, [(random_lora(3, seed=1), 0.0)])
+    adapters.use([(random_lora(3, seed=1), 0.0)])
     np.testing.assert_array_equal(np.array(on_mlx(model)), plain)
     assert dict(tree_flatten(model.parameters())).keys() == WEIGHTS.keys()
 
@@ -124,7 +131,7 @@ def test_lora_gradients_are_those_of_the_reference_loss() -> None:
     batch = [native("mlx", a) for a in (x_0, noise, INPUTS["t"])]
     captions = [mx.array(c) for c in cases.captions(INPUTS)]
     loss, gradients = nn.value_and_grad(model, flow_matching_loss)(model, *batch, captions)
-    flat, lora, scale = dict(tree_flatten(gradients)), mlx_lora.factors(model), 1.2 / 3
+    flat, lora = dict(tree_flatten(gradients)), mlx_lora.factors(model)
     twin = network("numpy", "transformer", CONFIG, WEIGHTS, "float64")
 
     def reference_loss(lora: LoRA) -> float:
@@ -137,11 +144,11 @@ def test_lora_gradients_are_those_of_the_reference_loss() -> None:
     assert_parity(np.float32(loss.item()), np.float64(reference_loss(lora)), "twin", name="loss")
     actual, expected = [], []
     for layer in LAYERS:
-        for half, unit in (("A", 1.0), ("B", scale)):  # factors() has the scale multiplied into B
+        for half in "AB":
             direction = like(getattr(lora[layer], half), rng)
             direction /= np.linalg.norm(direction)
             actual.append(np.sum(np.array(flat[f"{layer}.lora_{half}"]) * direction))
-            ends = [reference_loss(lora | {layer: moved(lora[layer], half, h * unit * direction)}) for h in (H, -H)]
+            ends = [reference_loss(lora | {layer: moved(lora[layer], half, h * direction)}) for h in (H, -H)]
             expected.append((ends[0] - ends[1]) / (2 * H))
     assert len(actual) == 2 * len(LAYERS) and min(map(abs, expected)) > 1e-7
     assert_parity(np.array(actual, np.float32), np.array(expected), "gradient")
@@ -150,9 +157,9 @@ def test_lora_gradients_are_those_of_the_reference_loss() -> None:
 H = 1e-4  # step of central differences: their error falls with its square, rounding stays below 1e-11
 
 
-def moved(factors: LoRAFactors, half: str, by: np.ndarray) -> LoRAFactors:
+def moved(factors: LowRank, half: str, by: np.ndarray) -> LowRank:
     halves = {"A": factors.A.astype(np.float64), "B": factors.B.astype(np.float64)}
-    return LoRAFactors(**(halves | {half: halves[half] + by}))
+    return LowRank(**(halves | {half: halves[half] + by}), scale=factors.scale)
 
 
 def like(array: Any, rng: np.random.Generator) -> np.ndarray:

@@ -58,7 +58,7 @@ def test_guidance_is_counted_from_zero() -> None:
 
 def test_training_sigmas_are_logit_normal_and_shifted_by_resolution() -> None:
     for tokens, median in ((256, 1.6487 / 2.6487), (4096, 3.1582 / 4.1582), (100_000, 3.2 / 4.2), (1, 1.6 / 2.6)):
-        drawn = schedule.training_sigmas(np.random.default_rng(1), 40_000, tokens)
+        drawn = schedule.TimestepSampling.parse("auto").sigmas(np.random.default_rng(1), 40_000, tokens)
         assert drawn.dtype == np.float32 and drawn.shape == (40_000,) and drawn.min() > 0 and drawn.max() < 1
         assert np.median(drawn) == pytest.approx(median, abs=0.01)
         odds = drawn.astype(np.float64) / (1 - drawn)

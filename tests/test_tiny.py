@@ -82,7 +82,7 @@ def test_a_lora_learns_a_word_from_eight_drawings_and_leaves_the_others_alone(
     zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
     config = zimage_mlx.TrainConfig(
         Path("tiny"), demo.write_dataset(tmp_path / "dataset"), tmp_path / "zorp.safetensors",
-        epochs=demo.EPOCHS, lr=demo.RATE, resolution=SIDE,
+        epochs=demo.EPOCHS, lr=demo.RATE, resolution=(SIDE,),
     )  # fmt: skip
     assert list(zimage_mlx.train(config))
 

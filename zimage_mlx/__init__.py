@@ -3,9 +3,27 @@
 The same modules under the same names as `zimage_ref`, whose definitions it shares and whose mathematics it does not.
 """
 
-from zimage_ref.options import TrainConfig
+from zimage_ref.train_config import TrainConfig
 
+from .base import precision_name
+from .events import (
+    Checkpointed,
+    Done,
+    Encoded,
+    Event,
+    Notice,
+    Previewed,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    Validated,
+)
+from .machines import is_first
 from .pipeline import ZImagePipeline
-from .training import Encoded, Saved, Step, train
+from .training import plan_of, train
 
-__all__ = ["Encoded", "Saved", "Step", "TrainConfig", "ZImagePipeline", "train"]
+__all__ = [
+    "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
+    "TrainConfig", "Validated", "ZImagePipeline", "is_first", "plan_of", "precision_name", "train",
+]  # fmt: skip

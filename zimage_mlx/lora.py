@@ -1,14 +1,15 @@
-"""LoRA on MLX: a low-rank branch beside a frozen Linear layer, which it replaces in the module tree.
+"""LoRA on MLX: on each Linear layer a low-rank branch beside it, or what the LoRA adds merged into its weight.
 
-    y = W x + scale * B (A x)
+    y = W x + scale * B (A x)          branch: the base stays as it is, quantized or not
+    W' = W + scale * delta(W)          merged: the only way for what is not low-rank
 
-Source: LoRA, arXiv 2106.09685.
+Source: LoRA, arXiv 2106.09685; for the kinds of delta see `zimage_ref.lora`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from zimage_ref.lora_file import LoRA, LoRAFactors
+from zimage_ref.lora import DoRA, Hadamard, Kronecker, LoRA, LowRank, Plain, Update, by_parameter
 
 
 class LoRALinear(nn.Module):
@@ -49,29 +50,107 @@ class LoRALinear(nn.Module):
         return function(x, A, B)
 
 
-def attach(model: nn.Module, loras: Sequence[tuple[LoRA, float]]) -> None:
-    """Gives `model` exactly the LoRAs of `loras` with their scales, replacing those it had.
+class Adapters:
+    """The LoRAs in use on one model, and the way back to the model without them, exactly.
 
-    Several LoRAs on one layer become one branch of summed rank. A scale of 0 attaches nothing.
+    On a quantized layer a low-rank update stays a branch, because rounding it to the layer's few bits would erase it;
+    anything else makes that layer a float one for as long as it lasts. On a float layer `merge` decides.
     """
-    branches: dict[str, list[LoRAFactors]] = {}
-    for lora, scale in loras:
-        if scale:
-            for layer, factors in lora.items():
-                branches.setdefault(layer, []).append(LoRAFactors(factors.A, scale * factors.B))
-    detach(model)
-    replace(model, ((layer, _branch(find(model, layer), parts)) for layer, parts in branches.items()))
+
+    def __init__(self, model: nn.Module, pristine: Callable[[str], mx.array], merge: bool) -> None:
+        """pristine: gives a float parameter as loaded, by name. merge: low-rank updates too, where they can be."""
+        self._model, self._pristine, self._merge = model, pristine, merge
+        self._loras: list[tuple[LoRA, float]] = []
+        self._replaced: dict[str, nn.Module] = {}  # layer -> the module that stood there
+        self._changed: set[str] = set()  # parameters changed in place
+
+    def use(self, loras: Sequence[tuple[LoRA, float]]) -> None:
+        """Gives the model exactly `loras` at their scales, replacing those it had. A scale of 0 leaves no trace."""
+        loras = [(lora, scale) for lora, scale in loras if scale]
+        if [(id(lora), scale) for lora, scale in loras] == [(id(lora), scale) for lora, scale in self._loras]:
+            return
+        self._restore()
+        try:
+            for name, updates in sorted(by_parameter(loras).items()):  # a layer's bias before its weight
+                self._apply(name, updates)
+        except BaseException:  # an interrupt too: half a LoRA must not stay
+            self._restore()
+            raise
+        self._loras = loras
+
+    def _apply(self, name: str, updates: Sequence[tuple[Update, float]]) -> None:
+        path, _, kind = name.rpartition(".")
+        layer: Any = find(self._model, path)
+        quantized = kind == "weight" and isinstance(layer, nn.QuantizedLinear)
+        low_rank = [(update, scale) for update, scale in updates if isinstance(update, LowRank)]
+        if len(low_rank) == len(updates) and (quantized or not self._merge):
+            self._replace(path, branch(layer, low_rank))
+        elif quantized:
+            self._replace(path, _dense(layer, updates))
+        else:
+            layer[kind] = merged(layer[kind], updates)
+            mx.eval(layer[kind])  # one at a time: a lazy graph would hold every delta of the model
+            self._changed.add(name)
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        self._replaced[path] = find(self._model, path)
+        replace(self._model, [(path, module)])
+
+    def _restore(self) -> None:
+        replace(self._model, self._replaced.items())
+        for name in self._changed:
+            path, _, kind = name.rpartition(".")
+            find(self._model, path)[kind] = self._pristine(name)
+        self._loras, self._replaced, self._changed = [], {}, set()
 
 
-def _branch(base: nn.Module, parts: Sequence[LoRAFactors]) -> LoRALinear:
-    A = mx.array(np.concatenate([part.A for part in parts], axis=0))
-    B = mx.array(np.concatenate([part.B for part in parts], axis=1))
-    return LoRALinear(base, A, B)
+def branch(base: nn.Module, updates: Sequence[tuple[LowRank, float]]) -> LoRALinear:
+    """`base` with the updates as one branch, whose rank is the sum of theirs."""
+    A = np.concatenate([update.A for update, _ in updates], axis=0)
+    B = np.concatenate([update.B * np.float32(update.scale * scale) for update, scale in updates], axis=1)
+    return LoRALinear(base, mx.array(A), mx.array(B))
 
 
-def detach(model: nn.Module) -> None:
-    """Takes every LoRA off `model`."""
-    replace(model, [(name, m.base) for name, m in model.named_modules() if isinstance(m, LoRALinear)])
+def merged(weight: mx.array, updates: Sequence[tuple[Update, float]]) -> mx.array:
+    """W + sum of scale * delta(W), added in float32, in the weight's dtype."""
+    original = weight.astype(mx.float32)
+    result = original
+    for update, scale in updates:
+        result = result + scale * delta(update, original)
+    return result.astype(weight.dtype)
+
+
+def delta(update: Update, weight: mx.array) -> mx.array:
+    """What `update` at scale 1 adds to the float32 `weight`."""
+    if not isinstance(update, DoRA):
+        return update.scale * _unscaled(update)
+    target = weight + delta(update.update, weight)
+    magnitude = mx.array(update.magnitude)
+    norm = mx.linalg.norm(target, axis=1 if magnitude.shape[1] == 1 else 0, keepdims=True)
+    return mx.where(norm > 0, target * (magnitude / mx.maximum(norm, 1e-30)), 0) - weight
+
+
+def _unscaled(update: Plain) -> mx.array:
+    if isinstance(update, LowRank):
+        return mx.array(update.B) @ mx.array(update.A)
+    if isinstance(update, Kronecker):
+        return mx.kron(mx.array(update.W1), mx.array(update.W2))[update.start : update.stop]
+    if isinstance(update, Hadamard):
+        return (mx.array(update.A1) @ mx.array(update.B1)) * (mx.array(update.A2) @ mx.array(update.B2))
+    return mx.array(update.D)
+
+
+def _dense(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> nn.Linear:
+    """A float Linear layer with the weight that `layer` stands for, and the updates in it."""
+    biases = layer.get("biases")
+    weight = mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
+    outputs, inputs = weight.shape
+    dense = nn.Linear(inputs, outputs, bias="bias" in layer)
+    dense.weight = merged(weight, updates)
+    if "bias" in layer:
+        dense.bias = layer.bias
+    mx.eval(dense.parameters())
+    return dense
 
 
 def start(model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng: np.random.Generator) -> None:
@@ -86,9 +165,9 @@ def start(model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng:
 
 
 def factors(model: nn.Module) -> LoRA:
-    """The LoRAs attached to `model`, their scale multiplied into B."""
+    """The low-rank branches on `model`."""
     return {
-        name: LoRAFactors(np.array(m.lora_A.astype(mx.float32)), np.array(m.lora_B.astype(mx.float32)) * m._scale)
+        name: LowRank(np.array(m.lora_A.astype(mx.float32)), np.array(m.lora_B.astype(mx.float32)), m._scale)
         for name, m in model.named_modules()
         if isinstance(m, LoRALinear)
     }

@@ -10,16 +10,16 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.generation import Pipeline
-from zimage_ref.lora_file import LoRA
+from zimage_ref.lora_file import LoRAFile
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import guided, model_time
 from zimage_ref.tensors import Array
 
-from .lora import attach
+from .lora import Adapters
 from .text_encoder import TextEncoder
 from .transformer import Conditioning, Transformer
 from .vae import VAE
-from .weights import DTYPES, load
+from .weights import DTYPES, load, to_mlx
 
 
 class ZImagePipeline(Pipeline):
@@ -30,8 +30,10 @@ class ZImagePipeline(Pipeline):
 
     dtypes = tuple(DTYPES)
 
-    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
-        super().__init__(folder, dtype, lean)
+    def __init__(
+        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+    ) -> None:
+        super().__init__(folder, dtype, lean, quantize)
         default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
         self.dtype = DTYPES[dtype or default]
 
@@ -51,17 +53,23 @@ class ZImagePipeline(Pipeline):
         return self._loaded(VAE(self.folder.vae), "vae")
 
     def _loaded(self, model: Any, component: str) -> Any:
-        load(model, self.folder.weights[component], self.dtype)
+        load(model, self.folder.weights[component], self.dtype, self.quantization)
         return model
 
     def encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
 
-    def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
-        attach(self.transformer, loras)
+    def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
+        self._adapters.use([(file.updates, scale) for file, scale in loras])
+
+    @cached_property
+    def _adapters(self) -> Adapters:
+        """Merging is faster for each step, branches are faster to change: a lean pipeline has nothing to change."""
+        tensors = self.folder.weights["transformer"]
+        return Adapters(self.transformer, lambda name: to_mlx(tensors[name], self.dtype), merge=self.lean)
 
     def release(self, *components: str) -> None:
-        for component in components:
+        for component in (*components, *(["_adapters"] if "transformer" in components else [])):
             self.__dict__.pop(component, None)
         mx.clear_cache()
 

@@ -1,169 +1,263 @@
-"""LoRA training by flow matching.
+"""LoRA training: the loop, and what is saved when.
 
-    x_sigma = (1 - sigma) x_0 + sigma noise          loss = mean( (raw(x_sigma, 1 - sigma, caption) - (x_0 - noise))^2 )
-
-Noise, sigma, loss, LoRA matrices and optimizer state are float32; the frozen base is in its own precision. All
-randomness (order, noise, sigma, initial A) comes from one NumPy generator seeded by the config.
-Source: train_dreambooth_lora_z_image.py of diffusers; conventions in `zimage_ref.schedule`.
+A run is a sequence of steps that each follow from the saved state before it, the options and the cached data alone.
+So `--resume` gives the same bytes as no interruption, wherever that came.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
 
-from zimage_ref.dataset import Example, read_dataset
-from zimage_ref.errors import ConfigError
-from zimage_ref.lora_file import write_lora
+from zimage_ref.dataset import Example
+from zimage_ref.errors import ConfigError, TrainingError
 from zimage_ref.model_folder import ModelFolder
-from zimage_ref.names import lora_modules
-from zimage_ref.options import TrainConfig
-from zimage_ref.schedule import add_noise, model_time, training_sigmas, training_target
-from zimage_ref.tensors import Array
+from zimage_ref.run_folder import RunFolder
+from zimage_ref.run_folder import Saved as SavedState
+from zimage_ref.schedule import VALIDATION_SIGMAS
+from zimage_ref.train_config import TrainConfig, free_options
+from zimage_ref.train_plan import TURBO_WARNING, TrainPlan, changes, list_examples, make_plan
 
-from . import lora
+from . import machines
+from .adapter import TrainingAdapter
+from .base import base_precision, load_base
+from .cache import EncodedDataset
+from .events import (
+    Checkpointed,
+    Done,
+    Encoded,
+    Event,
+    Notice,
+    Previewed,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    Validated,
+)
+from .feed import Feed
+from .learner import Learner
+from .loss import flow_matching_loss
+from .metrics import Metrics
+from .optimizer import number
 from .pipeline import ZImagePipeline
-from .transformer import Transformer
+from .preview import Previewer
+from .saver import Saver, environment
 
-BETAS = (0.9, 0.99)  # of AdamW; the second is lower than usual: runs are a few thousand steps
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The latents and the caption of one example are ready."""
-
-    done: int
-    total: int
+_PATIENCE = 3  # steps in a row that may fail before the run is given up
+_MEMORY = 0.98  # of the smoothed loss
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step was made."""
-
-    step: int  # from 1
-    total: int
-    epoch: int  # from 1
-    loss: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A LoRA file was written; the last one is the result."""
-
-    path: Path
-    step: int
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What training needs of one example: its picture's latents and its caption's features."""
-
-    x_0: mx.array  # (1, C, h, w) float32
-    caption: mx.array  # (T, cap_feat_dim)
-
-
-def train(config: TrainConfig) -> Iterator[Encoded | Step | Saved]:
+def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
     """Trains a LoRA and writes it, yielding an event for each thing done.
 
-    The dataset and the model's headers are checked before any weights are read. The text encoder and the autoencoder
-    are freed before the transformer is loaded. Raises DatasetError, ConfigError, FormatError or WeightError.
+    Everything is checked before any weights are read. The text encoder and the autoencoder are freed before the
+    transformer is loaded. `should_stop` is asked after each step: the run then saves, yields Stopped and ends. Under
+    `mlx.launch` the machines share the work, and only the first writes and yields.
+    Raises DatasetError, ConfigError, FormatError, WeightError or TrainingError.
     """
-    examples = read_dataset(config.dataset)
-    pipeline = ZImagePipeline.from_pretrained(config.model_dir)
-    layers = lora_modules(pipeline.folder.transformer, config.targets)
-    _check_resolution(config, pipeline.folder)
-
-    encoded: list[Latents] = []
-    for example in examples:
-        encoded.append(_encode(pipeline, example, config.resolution))
-        yield Encoded(len(encoded), len(examples))
-    pipeline.release("text_encoder", "vae")
-
-    rng = np.random.default_rng(config.seed)
-    model = pipeline.transformer
-    lora.start(model, layers, config.rank, config.alpha, rng)
-    update = _updater(model, config)
-    total, step, save = config.epochs * len(encoded), 0, _saver(model, config)
-    for epoch in range(1, config.epochs + 1):
-        for index in rng.permutation(len(encoded)):
-            began = time.perf_counter()
-            loss = update(encoded[index], rng)
-            step += 1
-            yield Step(step, total, epoch, loss, time.perf_counter() - began)
-            if config.save_every and step % config.save_every == 0 and step < total:
-                yield save(config.output.with_suffix(f".step{step}.safetensors"), step)
-    yield save(config.output, total)
+    group = mx.distributed.init()
+    events = _Run(config, group, should_stop).events()
+    with machines.losses():
+        if group.rank() == 0:
+            with RunFolder(config.output).locked():
+                yield from events
+        else:
+            for _ in events:
+                pass
 
 
-def flow_matching_loss(
-    model: Transformer, x_0: mx.array, noise: mx.array, sigma: mx.array, captions: list[mx.array]
-) -> mx.array:
-    """The loss, a float32 scalar, of pictures x_0 (B, C, h, w) with noise (B, C, h, w) at sigma (B,)."""
-    x = add_noise(x_0, noise, sigma[:, None, None, None])
-    raw = model(x, model_time(sigma), captions).astype(mx.float32)
-    return mx.mean(mx.square(raw - training_target(x_0, noise)))
+def plan_of(config: TrainConfig, ranks: int = 1) -> Iterator[Encoded | TrainPlan]:
+    """Checks options, pictures and headers, reading no weights: yields progress, and the plan at the end."""
+    parts = list_examples(config)
+    total, opened = sum(map(len, parts)), ([], [])  # type: tuple[int, tuple[list[Example], list[Example]]]
+    for listed, examples in zip(parts, opened, strict=True):
+        for picture, caption in listed:
+            examples.append(Example.open(picture, caption))
+            yield Encoded(sum(map(len, opened)), total, "pictures")
+    yield make_plan(config, ModelFolder.open(config.model_dir), *opened, ranks)
 
 
-def _updater(model: Transformer, config: TrainConfig) -> Callable[[Latents, np.random.Generator], float]:
-    """A function that makes one optimizer step on one example and returns its loss."""
-    optimizer = optim.AdamW(config.lr, betas=list(BETAS), weight_decay=config.weight_decay, bias_correction=True)
-    loss_and_gradients: Any = nn.value_and_grad(model, flow_matching_loss)
+class _Run:
+    """One call of `train` on one machine."""
 
-    def update(example: Latents, rng: np.random.Generator) -> float:
-        noise = mx.array(rng.standard_normal(example.x_0.shape, dtype=np.float32))
-        sigma = mx.array(training_sigmas(rng, 1, _image_tokens(model, example.x_0)))
-        loss, gradients = loss_and_gradients(model, example.x_0, noise, sigma, [example.caption])
-        optimizer.update(model, gradients)
-        mx.eval(loss, model.trainable_parameters(), optimizer.state)
-        return float(loss.item())
+    def __init__(self, config: TrainConfig, group: mx.distributed.Group, should_stop: Callable[[], bool]) -> None:
+        self._config, self._group, self._should_stop = config, group, should_stop
+        self._run = RunFolder(config.output)
+        self._first = group.rank() == 0
+        self._smoothed: float | None = None
+        self._failures = 0  # steps in a row without a finite loss
 
-    return update
+    def events(self) -> Iterator[Event]:
+        """The whole run."""
+        config = self._config
+        for event in plan_of(config, self._group.size()):
+            if isinstance(event, TrainPlan):
+                self._plan = event
+            else:
+                yield event
+                if self._group.size() == 1 and self._should_stop():
+                    yield Stopped(0)
+                    return
+        if self._plan.turbo and not config.training_adapter:
+            yield Notice(TURBO_WARNING)
+        self._facts = {**self._plan.facts(), "environment": environment()}
+        if self._group.size() > 1:
+            machines.agree(self._group, self._facts, free_options())
+        saved, notices = self._earlier_run() if self._first else (None, [])
+        yield from map(Notice, notices)
 
+        self._pipeline = ZImagePipeline(self._plan.model, base_precision(config)[0])
+        self._data = EncodedDataset(self._plan, self._pipeline)
+        for encoded in self._data.build(self._group.rank(), self._group.size()):
+            yield encoded
+            if self._asked_to_stop():
+                yield Stopped(saved.step if saved else 0)
+                return
+        yield from self._recorded(self._prepare(saved))
 
-def _saver(model: Transformer, config: TrainConfig) -> Callable[[Path, int], Saved]:
-    """A function that writes the LoRA as it is to a path."""
+    def _earlier_run(self) -> tuple[SavedState | None, list[str]]:
+        """What to go on from, and what to say about it. Raises ConfigError where it does not fit this run."""
+        config, run = self._config, self._run
+        if not config.resume:
+            if (step := run.unfinished()) and not config.overwrite:
+                raise ConfigError(
+                    f"{run.path}: holds a run that stopped at step {step}: --resume goes on with it, "
+                    f"--overwrite starts anew"
+                )
+            run.clear()
+            return None, []
+        saved, notices = run.latest()
+        if not saved:
+            return None, [*notices, f"{run.path}: has nothing to resume yet: starting at the first step"]
+        if different := changes(saved.facts, self._facts):
+            text = f"{run.path}: the run that stopped at step {saved.step} was another: {'; '.join(different)}"
+            if not config.resume_anyway:
+                raise ConfigError(f"{text}: --resume-anyway goes on all the same")
+            notices.append(text)
+        if saved.facts["environment"] != self._facts["environment"]:
+            notices.append("the run began with other software or on another machine: results may differ in last digits")
+        return saved, notices
 
-    def save(path: Path, step: int) -> Saved:
-        record = {
-            "base_model": config.model_dir.resolve().name,
-            "rank": config.rank,
-            "alpha": config.alpha,
-            "target_attention": "attention" in config.targets,
-            "target_feed_forward": "feed_forward" in config.targets,
-            "target_refiners": "refiners" in config.targets,
-            "steps": step,
-            "resolution": config.resolution,
-        }
-        write_lora(path, lora.factors(model), record)
-        return Saved(path, step)
+    def _prepare(self, saved: SavedState | None) -> int:
+        """Loads the base and puts the LoRA, fresh or saved, beside it. Returns the steps that are made already."""
+        plan, pipeline = self._plan, self._pipeline
+        model = load_base(pipeline, base_precision(self._config)[1])
+        self._adapter = TrainingAdapter(model, plan.adapter, plan.model.weights["transformer"], pipeline.dtype)
+        self._adapter.merge()
+        feed = Feed(plan, self._data)
+        self._feed, self._learner = feed, Learner(plan, model, feed, self._group)
+        self._saver = Saver(plan, self._run, self._learner, self._facts)
+        self._previewer = Previewer(plan, pipeline, self._learner, self._adapter, self._run.previews)
+        if self._group.size() > 1:
+            saved = machines.told_by_first(self._group, saved, self._learner.state())
+        if saved:
+            self._learner.restore(saved.tensors)
+            self._smoothed, self._failures = saved.facts["smoothed"], saved.facts["failures"]
+        mx.reset_peak_memory()
+        return saved.step if saved else 0
 
-    return save
+    def _recorded(self, done: int) -> Iterator[Event]:
+        """The steps, their events written to metrics and report by the first machine."""
+        if not self._first:
+            yield from self._steps(done)
+            return
+        with self._run.room_for(0):
+            metrics = Metrics(self._run, self._facts, environment(), done)
+            try:
+                for event in self._steps(done):
+                    metrics.write(event)
+                    if isinstance(event, Saved | Previewed | Checkpointed):
+                        metrics.refresh()
+                    yield event
+            finally:
+                metrics.close()
 
+    def _steps(self, done: int) -> Iterator[Event]:
+        """Everything from step `done` on."""
+        total = self._plan.total
+        yield Started(done, total)
+        if not done:
+            yield from self._measure(0)
+        upcoming = self._plan.batches.since(done)
+        for step in range(done + 1, total + 1):
+            epoch, batches = next(upcoming)
+            yield self._step(step, epoch, batches)
+            if self._failures >= _PATIENCE:
+                yield from self._save(step)
+                raise TrainingError(
+                    f"step {step}: loss or gradient was not finite {_PATIENCE} times in a row: the LoRA before that "
+                    f"is saved in {self._run.path}: try a lower --lr, or --base-precision bf16"
+                )
+            yield from self._after(step)
+            if step < total and self._asked_to_stop():
+                yield from self._save(step)
+                yield Stopped(step)
+                return
+        yield from self._finish(total)
 
-def _encode(pipeline: ZImagePipeline, example: Example, side: int) -> Latents:
-    pixels: Array = example.pixels(side, side)
-    x_0 = pipeline.vae.encode(mx.array(pixels)[None]).astype(mx.float32)
-    caption = pipeline.encode_prompt(example.caption)
-    mx.eval(x_0, caption)
-    return Latents(x_0, caption)
+    def _step(self, step: int, epoch: int, batches: list[list[int]]) -> Step:
+        began = time.perf_counter()
+        outcome = self._learner.step(step - 1, epoch, batches)
+        self._failures = 0 if outcome.finite else self._failures + 1
+        if outcome.finite:
+            previous = outcome.loss if self._smoothed is None else self._smoothed
+            self._smoothed = _MEMORY * previous + (1 - _MEMORY) * outcome.loss
+        return Step(
+            step, self._plan.total, epoch + 1, outcome.loss, time.perf_counter() - began,
+            self._smoothed if self._smoothed is not None else outcome.loss, outcome.lr, outcome.grad_norm,
+            outcome.pictures, mx.get_peak_memory(), skipped=not outcome.finite,
+        )  # fmt: skip
 
+    def _after(self, step: int) -> Iterator[Event]:
+        """What is due after a step that is not the last."""
+        config = self._config
+        if step == self._plan.total:
+            return
+        if step % config.validation_every == 0 or step % config.preview_every == 0:
+            yield from self._measure(step)
+        if config.save_every and step % config.save_every == 0:
+            yield from self._save(step, config.output.with_suffix(f".step{step}.safetensors"))
+        elif step % config.resume_every == 0:
+            yield from self._save(step)
 
-def _image_tokens(model: Transformer, latents: mx.array) -> int:
-    _, _, h, w = latents.shape
-    return int(h * w // model.config.patch_size**2)
+    def _measure(self, step: int) -> Iterator[Event]:
+        """Held-out loss and previews, those that are due at `step`; all of them at the first and the last."""
+        config, edge = self._config, step in (0, self._plan.total)
+        if self._plan.held_out and (edge or step % config.validation_every == 0):
+            yield Validated(step, self._held_out_loss())
+        if self._first and config.preview_prompt and (edge or step % config.preview_every == 0):
+            yield from self._previewer.draw(step, self._data)
 
+    def _held_out_loss(self) -> dict[float, float]:
+        sums = dict.fromkeys(VALIDATION_SIGMAS, 0.0)
+        with self._learner.result() as model:
+            for index in range(len(self._plan.held_out)):
+                for sigma, batch in self._feed.held_out(index):
+                    loss = flow_matching_loss(model, batch.x_0, batch.noise, batch.sigma, batch.captions)
+                    sums[sigma] += number(loss)
+        return {sigma: total / len(self._plan.held_out) for sigma, total in sums.items()}
 
-def _check_resolution(config: TrainConfig, folder: ModelFolder) -> None:
-    if config.resolution % folder.size_multiple:
-        raise ConfigError(
-            f"--resolution {config.resolution} must be a multiple of {folder.size_multiple} for {folder.path}"
-        )
+    def _finish(self, total: int) -> Iterator[Event]:
+        yield from self._measure(total)
+        yield from self._save(total)
+        if self._first:
+            yield self._saver.lora(self._config.output, total, Done)
+
+    def _save(self, step: int, lora: Path | None = None) -> Iterator[Event]:
+        """Writes the LoRA to `lora`, where given, and the resume folder. Only the first machine does."""
+        if not self._first:
+            return
+        if lora:
+            yield self._saver.lora(lora, step)
+        yield self._saver.state(step, {"smoothed": self._smoothed, "failures": self._failures})
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any machine was asked to; all learn it at the same step."""
+        asked = self._should_stop()
+        if self._group.size() == 1:
+            return asked
+        return bool(mx.distributed.all_sum(mx.array(float(asked)), group=self._group).item())

@@ -8,31 +8,60 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from zimage_ref.errors import WeightError, listing
+from zimage_ref.quantize import Quantization, QuantizedTensor
 from zimage_ref.tensors import BFLOAT16, Array, Tensor, Tensors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype) -> None:
+def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quantization | None = None) -> None:
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
-    Raises WeightError otherwise. Only one tensor is in flight: loading never holds two copies of a model.
+    Linear layers that are stored quantized, or that `quantization` covers, become nn.QuantizedLinear. Raises
+    WeightError where names or shapes differ. Only one tensor is in flight: loading never holds two copies of a model.
     """
     expected = dict(tree_flatten(model.parameters()))
     if expected.keys() != tensors.keys():
         raise WeightError(f"weights differ from the model in {listing(sorted(expected.keys() ^ tensors.keys()))}")
-    loaded = []
+    loaded, layers = [], []
     for name, tensor in tensors.items():
+        how = _quantization(name, tensor, quantization)
+        if how:
+            layers.append((name.removesuffix(".weight"), _quantized_linear(tensor, dtype, how)))
+            continue
         array = to_mlx(tensor, dtype)
         if array.shape != expected[name].shape:
             raise WeightError(f"{name} has shape {array.shape}, the model needs {expected[name].shape}")
         mx.eval(array)
         loaded.append((name, array))
+    model.update_modules(tree_unflatten(layers))
     model.update(tree_unflatten(loaded))
 
 
+def _quantization(name: str, tensor: Tensor, asked: Quantization | None) -> Quantization | None:
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.quantization
+    return asked if asked and asked.covers(name, tensor.shape) else None
+
+
+def _quantized_linear(tensor: Tensor, dtype: mx.Dtype, how: Quantization) -> nn.QuantizedLinear:
+    outputs, inputs = tensor.shape
+    layer = nn.QuantizedLinear(inputs, outputs, bias=False, group_size=how.group_size, bits=how.bits)
+    if isinstance(tensor, QuantizedTensor):
+        parts = {name: to_mlx(part, dtype) for name, part in tensor.parts.items()}
+    else:
+        arrays = mx.quantize(to_mlx(tensor, dtype), group_size=how.group_size, bits=how.bits)
+        parts = dict(zip(("weight", "scales", "biases"), arrays, strict=True))
+    mx.eval(parts)
+    layer.update(parts)
+    return layer
+
+
 def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
-    """A stored tensor as an MLX array of `dtype`; convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I)."""
+    """A stored tensor as an MLX array: floats as `dtype`, packed integers as they are.
+
+    Convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I).
+    """
     stored = tensor.read()
     if stored.dtype == BFLOAT16:
         array = mx.array(np.ascontiguousarray(stored).view(np.uint16)).view(mx.bfloat16)
@@ -40,7 +69,7 @@ def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
         array = mx.array(stored)
     if array.ndim == 4:
         array = mx.contiguous(array.transpose(0, 2, 3, 1))
-    return array.astype(dtype)
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def to_numpy(array: mx.array) -> Array:

@@ -12,15 +12,16 @@ Letters in shape comments, in both packages:
 from importlib.metadata import version
 
 from .config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from .errors import BackendError, ConfigError, DatasetError, FormatError, WeightError, ZImageError
+from .errors import BackendError, ConfigError, DatasetError, FormatError, TrainingError, WeightError, ZImageError
 from .model_folder import ModelFolder
-from .options import GenerateConfig, TrainConfig
+from .options import GenerateConfig
 from .pipeline import ZImagePipeline
+from .train_config import TrainConfig
 
 __version__ = version("zimage-mlx")
 
 __all__ = [
     "BackendError", "ConfigError", "DatasetError", "FormatError", "GenerateConfig", "ModelFolder", "SchedulerConfig",
-    "TextEncoderConfig", "TrainConfig", "TransformerConfig", "VAEConfig", "WeightError", "ZImageError",
-    "ZImagePipeline", "__version__",
+    "TextEncoderConfig", "TrainConfig", "TrainingError", "TransformerConfig", "VAEConfig", "WeightError",
+    "ZImageError", "ZImagePipeline", "__version__",
 ]  # fmt: skip

@@ -1,19 +1,28 @@
-"""Weights on disk: one file or a sharded set, opened by content, checked against the model, read when used."""
+"""Weights on disk: one file or a sharded set, its container told by content, its tensors read when they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import npz, safetensors_io
+from . import burnpack, gguf_io, npz, quantize, safetensors_io
 from .config import read_json
-from .errors import FormatError, WeightError, listing
-from .names import Shapes
-from .tensors import Tensor, Tensors
+from .errors import FormatError, listing
+from .tensors import Tensor
 
-SUFFIXES = (".npz", ".safetensors")  # in order of preference
+SUFFIXES = (".npz", ".safetensors")  # that can be written; in order of preference
+READABLE = (*SUFFIXES, ".bpk", ".gguf")
+RECORD_KEY = "zimage"  # of our record in safetensors' metadata
+
+_READERS: dict[bytes, tuple[str, Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]]]] = {
+    b"PK\x03\x04": ("npz", npz.read),
+    b"PK\x05\x06": ("npz", npz.read),  # an archive without members
+    burnpack.MAGIC: ("burnpack", burnpack.read),
+    gguf_io.MAGIC: ("gguf", gguf_io.read),
+}
 
 
 @dataclass(frozen=True)
@@ -21,61 +30,60 @@ class Checkpoint:
     """Named tensors from one or more files of one container."""
 
     path: Path
-    container: str  # "npz" or "safetensors"
-    tensors: dict[str, Tensor]
-    metadata: Mapping[str, Any]  # npz: the record; safetensors: __metadata__
+    container: str  # "npz", "safetensors", "burnpack" or "gguf"
+    tensors: dict[str, Tensor]  # a quantized layer is one QuantizedTensor
+    metadata: Mapping[str, Any]  # as stored: the npz record, safetensors' __metadata__, ...
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What our own writer says of the file (model_type, config, quantization, source), else {}."""
+        return self.metadata if self.container == "npz" else _record(self.path, self.metadata)
 
     @property
     def parameters(self) -> int:
         """Elements in all tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data in all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Opens `path`: an .npz, a .safetensors, a sharded set's index.json, or a folder that holds one of these.
+        """Opens `path`: a file of any container, a sharded set's index.json, or a folder that holds one of these.
 
         Reads headers only. Raises FormatError naming the file and the fact.
         """
         if path.is_dir():
             path = find_weights(path)
         if path.name.endswith(".index.json"):
-            return cls(path, "safetensors", _shards(path), {})
-        try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise FormatError(f"{path}: cannot be opened: {error.strerror or error}") from error
-        if magic == b"PK\x03\x04":
-            return cls(path, "npz", *npz.read(path))
-        return cls(path, "safetensors", *safetensors_io.read(path))
+            container, tensors, metadata = "safetensors", *_shards(path)
+        else:
+            container, read = _reader(path)
+            tensors, metadata = read(path)
+        record = metadata if container == "npz" else _record(path, metadata)
+        return cls(path, container, quantize.fold(tensors, record, path), metadata)
 
 
-def require(tensors: Tensors, shapes: Shapes, optional: Set[str], path: Path) -> None:
-    """Raises WeightError listing every misfit unless `tensors` are those of a model with parameters `shapes`.
+def _reader(path: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Tensor], Any]]]:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be opened: {error.strerror or error}") from error
+    return _READERS.get(magic, ("safetensors", safetensors_io.read))
 
-    The `optional` ones need not be there.
-    """
-    missing = [name for name in shapes if name not in tensors and name not in optional]
-    unknown = [name for name in tensors if name not in shapes]
-    misshapen = [
-        f"{name} {tensor.shape} instead of {shapes[name]}"
-        for name, tensor in tensors.items()
-        if name in shapes and tensor.shape != shapes[name]
-    ]
-    faults = {"missing": missing, "unknown": unknown, "wrongly shaped": misshapen}
-    if any(faults.values()):
-        facts = "; ".join(f"{len(v)} {kind}: {listing(v)}" for kind, v in faults.items() if v)
-        raise WeightError(f"{path}: does not fit the model ({len(shapes)} tensors): {facts}")
+
+def _record(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        record = json.loads(metadata.get(RECORD_KEY, "{}"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: the record in its metadata is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise FormatError(f"{path}: the record in its metadata is a JSON {type(record).__name__}, not an object")
+    return record
 
 
 def find_weights(folder: Path) -> Path:
-    """The one checkpoint in `folder`: an .npz, an index.json or a single .safetensors, in this order."""
-    for pattern in ("*.npz", "*.safetensors.index.json", "*.safetensors"):
+    """The one checkpoint in `folder`: an .npz, an index.json, a .safetensors, a .bpk or a .gguf, in this order."""
+    patterns = ("*.npz", "*.safetensors.index.json", "*.safetensors", "*.bpk", "*.gguf")
+    for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise FormatError(
@@ -83,18 +91,19 @@ def find_weights(folder: Path) -> Path:
             )
         if found:
             return found[0]
-    raise FormatError(f"{folder}: holds no weights: looked for *.npz, *.safetensors.index.json and *.safetensors")
+    raise FormatError(f"{folder}: holds no weights: looked for {', '.join(patterns)}")
 
 
-def _shards(index: Path) -> dict[str, Tensor]:
+def _shards(index: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a sharded set; the index and the shards must agree exactly."""
-    weight_map = read_json(index).get("weight_map")
+    data = read_json(index)
+    weight_map, metadata = data.get("weight_map"), data.get("metadata", {})
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise FormatError(f"{index}: has no weight_map of tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise FormatError(f"{index}: names {file!r}, which is not a file in its own folder")
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise FormatError(f"{index}: names {file!r}, which is not a safetensors file in its own folder")
         shard, _ = safetensors_io.read(index.parent / file)
         expected = {name for name, home in weight_map.items() if home == file}
         if shard.keys() != expected:
@@ -104,4 +113,4 @@ def _shards(index: Path) -> dict[str, Tensor]:
         tensors |= shard
     if not tensors:
         raise FormatError(f"{index}: names no tensors")
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}

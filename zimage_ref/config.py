@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,23 @@ ADALN_DIM = 256  # width of the time embedding at most; official transformer_z_i
 TIME_HIDDEN_DIM = 1024  # inner width of t_embedder; the same file, mid_size
 TIME_FREQUENCIES = 256  # sinusoidal features of the time; the same file, frequency_embedding_size
 QK_NORM_EPS = 1e-5  # fixed in the official block, whatever norm_eps says
+
+
+_MOST_LAYERS = 1000  # so that no config can ask for names without end
+
+
+def _check_values(config: Any) -> None:
+    """Raises ConfigError unless every field is what its annotation says: whole and positive, or a finite number."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        most = _MOST_LAYERS if "layers" in field.name else 1 << 31
+        if field.type == "float":
+            good = all(type(v) in (int, float) and abs(v) < float("inf") for v in values)
+        else:
+            good = len(values) <= _MOST_LAYERS and all(type(v) is int and 0 < v < most for v in values)
+        if not good:
+            raise ConfigError(f"{field.name} = {value!r} is no size or number that a model can have")
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,7 @@ class TransformerConfig:
     axes_lens: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        _check_values(self)
         if self.dim % self.n_heads:
             raise ConfigError(f"transformer: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim != sum(self.axes_dims):
@@ -130,6 +148,7 @@ class TextEncoderConfig:
     rope_theta: float
 
     def __post_init__(self) -> None:
+        _check_values(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"text encoder: {self.num_attention_heads} heads are not a multiple of "
@@ -191,6 +210,7 @@ class VAEConfig:
     shift_factor: float
 
     def __post_init__(self) -> None:
+        _check_values(self)
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ConfigError(f"vae: {channels} channels are not a multiple of {self.norm_num_groups} groups")

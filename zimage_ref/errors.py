@@ -5,6 +5,7 @@
     ├── WeightError     names, shapes or values of weights do not fit the model
     ├── ConfigError     a config file, or an option, has a value this program cannot honour
     ├── DatasetError    pictures or captions to train on are missing or unreadable
+    ├── TrainingError   a run cannot go on: the loss is not finite, the disk is full, another run is at it
     └── BackendError    the work asked for needs software that is not installed
 
 Each message is one line that names the file, the fact and the way out. Anything else that is raised is a bug.
@@ -15,6 +16,10 @@ from collections.abc import Iterable
 
 class ZImageError(Exception):
     """Base of all errors caused by input; the command line prints it as one line and exits with 1."""
+
+    def __str__(self) -> str:
+        """The message in one printable line, whatever a damaged file calls its tensors."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 class FormatError(ZImageError):
@@ -31,6 +36,10 @@ class ConfigError(ZImageError):
 
 class DatasetError(ZImageError):
     """The pictures or captions to train on are missing or unreadable."""
+
+
+class TrainingError(ZImageError):
+    """A training run cannot start or go on as it is; what it has saved is safe."""
 
 
 class BackendError(ZImageError):

@@ -7,24 +7,28 @@ supplies the networks. Source: pipeline_z_image.py of diffusers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from .checkpoint import find_weights
 from .errors import ConfigError
 from .images import to_picture, to_unit
-from .lora_file import LoRA, read_lora
+from .lora_alpha import companions
+from .lora_file import LoRAFile, read_lora
 from .model_folder import ModelFolder
 from .names import transformer_parameters
 from .options import GenerateConfig
+from .quantize import Quantization
 from .schedule import euler_step, sigmas, starting_noise
 from .tensors import Array
 from .tokenizer import Tokenizer
 
 OUTPUTS = ("pil", "array", "latents")
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
+LoRASource = str | Path | tuple[str | Path, float]  # a LoRA file, at scale 1 or as given
 Progress = Callable[[str, int, int], None]  # stage (encode, denoise, decode), units done, units in all
 
 
@@ -33,11 +37,18 @@ class Pipeline(ABC):
 
     dtypes: tuple[str, ...]  # precisions that the backend offers
 
-    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
-        """dtype: one of `dtypes`, None for the backend's default. lean: hold one network in memory at a time."""
+    def __init__(
+        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+    ) -> None:
+        """dtype: one of `dtypes`, None for the backend's default. lean: hold one network in memory at a time.
+
+        quantize: bits (4 or 8) that the big matrices of transformer and text encoder are quantized to as they load.
+        """
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
         self.folder, self.lean = folder, lean
+        self._lora_files: dict[tuple[Any, ...], LoRAFile] = {}
+        self.quantization = Quantization(quantize) if quantize else None
         self.tokenizer = Tokenizer(folder.tokenizer)
         if self.tokenizer.vocab_size > folder.text_encoder.vocab_size:
             raise ConfigError(
@@ -47,20 +58,27 @@ class Pipeline(ABC):
 
     @classmethod
     def from_pretrained(
-        cls: type[AnyPipeline], model_dir: str | Path, dtype: str | None = None, lean: bool = False
+        cls: type[AnyPipeline],
+        model_dir: str | Path,
+        dtype: str | None = None,
+        lean: bool = False,
+        quantize: int | None = None,
+        parts: Mapping[str, Path | None] | None = None,
     ) -> AnyPipeline:
         """Opens the model in `model_dir`, any layout of `model_folder`, checking every name and shape.
 
+        quantize: 4 or 8 bits, done while loading; what the files hold quantized stays as it is. `parts` names files
+        that stand in for those of the folder, by transformer, text_encoder, vae, tokenizer.
         Weights are read when they are first used. Raises ConfigError, FormatError or WeightError.
         """
-        return cls(ModelFolder.open(Path(model_dir)), dtype, lean)
+        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize)
 
     @abstractmethod
     def encode_prompt(self, text: str) -> Any:
         """(T, cap_feat_dim): the encoder's hidden_states[-2] for `text` in the chat template, without padding."""
 
     @abstractmethod
-    def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
+    def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
         """Replaces the LoRAs in use by `loras` and their scales; () for none. The base is not loaded again."""
 
     @abstractmethod
@@ -90,10 +108,23 @@ class Pipeline(ABC):
     def decode(self, x: Any) -> Array:
         """Latents (1, C, h, w) -> (3, H, W) NumPy, about [-1, 1]."""
 
-    def read_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[tuple[LoRA, float]]:
-        """The LoRA files of `loras`, read and checked against the transformer's layers."""
+    def read_loras(self, loras: Sequence[LoRASource]) -> list[tuple[LoRAFile, float]]:
+        """The LoRA files of `loras` with their scales, checked against the transformer's layers.
+
+        A file that was among those of the last call is not read again, unless it has changed since.
+        Raises FormatError, WeightError or ConfigError.
+        """
         shapes = transformer_parameters(self.folder.transformer)
-        return [(read_lora(Path(path), shapes), scale) for path, scale in loras]
+        known, found = self._lora_files, []
+        self._lora_files = {}
+        for source in loras:
+            path, scale = source if isinstance(source, tuple) else (source, 1.0)
+            if not np.isfinite(scale):
+                raise ConfigError(f"{path}: LoRA scale {scale} must be a finite number")
+            stamp = _stamp(Path(path))
+            file = self._lora_files.setdefault(stamp, known.get(stamp) or read_lora(Path(path), shapes))
+            found.append((file, float(scale)))
+        return found
 
     def __call__(
         self,
@@ -105,7 +136,7 @@ class Pipeline(ABC):
         guidance: float = 0.0,
         negative_prompt: str = "",
         seed: int = 0,
-        loras: Sequence[tuple[str | Path, float]] = (),
+        loras: Sequence[LoRASource] = (),
         latents: Any | None = None,
         output: str = "pil",
         progress: Progress = lambda stage, done, total: None,
@@ -113,7 +144,7 @@ class Pipeline(ABC):
         """One picture a prompt: PIL images, (H, W, 3) float32 arrays in 0..1, or (C, h, w) latents, by `output`.
 
         `latents` is the starting noise (B, C, h, w); picture i of a batch otherwise starts from seed + i.
-        `loras` are pairs of file and scale. `progress` is called as each unit of a stage is done.
+        `loras` are files, or pairs of file and scale. `progress` is called as each unit of a stage is done.
         Raises ConfigError for options out of bounds, FormatError or WeightError for LoRA files that do not fit.
         """
         batch = _requests(
@@ -196,3 +227,10 @@ def _counted(items: Sequence[Any], stage: str, progress: Progress) -> Iterator[A
     for i, item in enumerate(items):
         yield item
         progress(stage, i + 1, len(items))
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    """What differs once a LoRA file, or the file beside it that holds its alpha, was written anew."""
+    path = find_weights(path) if path.is_dir() else path
+    stats = [file.stat() for file in (path, *companions(path)) if file.exists()]
+    return path, *((stat.st_mtime_ns, stat.st_size) for stat in stats)

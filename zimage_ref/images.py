@@ -40,6 +40,19 @@ def cover(picture: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
+def mirror(picture: Image.Image) -> Image.Image:
+    """`picture`, left and right exchanged."""
+    return ImageOps.mirror(picture)
+
+
+def thumbnail(path: Path, side: int) -> bytes:
+    """The picture in `path` as a JPEG that fits a square of `side` pixels."""
+    picture, buffer = read_picture(path), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def to_array(picture: Image.Image) -> Array:
     """(3, H, W) float32 in [-1, 1]."""
     pixels = np.asarray(picture, np.float32) / 127.5 - 1  # (H, W, 3)

@@ -18,6 +18,8 @@ LORA_TARGETS = {
     "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
     "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 }
+_ADALN = "adaLN_modulation.0"
+TARGETS = (*LORA_TARGETS, "refiners", "adaln", "all")
 
 
 def transformer_parameters(config: TransformerConfig) -> Shapes:
@@ -128,19 +130,24 @@ def vae_parameters(config: VAEConfig) -> Shapes:
 
 
 def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]:
-    """Names of the Linear layers that `targets` (attention, feed_forward, refiners) select, in running order.
+    """Names of the Linear layers that `targets` (any of TARGETS) select, in running order.
 
-    Raises ConfigError for an unknown target, or when nothing is selected.
+    refiners adds what the others select in the refiner blocks; all is everything. Raises ConfigError for an unknown
+    target, or when nothing is selected.
     """
-    known = (*LORA_TARGETS, "refiners")
     for target in targets:
-        if target not in known:
-            raise ConfigError(f"unknown LoRA target {target!r}: known are {', '.join(known)}")
-    suffixes = [suffix for target in targets if target in LORA_TARGETS for suffix in LORA_TARGETS[target]]
-    blocks = [b for b in transformer_blocks(config) if b.startswith("layers.") or "refiners" in targets]
+        if target not in TARGETS:
+            raise ConfigError(f"unknown LoRA target {target!r}: known are {', '.join(TARGETS)}")
+    chosen = TARGETS if "all" in targets else targets
+    suffixes = [suffix for target, known in LORA_TARGETS.items() if target in chosen for suffix in known]
+    if "adaln" in chosen:
+        suffixes.append(_ADALN)
     if not suffixes:
-        raise ConfigError(f"LoRA targets {', '.join(targets)} select no layer: add attention or feed_forward")
-    return [f"{block}.{suffix}" for block in blocks for suffix in suffixes]
+        raise ConfigError(f"LoRA targets {', '.join(targets)} select no layer: add attention, feed-forward or adaln")
+    blocks = [b for b in transformer_blocks(config) if b.startswith("layers.") or "refiners" in chosen]
+    known_layers = transformer_parameters(config)  # the context refiner is not modulated
+    names = (f"{block}.{suffix}" for block in blocks for suffix in suffixes)
+    return [name for name in names if f"{name}.weight" in known_layers]
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:

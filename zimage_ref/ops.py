@@ -8,7 +8,7 @@ import numpy as np
 
 from .tensors import Array
 
-_QUERY_CHUNK = 1024  # rows of attention scores held at once: memory grows linearly with the sequence
+_QUERY_CHUNK = 512  # rows of attention scores held at once: memory grows linearly with the sequence
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -20,13 +20,17 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def silu(x: Array) -> Array:
     """x * sigmoid(x)."""
     with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
-        return x / (1 + np.exp(-x))
+        e = np.exp(-x)
+    e += 1
+    return np.divide(x, e, out=e)
 
 
 def softmax(x: Array) -> Array:
-    """Along the last axis."""
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    """Along the last axis, in place."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -51,14 +55,16 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
     mask: boolean, broadcast to (B, H, S, T); a False key is not attended.
     """
-    out = np.empty_like(q)
-    for start in range(0, q.shape[2], _QUERY_CHUNK):
-        rows = slice(start, start + _QUERY_CHUNK)
-        scores = q[:, :, rows] @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]).astype(q.dtype)  # (B, H, rows, T)
-        if mask is not None:
-            allowed = mask[:, :, rows] if mask.shape[2] > 1 else mask
-            scores = np.where(allowed, scores, -np.inf)
-        out[:, :, rows] = softmax(scores) @ v
+    B, H, S, K = q.shape
+    out, scale = np.empty_like(q), q.dtype.type(K**-0.5)
+    allowed = None if mask is None else np.broadcast_to(mask, (B, H, S, k.shape[2]))
+    for b, h in np.ndindex(B, H):  # one head's scores at a time stay in the processor's cache
+        for start in range(0, S, _QUERY_CHUNK):
+            rows = (b, h, slice(start, start + _QUERY_CHUNK))
+            scores = (q[rows] * scale) @ k[b, h].T  # (rows, T)
+            if allowed is not None:
+                scores[~allowed[rows]] = -np.inf
+            out[rows] = softmax(scores) @ v[b, h]
     return out
 
 

@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 
 from .generation import Pipeline
-from .lora_file import LoRA
+from .lora_file import LoRAFile
 from .model_folder import ModelFolder
+from .quantize import quantize_all
 from .schedule import guided, model_time
-from .tensors import Array
+from .tensors import DTYPE_NAMES, Array
 from .text_encoder import TextEncoder
 from .transformer import Conditioning, Transformer
 from .vae import VAE
@@ -23,8 +24,10 @@ class ZImagePipeline(Pipeline):
 
     dtypes = ("float32", "float64")
 
-    def __init__(self, folder: ModelFolder, dtype: str | None = None, lean: bool = False) -> None:
-        super().__init__(folder, dtype, lean)
+    def __init__(
+        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+    ) -> None:
+        super().__init__(folder, dtype, lean, quantize)
         self.dtype = np.dtype(dtype or "float32")
 
     @cached_property
@@ -43,13 +46,17 @@ class ZImagePipeline(Pipeline):
         return VAE(self.folder.vae, self._weights("vae"))
 
     def _weights(self, component: str) -> Weights:
-        return Weights(self.folder.weights[component], self.dtype)
+        tensors = self.folder.weights[component]
+        if self.quantization:  # in the working precision, as MLX does it
+            cast = {name: tensor.cast(DTYPE_NAMES[self.dtype]) for name, tensor in tensors.items()}
+            tensors = quantize_all(cast, self.quantization, keep=True)
+        return Weights(tensors, self.dtype)
 
     def encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
 
-    def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
-        self.transformer.w.use_loras(loras)
+    def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
+        self.transformer.w.use_loras([(file.updates, scale) for file, scale in loras])
 
     def release(self, *components: str) -> None:
         """Nothing to free: mapped weights take no memory of the process's own."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import FormatError
-from .files import atomic_write
-from .tensors import DTYPES, Array, Tensor, Tensors
+from .files import MappedFile, atomic_write
+from .tensors import DTYPES, Tensor, Tensors, write_data
 
 _TAGS = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "I32": "i32", "I16": "i16",
@@ -36,20 +36,20 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError, ValueError) as error:
         raise FormatError(f"{path}: not a valid safetensors file: {error}") from error
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8:start].tobytes())
+    file = MappedFile(path)
+    start = 8 + int.from_bytes(file.bytes(0, 8), "little")
+    header = json.loads(file.bytes(8, start - 8))
     header.pop("__metadata__", None)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {name: _tensor(path, mapped, start, name, entry) for name, entry in entries}, metadata
+    return {name: _tensor(file, start, name, entry) for name, entry in entries}, metadata
 
 
-def _tensor(path: Path, mapped: Array, start: int, name: str, entry: dict[str, Any]) -> Tensor:
+def _tensor(file: MappedFile, start: int, name: str, entry: dict[str, Any]) -> Tensor:
     if entry["dtype"] not in _TAGS:
-        raise FormatError(f"{path}: {name} has dtype {entry['dtype']}, which this program cannot read")
+        raise FormatError(f"{file.path}: {name} has dtype {entry['dtype']}, which this program cannot read")
     dtype = DTYPES[_TAGS[entry["dtype"]]]
     shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-    return Tensor(shape, dtype, lambda: np.ndarray(shape, dtype, mapped, offset))
+    return Tensor(shape, dtype, partial(file.array, offset, shape, dtype))
 
 
 def write(
@@ -58,9 +58,20 @@ def write(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes `tensors` to `path`, one at a time, calling `progress` with the bytes of each; whole or not at all."""
+    """Writes `tensors` to `path`, one at a time, calling `progress` with bytes as they go; whole or not at all."""
+    with atomic_write(path) as file:
+        write_to(file, tensors, metadata, progress)
+
+
+def write_to(
+    file: BinaryIO,
+    tensors: Tensors,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """`write` for a file that is open."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # keeps every tensor aligned
+    ordered = _aligned_order(tensors)
     offset = 0
     for name, tensor in ordered:
         header[name] = {
@@ -71,8 +82,16 @@ def write(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(np.ascontiguousarray(tensor.read()).data.cast("B") if tensor.size else b"")
-            progress(tensor.nbytes)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        write_data(tensor, file.write, progress)
+
+
+def _aligned_order(tensors: Tensors) -> list[tuple[str, Tensor]]:
+    """The tensors as they come if that puts each at a multiple of its item's size, else the widest items first."""
+    offset = 0
+    for tensor in tensors.values():
+        if offset % tensor.dtype.itemsize:
+            return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+        offset += tensor.nbytes
+    return list(tensors.items())

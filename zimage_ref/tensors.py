@@ -6,7 +6,7 @@ two opaque bytes, the upper half of a float32. Only this file knows how to turn 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -50,6 +50,12 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], Array]
+    storage: str = ""  # what the file holds where that is not `dtype`, such as a quantized format
+
+    @property
+    def stored_as(self) -> str:
+        """The dtype's short name, or the quantized format that the file holds."""
+        return self.storage or DTYPE_NAMES.get(self.dtype, str(self.dtype))
 
     @property
     def size(self) -> int:
@@ -75,6 +81,10 @@ class Tensor:
             return self
         return Tensor(self.shape, dtype, lambda: cast(self.read(), dtype))
 
+    def view(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Tensor:
+        """A tensor of `shape` that `change` makes of this one's data when it is read."""
+        return Tensor(shape, self.dtype, lambda: change(self.read()))
+
 
 Tensors = Mapping[str, Tensor]
 
@@ -86,8 +96,36 @@ def float_dtype(name: str) -> np.dtype[Any]:
     return DTYPES[name]
 
 
+_CHUNK = 1 << 20  # bytes
+_BLOCK = 1 << 20  # elements converted at a time, so that temporaries stay small beside the result
+
+
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:
     """`array` in another float dtype. To bfloat16 it rounds to nearest, ties to even; NaN stays NaN."""
+    if array.dtype == dtype or not array.ndim or array.size <= _BLOCK:
+        return _cast(array, dtype)
+    result = np.empty(array.shape, dtype)
+    for rows in row_blocks(array.shape):
+        result[rows] = _cast(array[rows], dtype)
+    return result
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices of the first axis that together cover an array of `shape` in blocks of bounded size."""
+    if not shape:
+        return iter(((),))
+    step = max(1, _BLOCK * shape[0] // max(1, prod(shape)))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Callable[[int], None]) -> None:
+    """Hands the bytes of `tensor` in C order to `write`, a cache's worth at a time, and their number to `progress`."""
+    flat = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
+    for start in range(0, len(flat), _CHUNK):
+        progress(write(flat[start : start + _CHUNK]))
+
+
+def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
     if array.dtype == dtype:
         return array
     if array.dtype == BFLOAT16:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .lora_file import LoRA, LoRAFactors
-from .tensors import Array, Tensor, Tensors, cast
+from .lora import DoRA, Hadamard, Kronecker, LoRA, LowRank, Plain, Update, by_parameter
+from .tensors import DTYPE_NAMES, Array, Tensor, Tensors, cast
 
 
 class Weights:
@@ -19,7 +19,7 @@ class Weights:
 
     def __init__(self, tensors: Tensors, dtype: np.dtype[np.floating]) -> None:
         self.tensors, self.dtype, self.prefix = tensors, dtype, ""
-        self._loras: dict[str, list[tuple[LoRAFactors, float]]] = {}
+        self._loras: dict[str, list[tuple[Update, float]]] = {}
 
     def at(self, prefix: str) -> Weights:
         """The weights below `prefix`, for one part of the model."""
@@ -31,23 +31,52 @@ class Weights:
         return self.prefix + name in self.tensors
 
     def __getitem__(self, name: str) -> Array:
-        weight = cast(self.tensors[self.prefix + name].read(), self.dtype)
-        for factors, scale in self._loras.get(self.prefix + name, ()):
-            weight = weight + self.dtype.type(scale) * (factors.B.astype(self.dtype) @ factors.A.astype(self.dtype))
-        return weight
+        return updated(self._stored(name).read(), self._loras.get(self.prefix + name, ()))
 
     def rows(self, name: str, indices: Array) -> Array:
         """Some rows of a matrix, without reading the others."""
-        return cast(self.tensors[self.prefix + name].read()[indices], self.dtype)
+        tensor = self.tensors[self.prefix + name]
+        return cast(tensor.read()[indices], self.dtype)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name].cast(DTYPE_NAMES[self.dtype])
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
-        """From now on W + sum of scale * B A; replaces the LoRAs of an earlier call, also in every part."""
+        """From now on W + sum of scale * update; replaces the LoRAs of an earlier call, also in every part."""
         self._loras.clear()
-        for lora, scale in loras:
-            for layer, factors in lora.items():
-                self._loras.setdefault(f"{layer}.weight", []).append((factors, scale))
+        self._loras.update(by_parameter(loras))
 
 
 def of_arrays(arrays: Mapping[str, Array], dtype: type[np.floating] = np.float64) -> Weights:
     """Weights from arrays in memory."""
     return Weights({name: Tensor.of(array) for name, array in arrays.items()}, np.dtype(dtype))
+
+
+def updated(weight: Array, updates: Sequence[tuple[Update, float]]) -> Array:
+    """W + sum of scale * delta(W): each update sees the weight without the others, so their order is nothing."""
+    original = weight
+    for update, scale in updates:
+        weight = weight + weight.dtype.type(scale) * delta(update, original)
+    return weight
+
+
+def delta(update: Update, weight: Array) -> Array:
+    """What `update` at scale 1 adds to `weight`, in the weight's dtype."""
+    if isinstance(update, DoRA):
+        target = weight + delta(update.update, weight)
+        axis = 1 if update.magnitude.shape[1] == 1 else 0
+        norm = np.sqrt(np.sum(target * target, axis=axis, keepdims=True))
+        magnitude = update.magnitude.astype(weight.dtype)
+        return np.where(norm > 0, target / np.where(norm > 0, norm, 1), 0) * magnitude - weight
+    return weight.dtype.type(update.scale) * _unscaled(update, weight.dtype)
+
+
+def _unscaled(update: Plain, dtype: np.dtype[np.floating]) -> Array:
+    if isinstance(update, LowRank):
+        return update.B.astype(dtype) @ update.A.astype(dtype)
+    if isinstance(update, Kronecker):
+        return np.kron(update.W1.astype(dtype), update.W2.astype(dtype))[update.start : update.stop]
+    if isinstance(update, Hadamard):
+        A1, B1, A2, B2 = (factor.astype(dtype) for factor in (update.A1, update.B1, update.A2, update.B2))
+        return (A1 @ B1) * (A2 @ B2)
+    return update.D.astype(dtype)

@@ -1,0 +1,102 @@
+"""What a training run reports as it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A part of the preparation is done: pictures checked, captions or latents encoded (or found in the cache)."""
+
+    done: int
+    total: int
+    what: str = "latents"  # pictures, captions, latents
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that is good to know, in one line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """Steps begin, after `step` that an earlier run made."""
+
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step was made."""
+
+    step: int  # from 1
+    total: int
+    epoch: int  # from 1
+    loss: float
+    seconds: float
+    smoothed: float  # an average of the loss over about the last 50 steps
+    lr: float
+    grad_norm: float  # before clipping
+    pictures: int
+    peak_memory: int  # bytes since the run began
+    skipped: bool = False  # loss or gradient were not finite, and nothing was changed
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The held-out loss was measured."""
+
+    step: int
+    losses: dict[float, float]  # sigma -> loss
+
+    @property
+    def loss(self) -> float:
+        """The mean over sigmas."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """A preview was drawn."""
+
+    step: int
+    index: int  # of the prompt
+    prompt: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A resume folder was written."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A LoRA file was written."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run was asked to stop, and can be resumed."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Done(Saved):
+    """The run is complete and `path` is its result."""
+
+
+Event = Union[Encoded, Notice, Started, Step, Validated, Previewed, Checkpointed, Saved, Stopped, Done]  # noqa: UP007

@@ -1,0 +1,108 @@
+"""From gradients to new LoRA matrices: clipping, learning rate, the optimizers of MLX, and the average over steps.
+
+Sources: LoRA+, arXiv 2402.12354 (B learns faster than A); AdamW's betas (.9, .99), lower than usual because runs are
+a few thousand steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+from zimage_ref.tensors import Array
+from zimage_ref.train_config import TrainConfig
+
+from .loss import Parameters
+
+_CLASSES = {
+    "adamw": optim.AdamW, "adam": optim.Adam, "adamax": optim.Adamax, "adafactor": optim.Adafactor,
+    "adagrad": optim.Adagrad, "adadelta": optim.AdaDelta, "lion": optim.Lion, "muon": optim.Muon,
+    "rmsprop": optim.RMSprop, "sgd": optim.SGD,
+}  # fmt: skip
+_SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
+_FACTORS = ("lora_A", "lora_B")
+
+
+class Optimizer:
+    """The optimizer of a config: one for all A, one for all B, which may learn at different rates."""
+
+    def __init__(self, config: TrainConfig, parameters: Parameters) -> None:
+        self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
+        self._parts = {factor: make_optimizer(config) for factor in _FACTORS}
+        for factor, part in self._parts.items():
+            part.init(_only(factor, parameters))
+
+    def apply(self, parameters: Parameters, gradients: Parameters, lr: float) -> Parameters:
+        """The parameters after one step."""
+        updated: Parameters = {}
+        for factor, part in self._parts.items():
+            part.learning_rate = lr * self._ratios[factor]
+            updated |= part.apply_gradients(_only(factor, gradients), _only(factor, parameters))
+        mx.eval(updated, *(part.state for part in self._parts.values()))
+        return updated
+
+    def state(self) -> dict[str, Array]:
+        """Everything that the next step depends on, flat, for `restore`."""
+        flat = {}
+        for factor, part in self._parts.items():
+            for key, value in part.state.items():
+                slots = value if isinstance(value, dict) else {"": value}
+                flat.update({f"{factor}/{key}/{slot}": np.array(array) for slot, array in slots.items()})
+        return flat
+
+    def restore(self, flat: Mapping[str, Array]) -> None:
+        """Takes up a state that `state` gave."""
+        for name, array in flat.items():
+            factor, key, slot = name.split("/")
+            state = self._parts[factor].state
+            if slot:
+                state[key][slot] = mx.array(array)
+            else:
+                state[key] = mx.array(array)
+
+
+def make_optimizer(config: TrainConfig) -> optim.Optimizer:
+    """The optimizer that `config` names, with those of our settings that it has."""
+    kind = _CLASSES[config.optimizer]
+    settings = {**_SETTINGS, "weight_decay": config.weight_decay}
+    known = inspect.signature(kind).parameters
+    return kind(learning_rate=config.lr, **{k: v for k, v in settings.items() if k in known})
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The learning rate of step `step`, from 0: it rises during the warmup, then follows the schedule."""
+    rise = min(1.0, (step + 1) / (config.warmup + 1))
+    progress = max(0.0, (step - config.warmup) / max(1, total - config.warmup))  # 0..1
+    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.lr * rise * falls[config.schedule]
+
+
+def clipped(gradients: Parameters, longest: float) -> tuple[Parameters, float]:
+    """The gradients, shortened so that as one vector they are at most `longest` (0: any), and their length before."""
+    squares = mx.stack([mx.sum(mx.square(g.astype(mx.float32))) for g in gradients.values()])
+    norm = number(mx.sqrt(mx.sum(squares)))
+    if longest and norm > longest:
+        gradients = {name: g * (longest / norm) for name, g in gradients.items()}
+    return gradients, norm
+
+
+def averaged(average: Parameters, parameters: Parameters, decay: float, step: int) -> Parameters:
+    """The average after step `step`, from 1. Early on it forgets faster, so that the start does not weigh in it."""
+    keep = min(decay, (1 + step) / (10 + step))
+    average = {name: keep * average[name] + (1 - keep) * value for name, value in parameters.items()}
+    mx.eval(average)
+    return average
+
+
+def number(scalar: mx.array) -> float:
+    """A scalar array as a Python float."""
+    return float(np.array(scalar))
+
+
+def _only(factor: str, parameters: Parameters) -> Parameters:
+    return {name: value for name, value in parameters.items() if name.endswith(factor)}

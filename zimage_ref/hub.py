@@ -1,0 +1,45 @@
+"""Models named by their repository on Hugging Face, such as Tongyi-MAI/Z-Image-Turbo (extra `hub`)."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+from .errors import BackendError, ConfigError
+
+TINY = "tiny"  # names the model inside this package, where no folder has that name
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ["*.json", "*.safetensors", "tokenizer/*"]
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of `model`: itself, that of the built-in model, or where the repository of that id is cached.
+
+    What is missing of a repository is downloaded.
+    Raises ConfigError if there is neither, BackendError if the id needs a package that is not installed.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    name = path.as_posix()
+    if name == TINY:
+        return Path(__file__).with_name(TINY)
+    if path.exists() or not _REPOSITORY.fullmatch(name):
+        raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise BackendError(
+            f"{name}: is not a folder; to use it as a repository on Hugging Face: pip install 'zimage-mlx[hub]'"
+        ) from error
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError):
+        pass
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=_FILES))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        fact = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{name}: is neither a folder nor a repository that can be had: {fact}") from error

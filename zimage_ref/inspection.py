@@ -1,0 +1,212 @@
+"""What a checkpoint or a model's folder is, from headers alone; and, when asked, whether its data is sound."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import npz
+from .checkpoint import READABLE, Checkpoint
+from .components import COMPONENTS, config_of, identify, looks_like, official_weights
+from .convert import count_nonfinite
+from .errors import ZImageError
+from .model_folder import find_component, find_parts
+from .positions import padded
+from .quantize import Quantization, QuantizedTensor, unfold
+from .tensors import DTYPE_NAMES, FLOATS, Tensor
+
+WEIGHT_BITS = (16, 8, 4)
+_SIDE = 1024  # pixels of the square picture that memory is estimated for
+_CAPTION_TOKENS = 128
+# Activations that live at once, measured at full size on 1088 and 4160 tokens: for each token, in widths of the stream,
+# while a picture is denoised, and for each block of a training step; for each pixel, in first widths, while decoding
+_DENOISE_WIDTHS, _TRAIN_WIDTHS, _DECODE_WIDTHS = 400, 38, 36
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """One line of the table of tensors."""
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one checkpoint is."""
+
+    path: Path
+    container: str
+    dialect: str | None
+    model_type: str | None
+    looks_like: str  # in words, whatever it is
+    parameters: int
+    tensors: list[TensorLine]
+    dtypes: dict[str, dict[str, int]]  # dtype -> tensors, bytes
+    metadata: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "path": str(self.path),
+            "container": self.container,
+            "dialect": self.dialect,
+            "model_type": self.model_type,
+            "looks_like": self.looks_like,
+            "parameters": self.parameters,
+            "tensors": [vars(line) | {"shape": list(line.shape)} for line in self.tensors],
+            "dtypes": self.dtypes,
+            "metadata": self.metadata,
+        }
+
+
+def describe(file: Checkpoint, pattern: str = "*") -> Description:
+    """What `file` holds; the table lists the tensors whose names match the glob `pattern`. Reads no data."""
+    identity = identify(file.tensors)
+    counts, sizes = Counter[str](), Counter[str]()
+    for tensor in file.tensors.values():
+        counts[tensor.stored_as] += 1
+        sizes[tensor.stored_as] += _stored_bytes(tensor)
+    lines = [
+        TensorLine(i, name, tensor.shape, tensor.stored_as)
+        for i, (name, tensor) in enumerate(file.tensors.items())
+        if fnmatchcase(name, pattern)
+    ]
+    return Description(
+        file.path,
+        file.container,
+        identity.dialect.name if identity else None,
+        identity.component if identity else None,
+        looks_like(file.tensors, identity),
+        file.parameters,
+        lines,
+        {dtype: {"tensors": n, "bytes": sizes[dtype]} for dtype, n in counts.most_common()},
+        dict(file.metadata),
+    )
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
+    return sum(part.nbytes for part in parts)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something in the data that should not be there."""
+
+    tensor: str
+    fact: str
+
+
+def verify(file: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Fault]:
+    """Reads all data and reports damaged checksums (npz has them), NaN, infinity, and tensors that are all zero."""
+    faults = []
+    if file.container == "npz":
+        faults = [Fault(name.removesuffix(".npy"), "differs from its checksum") for name in npz.verify(file.path)]
+    stored = unfold(file.tensors)
+    done, total = 0, sum(tensor.nbytes for tensor in stored.values())
+    for name, tensor in stored.items():
+        array = tensor.read()
+        nans, infinite = count_nonfinite(array) if DTYPE_NAMES[tensor.dtype] in FLOATS else (0, 0)
+        for count, what in ((nans, "NaN"), (infinite, "infinite")):
+            if count:
+                faults.append(Fault(name, f"{count} of {tensor.size} values are {what}"))
+        if tensor.size and not np.ascontiguousarray(array).view(np.uint8).any():
+            faults.append(Fault(name, "all values are zero"))
+        done += tensor.nbytes
+        progress(done, total)
+    return faults
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a model's folder."""
+
+    component: str
+    file: Path | None
+    description: Description | None
+    problem: str  # "" if it is there and fits
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether `path` is a folder of a whole model rather than of one checkpoint."""
+    if not path.is_dir():
+        return False
+    found = sum(_finds(path, component) for component in COMPONENTS)
+    own = any(file.suffix in READABLE for file in path.iterdir())
+    return (path / "model_index.json").is_file() or found > 1 or (found == 1 and not own)
+
+
+def _finds(folder: Path, component: str) -> bool:
+    try:
+        find_component(folder, component)
+    except ZImageError:
+        return False
+    return True
+
+
+def describe_folder(folder: Path) -> list[Part]:
+    """Which file serves which component, and what is missing or does not fit."""
+    parts = []
+    for component in COMPONENTS:
+        path, description, problem = None, None, ""
+        try:
+            path = find_component(folder, component)
+            file = Checkpoint.open(path)
+            description = describe(file)
+            official_weights(file, component, config_of(file, component, folder) or COMPONENTS[component].official)
+        except ZImageError as error:
+            problem = str(error)
+        parts.append(Part(component, path, description, problem))
+    nothing = {component: folder for component in COMPONENTS}
+    try:
+        tokenizer, problem = find_parts(folder, nothing)["tokenizer"], ""
+    except ZImageError as error:
+        tokenizer, problem = None, str(error)
+    return [*parts, Part("tokenizer", tokenizer, None, problem)]
+
+
+def memory_needs(configs: Mapping[str, Any]) -> dict[int, dict[str, int]]:
+    """Bytes, by bits a weight, of the largest stage of generating and of training at 1024 x 1024, about.
+
+    configs: of transformer, text_encoder and vae. One network is held at a time; activations are bfloat16.
+    """
+    transformer, vae = configs["transformer"], configs["vae"]
+    image_tokens = padded((_SIDE // vae.factor // transformer.patch_size) ** 2)
+    tokens = image_tokens + _CAPTION_TOKENS
+    blocks = 2 * transformer.n_refiner_layers + transformer.n_layers
+    stream = 2 * tokens * transformer.dim
+    decode = 2 * _SIDE**2 * vae.block_out_channels[0] * _DECODE_WIDTHS
+    needs = {}
+    for bits in WEIGHT_BITS:
+        weights = {name: weight_bytes(name, config, bits) for name, config in configs.items()}
+        stages = (weights["text_encoder"], weights["vae"] + decode)
+        needs[bits] = {
+            "weights": sum(weights.values()),
+            "generate": max(*stages, weights["transformer"] + _DENOISE_WIDTHS * stream),
+            "train": max(*stages, weights["transformer"] + _TRAIN_WIDTHS * blocks * stream),
+        }
+    return needs
+
+
+def weight_bytes(component: str, config: Any, bits: int) -> int:
+    """Memory of a component's weights, the big matrices at `bits` (16: all bfloat16)."""
+    kind = COMPONENTS[component]
+    how = Quantization(bits) if bits < 16 and component != "vae" else None
+    total = 0
+    for name, shape in kind.parameters(config).items():
+        if name in kind.unused(config):
+            continue
+        size = prod(shape)
+        covered = how is not None and how.covers(name, shape)
+        total += size * bits // 8 + 4 * size // how.group_size if covered and how else 2 * size
+    return total
