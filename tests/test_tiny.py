@@ -42,7 +42,7 @@ def test_the_folder_is_small_whole_and_in_bfloat16(folder: ModelFolder) -> None:
 def test_a_folder_called_tiny_comes_before_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(zimage_ref.ZImageError, match="tiny: holds no tokenizer"):
+    with pytest.raises(zimage_ref.ZImageError, match="tiny: holds no"):
         ModelFolder.open(Path("tiny"))
 
 
