@@ -17,10 +17,10 @@ from types import FrameType
 
 from zimage_ref import ZImageError, __version__
 
-from . import convert, generate, inspection, train
+from . import convert, demo, generate, inspection, train
 from .console import Console
 
-COMMANDS = {"train": train, "generate": generate, "convert": convert, "inspect": inspection}
+COMMANDS = {"demo": demo, "train": train, "generate": generate, "convert": convert, "inspect": inspection}
 
 
 def parser() -> argparse.ArgumentParser:

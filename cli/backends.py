@@ -8,7 +8,10 @@ import zimage_ref
 from zimage_ref import BackendError
 from zimage_ref.generation import Pipeline
 
+from . import blas
+
 mlx: ModuleType | None
+blas.preload()
 try:
     import zimage_mlx as mlx
 except ImportError as error:

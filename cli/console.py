@@ -25,6 +25,7 @@ from zimage_ref.images import Picture, half_blocks
 with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
 
+_BARS = "▁▂▃▄▅▆▇█"
 _THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
 
 

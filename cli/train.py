@@ -44,13 +44,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if mlx.is_first():
         _show_options(config, console)
+    return follow(config, console)[0]
+
+
+def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
+    """Trains with a progress bar and names the files written. The exit code, and the loss of every step."""
+    mlx = require_mlx("training")
     with _signals() as received, console.progress() as bars:
         progress = _Progress(mlx, console, bars)
         for event in mlx.train(config, lambda: bool(received)):
             progress.show(event)
     for path in progress.saved:
         console.wrote(path)
-    return 128 + received[0] if progress.stopped else 0
+    return 128 + received[0] if progress.stopped else 0, progress.losses
 
 
 def _show_options(config: TrainConfig, console: Console) -> None:
@@ -90,6 +96,7 @@ class _Progress:
         self._mlx, self._console, self._bars = mlx, console, bars
         self._held_out, self._logged = "", time.monotonic()
         self.saved: list[Path] = []
+        self.losses: list[float] = []
         self.stopped = False
 
     def show(self, event: Any) -> None:
@@ -114,6 +121,7 @@ class _Progress:
             console.note(f"stopped after step {event.step}: go on with --resume")
 
     def _step(self, event: Any) -> None:
+        self.losses.append(event.loss)
         if event.skipped:
             self._console.note(f"step {event.step}: loss or gradient is not finite, skipped")
         lines = (

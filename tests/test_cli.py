@@ -65,7 +65,8 @@ def test_help_names_the_options(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert ("--model-dir" if command in ("train", "generate") else "--input") in text
+    expected = {"train": "--model-dir", "generate": "--model-dir", "demo": "--output"}
+    assert expected.get(command, "--input") in text
 
 
 def test_train_has_the_original_options_and_defaults() -> None:

@@ -21,10 +21,10 @@ FORBIDDEN = {  # package -> what its files may not import
     "cli": {"cli", "mlx", "numpy"},
 }
 HOMES = {  # a library -> the only files that may import it; a folder stands for all of its files
-    "PIL": ("zimage_ref/images.py", "zimage_ref/picture_metadata.py", "zimage_ref/drawings.py"),
+    "PIL": ("zimage_ref/images.py", "zimage_ref/picture_metadata.py", "zimage_ref/drawings.py", "zimage_ref/judge.py"),
     "rich": ("cli",),
-    "argparse": ("cli",),
-    "tokenizers": ("zimage_ref/tokenizer.py",),
+    "argparse": ("cli", "zimage_mlx/tiny.py"),
+    "tokenizers": ("zimage_ref/tokenizer.py", "zimage_ref/tiny_files.py"),
     "safetensors": ("zimage_ref/safetensors_io.py",),
     "torch": (), "diffusers": (), "transformers": (), "peft": (),
 }  # fmt: skip

@@ -27,14 +27,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
-        _, T, _ = x.shape
+        B, T, _ = x.shape
         K, theta = self.config.head_dim, self.config.rope_theta
-        q = self.q_norm(self.q_proj(x).reshape(1, T, -1, K)).swapaxes(1, 2)  # (1, H, T, K)
-        k = self.k_norm(self.k_proj(x).reshape(1, T, -1, K)).swapaxes(1, 2)  # (1, fewer H, T, K)
-        v = self.v_proj(x).reshape(1, T, -1, K).swapaxes(1, 2)
+        q = self.q_norm(self.q_proj(x).reshape(B, T, -1, K)).swapaxes(1, 2)  # (B, H, T, K)
+        k = self.k_norm(self.k_proj(x).reshape(B, T, -1, K)).swapaxes(1, 2)  # (B, fewer H, T, K)
+        v = self.v_proj(x).reshape(B, T, -1, K).swapaxes(1, 2)
         q, k = (mx.fast.rope(a, K, traditional=False, base=theta, scale=1.0, offset=0) for a in (q, k))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=K**-0.5, mask="causal")
-        return self.o_proj(y.swapaxes(1, 2).reshape(1, T, -1))
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -74,10 +74,10 @@ class Model(nn.Module):
         self.layers = [Layer(config) for _ in range(config.used_layers)]
 
     def __call__(self, ids: mx.array) -> mx.array:
-        x = self.embed_tokens(ids)[None]  # (1, T, hidden_size)
+        x = self.embed_tokens(ids)  # (B, T, hidden_size)
         for layer in self.layers:
             x = layer(x)
-        return x[0]
+        return x
 
 
 class TextEncoder(nn.Module):
@@ -88,5 +88,5 @@ class TextEncoder(nn.Module):
         self.model = Model(config)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """ids (T,) -> (T, hidden_size)."""
-        return self.model(ids)
+        """ids (T,) -> (T, hidden_size), or a batch (B, T) -> (B, T, hidden_size)."""
+        return self.model(ids[None])[0] if ids.ndim == 1 else self.model(ids)

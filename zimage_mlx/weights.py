@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from zimage_ref.errors import WeightError, listing
 from zimage_ref.quantize import Quantization, QuantizedTensor
-from zimage_ref.tensors import BFLOAT16, Tensor, Tensors
+from zimage_ref.tensors import BFLOAT16, Array, Tensor, Tensors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -70,3 +70,10 @@ def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
     if array.ndim == 4:
         array = mx.contiguous(array.transpose(0, 2, 3, 1))
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def to_numpy(array: mx.array) -> Array:
+    """A parameter as float32 in the layout of a checkpoint: the way back from `to_mlx`."""
+    if array.ndim == 4:
+        array = array.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(array.astype(mx.float32))

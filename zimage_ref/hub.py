@@ -8,19 +8,24 @@ from pathlib import Path
 
 from .errors import BackendError, ConfigError
 
+TINY = "tiny"  # names the model inside this package, where no folder has that name
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder of `model`: itself, or where the repository of that id is cached, downloading what is missing.
+    """The folder of `model`: itself, that of the built-in model, or where the repository of that id is cached.
 
+    What is missing of a repository is downloaded.
     Raises ConfigError if there is neither, BackendError if the id needs a package that is not installed.
     """
     path = Path(model)
     if path.is_dir():
         return path
     name = path.as_posix()
+    if name == TINY:
+        return Path(__file__).with_name(TINY)
     if path.exists() or not _REPOSITORY.fullmatch(name):
         raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
     try:

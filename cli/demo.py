@@ -1,0 +1,99 @@
+"""zimage demo: a new word, learned from eight drawings by the built-in model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from zimage_ref import TrainConfig
+from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
+from zimage_ref.hub import TINY
+from zimage_ref.images import save_picture
+from zimage_ref.judge import look, shows
+
+from . import blas, train
+from .backends import DEFAULT, mlx, pipeline
+from .console import Console
+
+WORD = "zorp"
+PICTURES = 4  # of the new word, and as many of words that the model knows
+EPOCHS = 30
+RATE = 2e-3  # the default suits a model 27 times as wide
+_NEXT = """\
+The same on your own pictures, with the real model (each picture with its caption in a .txt of the same name):
+  zimage train --model-dir Z-Image-Turbo --dataset PICTURES --output my.safetensors
+  zimage generate --model-dir Z-Image-Turbo --lora my.safetensors --prompt "..." --output my.png"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage demo`."""
+    parser.add_argument("--output", type=Path, default=Path("zimage-demo"), help="folder (default: zimage-demo)")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Draws, generates, trains, generates again, and shows what has changed. The exit code is that of training."""
+    if note := blas.advice():
+        console.note(note)
+    new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=1, held_out=True)
+    if mlx is None:
+        pictures = generate(known, [], console, "generate")
+        console.picture(contact_sheet(pictures, PICTURES))
+        compare(console, known, {"by NumPy": pictures})
+        keep(console, args.output / "pictures.png", pictures, PICTURES)
+        console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
+        return 0
+
+    before = generate(new + known, [], console, "before")
+    dataset, lora = write_dataset(args.output / "dataset"), args.output / f"{WORD}.safetensors"
+    config = TrainConfig(Path(TINY), dataset, lora, epochs=EPOCHS, lr=RATE, resolution=(SIDE,), overwrite=True)
+    code, losses = train.follow(config, console)
+    if code:
+        return code
+    after = generate(new + known, [lora], console, "after")
+
+    console.curve("loss", losses)
+    console.picture(contact_sheet(before + after, 2 * PICTURES))
+    compare(console, new + known, {"before": before, "after": after})
+    keep(console, args.output / "before-after.png", before + after, 2 * PICTURES)
+    console.wrote(lora)
+    console.print(_NEXT)
+    return 0
+
+
+def write_dataset(folder: Path) -> Path:
+    """The eight pictures of the lesson and their captions, as `zimage train` takes them."""
+    for i, (picture, caption) in enumerate(illustrated(lesson(WORD), seed=0), start=1):
+        save_picture(picture, folder / f"{WORD}{i}.png")
+        (folder / f"{WORD}{i}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+def prompt(scene: Scene) -> str:
+    """What the scene is called here: always in the plain wording."""
+    return articles(FORMS[0].format(subject=scene.subject, ground=scene.ground))
+
+
+def generate(wanted: Sequence[Scene], loras: Sequence[Path], console: Console, name: str) -> list[Image.Image]:
+    """A picture for each scene's prompt."""
+    pipe = pipeline(DEFAULT).from_pretrained(TINY)
+    with console.progress() as bars:
+        return pipe(
+            [prompt(scene) for scene in wanted], width=SIDE, height=SIDE, loras=[(path, 1.0) for path in loras],
+            progress=lambda stage, done, total: bars.update(f"{name}: {stage}", done, total),
+        )  # fmt: skip
+
+
+def compare(console: Console, wanted: Sequence[Scene], made: Mapping[str, Sequence[Image.Image]]) -> None:
+    """A table of which pictures show what they should, by their pixels."""
+    verdicts = [["yes" if shows(look(p), s) else "no" for p, s in zip(ps, wanted, strict=True)] for ps in made.values()]
+    rows = zip(map(prompt, wanted), *verdicts, strict=True)
+    console.table(("prompt", *made), list(rows), title="Is the picture what the prompt says?")
+
+
+def keep(console: Console, path: Path, pictures: Sequence[Image.Image], columns: int) -> None:
+    """Writes a contact sheet."""
+    save_picture(contact_sheet(pictures, columns), path)
+    console.wrote(path)
