@@ -1,4 +1,4 @@
-"""zimage demo: a new word, learned from eight drawings by the built-in model."""
+"""zimage demo: a new word, learned from eight drawings by a small model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from zimage_ref import TrainConfig
 from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
 from zimage_ref.hub import TINY
-from zimage_ref.images import save_picture
+from zimage_ref.images import Picture, save_picture
 from zimage_ref.judge import look, shows
+from zimage_ref.tiny_data import GUIDANCE, STEPS
 
 from . import blas, train
 from .backends import DEFAULT, mlx, pipeline
@@ -30,6 +29,10 @@ The same on your own pictures, with the real model (each picture with its captio
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage demo`."""
+    parser.add_argument(
+        "--model-dir", type=Path, default=Path(TINY),
+        help=f"folder made by `python -m zimage_mlx.tiny --output DIR` (default: {TINY}, the one in this package)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("zimage-demo"), help="folder (default: zimage-demo)")
 
 
@@ -37,22 +40,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Draws, generates, trains, generates again, and shows what has changed. The exit code is that of training."""
     if note := blas.advice():
         console.note(note)
+    folder: Path = args.model_dir
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=1, held_out=True)
     if mlx is None:
-        pictures = generate(known, [], console, "generate")
+        pictures = generate(folder, known, [], console, "generate")
         console.picture(contact_sheet(pictures, PICTURES))
         compare(console, known, {"by NumPy": pictures})
         keep(console, args.output / "pictures.png", pictures, PICTURES)
         console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
         return 0
 
-    before = generate(new + known, [], console, "before")
+    before = generate(folder, new + known, [], console, "before")
     dataset, lora = write_dataset(args.output / "dataset"), args.output / f"{WORD}.safetensors"
-    config = TrainConfig(Path(TINY), dataset, lora, epochs=EPOCHS, lr=RATE, resolution=(SIDE,), overwrite=True)
+    config = TrainConfig(folder, dataset, lora, epochs=EPOCHS, lr=RATE, resolution=(SIDE,), overwrite=True)
     code, losses = train.follow(config, console)
     if code:
         return code
-    after = generate(new + known, [lora], console, "after")
+    after = generate(folder, new + known, [lora], console, "after")
 
     console.curve("loss", losses)
     console.picture(contact_sheet(before + after, 2 * PICTURES))
@@ -76,24 +80,27 @@ def prompt(scene: Scene) -> str:
     return articles(FORMS[0].format(subject=scene.subject, ground=scene.ground))
 
 
-def generate(wanted: Sequence[Scene], loras: Sequence[Path], console: Console, name: str) -> list[Image.Image]:
+def generate(
+    folder: Path, wanted: Sequence[Scene], loras: Sequence[Path], console: Console, name: str
+) -> list[Picture]:
     """A picture for each scene's prompt."""
-    pipe = pipeline(DEFAULT).from_pretrained(TINY)
+    pipe = pipeline(DEFAULT).from_pretrained(folder)
     with console.progress() as bars:
         return pipe(
-            [prompt(scene) for scene in wanted], width=SIDE, height=SIDE, loras=[(path, 1.0) for path in loras],
+            [prompt(scene) for scene in wanted], width=SIDE, height=SIDE, steps=STEPS, guidance=GUIDANCE,
+            loras=[(path, 1.0) for path in loras],
             progress=lambda stage, done, total: bars.update(f"{name}: {stage}", done, total),
         )  # fmt: skip
 
 
-def compare(console: Console, wanted: Sequence[Scene], made: Mapping[str, Sequence[Image.Image]]) -> None:
+def compare(console: Console, wanted: Sequence[Scene], made: Mapping[str, Sequence[Picture]]) -> None:
     """A table of which pictures show what they should, by their pixels."""
     verdicts = [["yes" if shows(look(p), s) else "no" for p, s in zip(ps, wanted, strict=True)] for ps in made.values()]
     rows = zip(map(prompt, wanted), *verdicts, strict=True)
     console.table(("prompt", *made), list(rows), title="Is the picture what the prompt says?")
 
 
-def keep(console: Console, path: Path, pictures: Sequence[Image.Image], columns: int) -> None:
+def keep(console: Console, path: Path, pictures: Sequence[Picture], columns: int) -> None:
     """Writes a contact sheet."""
     save_picture(contact_sheet(pictures, columns), path)
     console.wrote(path)

@@ -3,65 +3,77 @@
     python -m zimage_mlx.tiny --output DIR
 
 First the autoencoder learns to reproduce drawings; the mean and the deviation of its latents become shift_factor and
-scaling_factor. Then text encoder and transformer learn together, by flow matching as in `zimage_ref.schedule`, and
-moving averages of their weights are what is written. A run that finds an autoencoder in DIR keeps it, and one that
-finds a denoiser goes on from there.
+scaling_factor. Then text encoder and transformer learn together, by flow matching as in `zimage_ref.schedule`. Moving
+averages of the weights are what is written. A run may take a GPU a quarter of an hour: with --seconds it stops before,
+keeps its state beside DIR and goes on when the same command is given again. Progress is a line of JSON now and then.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig, read_json
-from zimage_ref.drawings import SHAPES, articles, describe, draw, made_up_word, scenes
-from zimage_ref.model_folder import ModelFolder
+from zimage_ref.drawings import SIDE, illustrated, take
+from zimage_ref.images import Picture, to_array, to_picture, to_unit
+from zimage_ref.judge import share_shown
 from zimage_ref.names import text_encoder_parameters, text_encoder_unused
-from zimage_ref.positions import SEQUENCE_MULTIPLE
-from zimage_ref.schedule import add_noise, model_time, resolution_shift, shifted, training_target
 from zimage_ref.tensors import Array
-from zimage_ref.tiny_files import write_component, write_surroundings
+from zimage_ref.tiny_data import GUIDANCE, STEPS, TOKENS, drawings, tokenized
+from zimage_ref.tiny_files import write_card, write_component, write_surroundings
 from zimage_ref.tokenizer import Tokenizer
 
-from .text_encoder import TextEncoder
-from .transformer import Conditioning, Layout, Transformer
+from .pipeline import ZImagePipeline
+from .stepper import Stepper
+from .tiny_losses import Denoiser, denoising_loss, to_signed, vae_loss
 from .vae import VAE
 from .weights import load, to_numpy
 
-TRANSFORMER = TransformerConfig(
-    dim=144, n_layers=5, n_refiner_layers=1, n_heads=3, in_channels=16, cap_feat_dim=96, patch_size=2, norm_eps=1e-5,
-    rope_theta=256.0, t_scale=1000.0, axes_dims=(8, 20, 20), axes_lens=(640, 64, 64),
-)  # fmt: skip
-TEXT_ENCODER = TextEncoderConfig(
-    vocab_size=768, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6, rope_theta=10_000.0,
-)  # fmt: skip
-VAE_CONFIG = VAEConfig(  # the factors are measured when the autoencoder is trained
-    in_channels=3, latent_channels=16, block_out_channels=(24, 32, 56, 56), layers_per_block=1, norm_num_groups=8,
-    scaling_factor=1.0, shift_factor=0.0,
-)  # fmt: skip
-SCHEDULER = SchedulerConfig(shift=3.0)
 
-EMA = 0.999
-KL = 2e-4  # against a reconstruction error that is a mean over pixels
+@dataclass(frozen=True)
+class Networks:
+    """How large everything is. The factors of the autoencoder are measured when it is trained."""
+
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    vae: VAEConfig
+
+
+NETWORKS = Networks(
+    TransformerConfig(
+        dim=144, n_layers=5, n_refiner_layers=1, n_heads=3, in_channels=16, cap_feat_dim=96, patch_size=2,
+        norm_eps=1e-5, rope_theta=256.0, t_scale=1000.0, axes_dims=(8, 20, 20), axes_lens=(640, 64, 64),
+    ),
+    TextEncoderConfig(
+        vocab_size=768, hidden_size=96, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6, rope_theta=10_000.0,
+    ),
+    VAEConfig(
+        in_channels=3, latent_channels=16, block_out_channels=(24, 32, 56, 56), layers_per_block=1,
+        norm_num_groups=8, scaling_factor=1.0, shift_factor=0.0,
+    ),
+)  # fmt: skip
+# Not distilled, so a base model, whose shift is 6; at 128 x 128 the shift by resolution, 1.6, leaves steps for outlines
+SCHEDULER = SchedulerConfig(shift=6.0, use_dynamic_shifting=True)
+
 EMPTY = 0.1  # of captions become "", so that guidance has something to guide away from
-MADE_UP = 0.06  # of captions name a shape by a word that means nothing
-BARE = 0.06  # of captions leave the background unsaid
-TOKENS = SEQUENCE_MULTIPLE  # of every caption, filled up
+
+Report = Callable[[dict[str, Any]], None]
+Shares = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,87 +81,113 @@ class Recipe:
     """How long everything takes."""
 
     pictures: int = 120_000
-    vae_steps: int = 5_000
+    vae_steps: int = 12_000
     vae_batch: int = 64
     vae_rate: float = 2e-3
-    steps: int = 20_000
+    steps: int = 24_000
     batch: int = 512
     rate: float = 1.5e-3
     seed: int = 0
 
 
-def make(output: Path, recipe: Recipe, report: Callable[[str], None]) -> ModelFolder:
-    """Trains the whole model and writes it to `output`, telling `report` how it goes."""
-    mx.random.seed(recipe.seed)
-    pictures, captions = drawings(recipe, report)
+@dataclass(frozen=True)
+class Pace:
+    """When to report, how many pictures to judge then, and when to stop."""
+
+    every: int = 1000
+    judged: int = 40
+    deadline: float = math.inf  # of time.monotonic()
+    compiled: bool | None = None
+
+
+def make(output: Path, recipe: Recipe, report: Report, pace: Pace = Pace(), networks: Networks = NETWORKS) -> bool:
+    """Trains the whole model and writes it to `output`; whether it is finished, or was stopped by the deadline.
+
+    What it needs to go on lies in a folder beside `output`, by its name and ".training".
+    """
+    state = output.with_name(output.name + ".training")
+    pictures, captions = drawings(recipe.pictures, recipe.seed)
+    report({"stage": "drawings", "drawings": len(captions), "such as": captions[:3]})
     if not (output / "tokenizer").is_dir():
-        write_surroundings(output, captions, TEXT_ENCODER.vocab_size, SCHEDULER)
-    vae = finished_vae(output) or train_vae(pictures, recipe, report)
-    write_component(output / "vae", vae.config, parameters(vae))
+        write_surroundings(output, captions, networks.text_encoder.vocab_size, SCHEDULER)
+    if not (output / "vae" / "config.json").is_file():
+        trained = train_vae(pictures, recipe, report, pace, networks.vae, state / "autoencoder")
+        if not trained:
+            return False
+        write_component(output / "vae", trained.config, parameters(trained))
+        shutil.rmtree(state / "autoencoder")
+    vae = read_vae(output)  # as it is written: what the denoiser learns is what users decode
     latents = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, len(pictures), 250)])
-    mx.eval(latents)
-    report(f"{len(latents)} latents, shift {vae.config.shift_factor}, scale {vae.config.scaling_factor}")
-    ids, lengths = tokenized(Tokenizer(output / "tokenizer" / "tokenizer.json"), captions)
-    denoiser = started_denoiser(output) or Denoiser()
-    train_denoiser(denoiser, latents, mx.array(ids), mx.array(lengths), recipe, report, partial(write_denoiser, output))
-    return ModelFolder.open(output)
+    texts = tokenized(Tokenizer(output / "tokenizer" / "tokenizer.json"), captions)
+    return train_denoiser(latents, texts, recipe, report, pace, networks, output, state / "denoiser")
 
 
-def drawings(recipe: Recipe, report: Callable[[str], None]) -> tuple[Array, list[str]]:
-    """Pictures (N, SIDE, SIDE, 3) uint8 and their captions, from a stream of scenes for each thousand."""
-    seeds = range(-(-recipe.pictures // 1000))
-    with get_context("spawn").Pool() as pool:
-        parts = pool.map(partial(_thousand, recipe.seed), seeds)
-    pictures = np.concatenate([p for p, _ in parts])[: recipe.pictures]
-    captions = [c for _, part in parts for c in part][: recipe.pictures]
-    report(f"{len(captions)} drawings, such as: {'; '.join(captions[:5])}")
-    return pictures, captions
+def train_vae(
+    pictures: Array, recipe: Recipe, report: Report, pace: Pace, config: VAEConfig, state: Path
+) -> VAE | None:
+    """An autoencoder of `pictures` (N, H, W, 3) uint8, its factors set to the shift and scale of its latents.
 
+    None if the deadline came first; `state` is what to go on from.
+    """
+    mx.random.seed(recipe.seed)
+    vae = VAE(config)
+    made = json.dumps(asdict(config) | {"pictures": recipe.pictures, "vae_batch": recipe.vae_batch})
+    stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made, pace.compiled)
 
-def _thousand(seed: int, part: int) -> tuple[Array, list[str]]:
-    rng = np.random.default_rng((seed, part))
-    chosen = [scene for scene, _ in zip(scenes(rng), range(1000), strict=False)]
-    pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
-    captions = []
-    for scene in chosen:
-        if rng.uniform() < MADE_UP:
-            words = scene.subject.split(" ")
-            named = [i for i, word in enumerate(words) if word in SHAPES]
-            if named:
-                words[named[rng.integers(len(named))]] = made_up_word(rng)
-            scene = replace(scene, subject=" ".join(words))
-        captions.append(articles(scene.subject) if rng.uniform() < BARE else describe(scene, rng))
-    return pictures, captions
+    def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
+        return [mx.array(pictures[np.sort(rng.integers(len(pictures), size=recipe.vae_batch))])]
 
+    def judge() -> Shares:
+        return judge_vae(cast(VAE, stepper.averaged()), pace.judged)
 
-def train_vae(pictures: Array, recipe: Recipe, report: Callable[[str], None]) -> VAE:
-    """An autoencoder of `pictures` (N, H, W, 3) uint8, its factors set to the shift and scale of its latents."""
-    vae = VAE(VAE_CONFIG)
-    step = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps)
-    order = _batches(len(pictures), recipe.vae_batch, recipe.vae_steps, recipe.seed)
-    for line in _counted(order, recipe.vae_steps, "autoencoder", lambda i: step(mx.array(pictures[i]))):
-        report(line)
-    step.finish()
+    if not run(stepper, inputs, judge, report, pace, recipe.seed, state, "autoencoder"):
+        return None
+    stepper.averaged()
     some = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, min(len(pictures), 5000), 250)])
     shift, deviation = (float(np.array(f(some.astype(mx.float32)))) for f in (mx.mean, mx.std))
-    vae.config = replace(vae.config, shift_factor=round(shift, 5), scaling_factor=round(1 / deviation, 5))
+    vae.config = replace(config, shift_factor=round(shift, 5), scaling_factor=round(1 / deviation, 5))
     return vae
 
 
-def vae_loss(vae: VAE, pixels: mx.array) -> mx.array:
-    """Reconstruction and divergence from the normal distribution, of pixels (B, H, W, 3) uint8."""
-    x = to_signed(pixels)
-    mean, log_variance = mx.split(vae.encoder(x), 2, axis=-1)
-    log_variance = mx.clip(log_variance, -20, 10)
-    z = mean + mx.exp(0.5 * log_variance) * mx.random.normal(mean.shape)
-    error = vae.decoder(z) - x
-    divergence = 0.5 * (mx.square(mean) + mx.exp(log_variance) - 1 - log_variance)
-    return mx.mean(mx.abs(error)) + mx.mean(mx.square(error)) + KL * mx.mean(divergence)
+def run(
+    stepper: Stepper, inputs: Callable[[np.random.Generator], Sequence[mx.array]], judge: Callable[[], Shares],
+    report: Report, pace: Pace, seed: int, state: Path, stage: str,
+) -> bool:  # fmt: skip
+    """Makes the steps that are left, from `state` on if it is there; whether the last one was reached.
+
+    The batches and the noise of a step depend on the seed and its number alone, so that a stop changes nothing.
+    """
+    if state.is_dir():
+        stepper.restore(state)
+    losses, since = [], time.monotonic()
+    while stepper.done < stepper.steps and time.monotonic() < pace.deadline:
+        rng = np.random.default_rng((seed, stepper.done))
+        losses.append(stepper(mx.random.key(int(rng.integers(1 << 62))), *inputs(rng)))
+        if stepper.done % pace.every == 0 or stepper.done == stepper.steps:
+            loss, seconds, count = mx.mean(mx.stack(losses)).item(), time.monotonic() - since, len(losses)
+            report({
+                "stage": stage, "step": stepper.done, "of": stepper.steps, "loss": loss, **judge(),
+                "seconds": round(seconds, 2), "ms a step": round(1000 * seconds / count, 2),
+            })  # fmt: skip
+            losses, since = [], time.monotonic()
+            stepper.save(state)
+    if losses:
+        stepper.save(state)
+    finished = stepper.done >= stepper.steps
+    if not finished:
+        report({"stage": stage, "step": stepper.done, "of": stepper.steps, "stopped": True, "state": str(state)})
+    return finished
 
 
-def to_signed(pixels: mx.array) -> mx.array:
-    """uint8 pixels as float32 in [-1, 1]."""
-    return pixels.astype(mx.float32) / 127.5 - 1
+def judge_vae(vae: VAE, count: int) -> Shares:
+    """What of held-out drawings survives the autoencoder: the share that can still be read, and the PSNR in dB."""
+    scenes = take(count, seed=1, held_out=True)
+    drawn = [picture for picture, _ in illustrated(scenes, seed=1)]
+    pixels = np.stack([to_array(picture) for picture in drawn])  # (N, 3, H, W)
+    decoded = np.concatenate([np.array(vae.decode(vae.encode(mx.array(x[None])))) for x in pixels]).clip(-1, 1)
+    error = np.mean(np.square((decoded - pixels) / 2), axis=(1, 2, 3))
+    shown = share_shown([to_picture(to_unit(x)) for x in decoded], scenes)
+    return {"judged": round(shown, 3), "psnr": round(float(np.mean(-10 * np.log10(error))), 2)}
 
 
 def encode(vae: VAE, pictures: Array) -> mx.array:
@@ -159,182 +197,77 @@ def encode(vae: VAE, pictures: Array) -> mx.array:
     return latents
 
 
-class Denoiser(nn.Module):
-    """What is trained together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text_encoder = TextEncoder(TEXT_ENCODER)
-        self.transformer = Transformer(TRANSFORMER)
-        for token in ("x_pad_token", "cap_pad_token"):
-            self.transformer[token] = 0.02 * mx.random.normal((1, TRANSFORMER.dim))
-
-
 def train_denoiser(
-    model: Denoiser,
-    latents: mx.array,
-    ids: mx.array,
-    lengths: mx.array,
-    recipe: Recipe,
-    report: Callable[[str], None],
-    write: Callable[[Denoiser], None],
-) -> None:
-    """Flow matching on latents (N, C, h, w) of captions ids (N, TOKENS), lengths (N,); the first caption is "".
+    latents: mx.array, texts: tuple[Array, Array], recipe: Recipe, report: Report, pace: Pace, networks: Networks,
+    output: Path, state: Path,
+) -> bool:  # fmt: skip
+    """Flow matching on latents (N, C, h, w) and `tokenized` captions; whether it is finished.
 
-    `write` gets the averaged model ten times on the way and at the end.
+    The averaged model is written, and judged as it was written, at every report.
     """
-    average = Denoiser()
+    mx.random.seed(recipe.seed)
+    model = Denoiser(networks.transformer, networks.text_encoder)
     layout = model.transformer.layout([TOKENS], *latents.shape[2:])
     mx.eval(layout.image_rotation, layout.caption_rotation, layout.rotation)
+    ids, lengths = (mx.array(a) for a in texts)
 
-    def loss(model: Denoiser, chosen: mx.array) -> mx.array:
-        x_0 = latents[chosen].astype(mx.float32)
-        named = mx.where(mx.random.uniform(shape=chosen.shape) < EMPTY, 0, chosen + 1)
-        return denoising_loss(model, x_0, ids[named], lengths[named], layout)
+    def loss(model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array) -> mx.array:
+        return denoising_loss(model, key, x_0.astype(mx.float32), ids, lengths, layout)
 
-    step = Stepper(model, loss, recipe.rate, recipe.steps, average)
-    order = _batches(len(latents), recipe.batch, recipe.steps, recipe.seed + 1)
-    lines = _counted(order, recipe.steps, "denoiser", lambda i: step(mx.array(i)))
-    for i, line in enumerate(lines, start=1):
-        report(line)
-        if i % 10 == 0:
-            step.finish()
-            write(average)
-    step.finish()
-    write(average)
+    made = json.dumps({n: asdict(getattr(networks, n)) for n in ("transformer", "text_encoder")} | asdict(recipe))
+    stepper = Stepper(model, loss, recipe.rate, recipe.steps, made, pace.compiled)
 
+    def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
+        chosen = rng.integers(len(latents), size=recipe.batch)
+        named = mx.array(np.where(rng.uniform(size=recipe.batch) < EMPTY, 0, chosen + 1))
+        return latents[mx.array(chosen)], ids[named], lengths[named]
 
-def denoising_loss(model: Denoiser, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: Layout) -> mx.array:
-    """The flow-matching loss of x_0 (B, C, h, w) with captions ids (B, TOKENS), each of its own length.
+    shares: Shares = {}
 
-    `layout` is that of one caption: where tokens stand is the same for all captions of one padded length.
-    """
-    B, _, h, w = x_0.shape
-    transformer = model.transformer
-    tokens = transformer.embed_caption(model.text_encoder(ids))  # (B, TOKENS, D)
-    tokens = mx.where((mx.arange(TOKENS) < lengths[:, None])[..., None], tokens, transformer.cap_pad_token)
-    for block in transformer.context_refiner:
-        tokens = block(tokens, layout.caption_rotation, None)
-    noise = mx.random.normal(x_0.shape)
-    shift = resolution_shift(h * w // TRANSFORMER.patch_size**2)
-    sigma = shifted(mx.random.uniform(shape=(B,)), shift)
-    x = add_noise(x_0, noise, sigma[:, None, None, None])
-    raw = transformer.denoise(x, model_time(sigma), Conditioning(tokens, layout))
-    return mx.mean(mx.square(raw - training_target(x_0, noise)))
+    def judge() -> Shares:
+        write_denoiser(output, cast(Denoiser, stepper.averaged()), networks)
+        shares.update(judge_model(output, pace.judged))
+        return shares
+
+    if not run(stepper, inputs, judge, report, pace, recipe.seed + 1, state, "denoiser"):
+        return False
+    write_card(output, recipe.vae_steps * recipe.vae_batch, recipe.steps * recipe.batch, shares or judge())
+    report(
+        {"stage": "finished", **shares, "model": str(output), "bytes": sum(f.stat().st_size for f in output.rglob("*"))}
+    )
+    return True
 
 
-class Stepper:
-    """One AdamW step of `model` a call, under a warmed-up cosine rate; `average` follows its weights.
-
-    All weights are one vector to the optimizer: a few large operations instead of thousands of small ones. Nothing is
-    compiled: on CUDA the fused kernels of a whole step take minutes to build.
-    """
-
-    def __init__(
-        self, model: nn.Module, loss: Callable[..., mx.array], rate: float, steps: int, average: nn.Module | None = None
-    ) -> None:
-        warm = max(steps // 40, 1)
-        schedule = optim.join_schedules(
-            [optim.linear_schedule(1e-6, rate, warm), optim.cosine_decay(rate, steps - warm, rate / 100)], [warm]
-        )
-        self.optimizer = optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=1e-2, bias_correction=True)
-        named: Any = tree_flatten(model.parameters())
-        self.shapes = [(name, array.shape) for name, array in named]
-        self.ends = np.cumsum([array.size for _, array in named])[:-1].tolist()
-        self.weights = self.averages = mx.concatenate([array.flatten() for _, array in named])
-        self.model, self.average, self.done = model, average, 0
-
-        def loss_of(weights: mx.array, batch: mx.array) -> mx.array:
-            self.place(weights, model)
-            return loss(model, batch)
-
-        self.value_and_gradient = mx.value_and_grad(loss_of)
-
-    def __call__(self, batch: mx.array) -> mx.array:
-        """The loss; it and the new weights are under way when this returns. See `finish`."""
-        value, gradient = self.value_and_gradient(self.weights, batch)
-        gradient = gradient * mx.minimum(1, 1 / mx.linalg.norm(gradient))
-        self.weights = self.optimizer.apply_gradients({"": gradient}, {"": self.weights})[""]
-        self.done += 1
-        pace = 1 - min(EMA, (1 + self.done) / (10 + self.done))
-        self.averages = self.averages + pace * (self.weights - self.averages)
-        mx.async_eval(value, self.weights, self.averages, self.optimizer.state)
-        return value
-
-    def finish(self) -> None:
-        """Puts the weights into the model, and their averages into the other."""
-        self.place(self.weights, self.model)
-        if self.average is not None:
-            self.place(self.averages, self.average)
-
-    def place(self, weights: mx.array, model: nn.Module) -> None:
-        """Gives `model` the parameters that are the parts of a vector."""
-        parts = zip(self.shapes, mx.split(weights, self.ends), strict=True)
-        model.update(tree_unflatten([(name, part.reshape(shape)) for (name, shape), part in parts]))
+def judge_model(folder: Path, count: int) -> Shares:
+    """The share of held-out captions, of which the model in `folder` draws just what they say."""
+    scenes = take(count, seed=1, held_out=True)
+    captions = [caption for _, caption in illustrated(scenes, seed=1)]
+    pipeline = ZImagePipeline.from_pretrained(folder)
+    shares = {}
+    for guidance in (0.0, GUIDANCE):
+        pictures: list[Picture] = pipeline(captions, width=SIDE, height=SIDE, steps=STEPS, guidance=guidance)
+        shares[f"judged at guidance {guidance:g}"] = round(share_shown(pictures, scenes), 3)
+    return shares
 
 
-def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Array]:
-    """Sorted indices of `steps` batches, every item once before any comes again."""
-    rng, batch = np.random.default_rng(seed), min(batch, count)
-    order = rng.permutation(count)
-    for _ in range(steps):
-        if len(order) < batch:
-            order = rng.permutation(count)
-        yield np.sort(order[:batch])
-        order = order[batch:]
-
-
-def _counted(order: Iterator[Array], steps: int, what: str, work: Callable[[Array], mx.array]) -> Iterator[str]:
-    """Works through `order` and says a hundred times how far it is."""
-    began, every, losses = time.perf_counter(), max(steps // 100, 1), []
-    for i, indices in enumerate(order, start=1):
-        losses.append(work(indices))
-        if i % every == 0:
-            seconds = time.perf_counter() - began
-            loss = mx.mean(mx.stack(losses)).item()
-            yield f"{what} {i}/{steps}  loss {loss:.5f}  {seconds:.0f} s  {1000 * seconds / i:.1f} ms a step"
-            losses = []
-
-
-def tokenized(tokenizer: Tokenizer, captions: list[str]) -> tuple[Array, Array]:
-    """Token ids (N + 1, TOKENS) int32 filled up with 0, and lengths (N + 1,), of "" and then the captions."""
-    encoded = [tokenizer.encode(text) for text in ("", *captions)]
-    lengths = np.array([len(e) for e in encoded], np.int32)
-    ids = np.zeros((len(encoded), TOKENS), np.int32)
-    for row, tokens in zip(ids, encoded, strict=True):
-        row[: len(tokens)] = tokens
-    return ids, lengths
-
-
-def finished_vae(folder: Path) -> VAE | None:
-    """The autoencoder of an earlier run into `folder`, or None."""
+def read_vae(folder: Path) -> VAE:
+    """The autoencoder in `folder`, its weights float32."""
     file = folder / "vae" / "config.json"
-    if not file.is_file():
-        return None
     vae = VAE(VAEConfig.from_json(read_json(file), str(file)))
     load(vae, Checkpoint.open(folder / "vae").tensors, mx.float32)
     return vae
 
 
-def started_denoiser(folder: Path) -> Denoiser | None:
-    """Text encoder and transformer of an earlier run into `folder`, or None."""
-    if not (folder / "transformer").is_dir():
-        return None
-    model, weights = Denoiser(), ModelFolder.open(folder).weights
-    load(model.text_encoder, weights["text_encoder"], mx.float32)
-    load(model.transformer, weights["transformer"], mx.float32)
-    return model
-
-
-def write_denoiser(folder: Path, model: Denoiser) -> None:
+def write_denoiser(folder: Path, model: Denoiser, networks: Networks) -> None:
     """Text encoder and transformer; the encoder's last layer, which no picture depends on, as it would begin."""
-    rng, shapes = np.random.default_rng(0), text_encoder_parameters(TEXT_ENCODER)
+    config = networks.text_encoder
+    rng, shapes = np.random.default_rng(0), text_encoder_parameters(config)
     unused = {
         name: np.ones(shapes[name], np.float32) if "norm" in name else 0.02 * rng.standard_normal(shapes[name])
-        for name in sorted(text_encoder_unused(TEXT_ENCODER))
+        for name in sorted(text_encoder_unused(config))
     }
-    write_component(folder / "text_encoder", TEXT_ENCODER, parameters(model.text_encoder) | unused)
-    write_component(folder / "transformer", TRANSFORMER, parameters(model.transformer))
+    write_component(folder / "text_encoder", config, parameters(model.text_encoder) | unused)
+    write_component(folder / "transformer", networks.transformer, parameters(model.transformer))
 
 
 def parameters(model: nn.Module) -> dict[str, Array]:
@@ -347,14 +280,19 @@ def main() -> None:
     """Trains the model from the command line."""
     parser = argparse.ArgumentParser(prog="python -m zimage_mlx.tiny", description="Trains Tiny Z-Image from scratch.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; run again to go on")
+    parser.add_argument("--report-every", type=int, default=1000, help="steps between lines of progress")
+    parser.add_argument("--judged", type=int, default=40, help="pictures to judge for a line of progress")
+    parser.add_argument("--eager", action="store_true", help="compile nothing, also on a GPU")
     for field in fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    options = vars(parser.parse_args())
-    make(options.pop("output"), Recipe(**options), _say)
+    args = parser.parse_args()
+    pace = Pace(args.report_every, args.judged, time.monotonic() + args.seconds, False if args.eager else None)
+    make(args.output, Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}), _say, pace)
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+def _say(facts: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
 
 

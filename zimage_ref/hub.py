@@ -18,14 +18,20 @@ def local_folder(model: str | Path) -> Path:
     """The folder of `model`: itself, that of the built-in model, or where the repository of that id is cached.
 
     What is missing of a repository is downloaded.
-    Raises ConfigError if there is neither, BackendError if the id needs a package that is not installed.
+    Raises ConfigError if there is none, BackendError if the id needs a package that is not installed.
     """
     path = Path(model)
     if path.is_dir():
         return path
     name = path.as_posix()
     if name == TINY:
-        return Path(__file__).with_name(TINY)
+        built_in = Path(__file__).with_name(TINY)
+        if not built_in.is_dir():
+            raise ConfigError(
+                f"{TINY}: this package holds no weights of the small model: make them with "
+                f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give --model-dir DIR"
+            )
+        return built_in
     if path.exists() or not _REPOSITORY.fullmatch(name):
         raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
     try:

@@ -5,6 +5,7 @@ It knows what `drawings` can draw and nothing of how a picture was made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .drawings import COLOURS, OUTLINES, Scene, Thing, draw
+from .images import Picture
 from .tensors import Array
 
 _MASK = 32  # side at which outlines are compared
@@ -26,7 +28,7 @@ class Seen:
     things: tuple[tuple[str, str], ...]  # (shape, colour); shape "" where it is like none
 
 
-def look(picture: Image.Image, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
+def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
     """Reads a picture of SIDE x SIDE.
 
     contrast: distance in RGB levels from which a pixel is not background; smallest: pixels from which a patch counts;
@@ -50,6 +52,11 @@ def shows(seen: Seen, scene: Scene) -> bool:
     """Whether background and every thing of the scene, by shape and colour, are there, and nothing else."""
     wanted = sorted((thing.shape, thing.colour) for thing in scene.things)
     return seen.ground == scene.ground and sorted(seen.things) == wanted
+
+
+def share_shown(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> float:
+    """The share of pictures that show the scene of their place."""
+    return sum(shows(look(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)) / len(scenes)
 
 
 def _nearest(rgb: Array) -> str:

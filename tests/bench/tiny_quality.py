@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from zimage_mlx import ZImagePipeline
 from zimage_ref import drawings
-from zimage_ref.images import to_array
-from zimage_ref.judge import Seen, look, shows
+from zimage_ref.images import Picture, to_array, to_picture, to_unit
+from zimage_ref.judge import Seen, look, share_shown, shows
 
 BATCH = 25
 
@@ -39,7 +38,9 @@ def main() -> None:
 
     right = [shows(look(picture), scene) for picture, scene in zip(drawn, scenes, strict=True)]
     print(f"judge on drawings: {np.mean(right):.1%} read as drawn")
-    print(f"autoencoder: {np.mean(list(psnr(pipeline, drawn[:50]))):.2f} dB")
+    decoded = list(reproduced(pipeline, drawn))
+    psnr = np.mean([decibels(a, b) for a, b in zip(decoded, drawn, strict=True)])
+    print(f"autoencoder: {psnr:.2f} dB, {share_shown(decoded, scenes):.1%} still read as drawn")
     for guidance in options.guidance:
         pictures = list(generate(pipeline, captions, options.steps, guidance))
         seen = [look(picture) for picture in pictures]
@@ -52,16 +53,19 @@ def main() -> None:
             drawings.contact_sheet(pictures[:40], 8).save(options.sheet / f"guidance{guidance:g}.png")
 
 
-def psnr(pipeline: ZImagePipeline, pictures: list[Image.Image]) -> Iterator[float]:
-    """Of each picture, encoded and decoded, in dB."""
+def reproduced(pipeline: ZImagePipeline, pictures: list[Picture]) -> Iterator[Picture]:
+    """Each picture after the autoencoder alone."""
     for picture in pictures:
-        pixels = to_array(picture)
-        decoded = pipeline.decode(pipeline.vae.encode(pipeline.to_backend(pixels[None])))
-        error = np.mean(np.square((decoded.clip(-1, 1) - pixels) / 2))
-        yield float(-10 * np.log10(error))
+        decoded = pipeline.decode(pipeline.vae.encode(pipeline.to_backend(to_array(picture)[None])))
+        yield to_picture(to_unit(decoded))
 
 
-def generate(pipeline: ZImagePipeline, captions: list[str], steps: int, guidance: float) -> Iterator[Image.Image]:
+def decibels(picture: Picture, original: Picture) -> float:
+    """The PSNR of a picture."""
+    return float(-10 * np.log10(np.mean(np.square((to_array(picture) - to_array(original)) / 2))))
+
+
+def generate(pipeline: ZImagePipeline, captions: list[str], steps: int, guidance: float) -> Iterator[Picture]:
     """A picture a caption, each from its own seed."""
     for start in range(0, len(captions), BATCH):
         yield from pipeline(

@@ -1,0 +1,194 @@
+"""The recipe of the tiny model from end to end in miniature: networks that learn nothing in a few steps, every file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
+
+import mlx.core as mx
+from networks import pipeline
+from parity import assert_parity
+
+import zimage_mlx.tiny as recipe
+from zimage_cli import demo
+from zimage_cli.app import main
+from zimage_mlx.stepper import Stepper
+from zimage_mlx.tiny_losses import Denoiser, denoising_loss, vae_loss
+from zimage_mlx.vae import VAE
+from zimage_ref import ConfigError, ModelFolder, drawings, safetensors_io
+from zimage_ref.schedule import is_turbo
+from zimage_ref.tensors import BFLOAT16
+from zimage_ref.tiny_data import TOKENS
+
+MINIATURE = recipe.Networks(
+    replace(recipe.NETWORKS.transformer, dim=48, n_layers=1, n_heads=2, axes_dims=(8, 8, 8), cap_feat_dim=32),
+    replace(
+        recipe.NETWORKS.text_encoder, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    ),
+    replace(recipe.NETWORKS.vae, block_out_channels=(4, 4, 8, 8), norm_num_groups=4),
+)  # fmt: skip
+SHORT = recipe.Recipe(pictures=9, vae_steps=2, vae_batch=1, steps=3, batch=4)
+PACE = recipe.Pace(every=2, judged=1)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A model of the whole recipe, and the lines of its progress."""
+    folder, lines = tmp_path_factory.mktemp("tiny") / "model", []
+    assert recipe.make(folder, SHORT, lines.append, PACE, MINIATURE)
+    return folder, lines
+
+
+def test_the_recipe_writes_a_whole_model_in_bfloat16_and_a_card(made: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder = ModelFolder.open(made[0])
+    assert {t.dtype for tensors in folder.weights.values() for t in tensors.values()} == {BFLOAT16}
+    assert folder.transformer == MINIATURE.transformer and folder.text_encoder == MINIATURE.text_encoder
+    assert folder.vae.scaling_factor != 1 and folder.vae.shift_factor != 0  # as the latents are
+    assert "12 by text encoder and transformer" in (made[0] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_model_is_a_base_model_at_the_shift_of_its_resolution(made: tuple[Path, list[dict[str, Any]]]) -> None:
+    scheduler = ModelFolder.open(made[0]).scheduler
+    assert scheduler.use_dynamic_shifting and not is_turbo(scheduler)
+
+
+def test_progress_says_how_good_each_stage_is(made: tuple[Path, list[dict[str, Any]]]) -> None:
+    lines = made[1]
+    assert [(line["stage"], line.get("step")) for line in lines] == [
+        ("drawings", None), ("autoencoder", 2), ("denoiser", 2), ("denoiser", 3), ("finished", None),
+    ]  # fmt: skip
+    autoencoder, denoiser = lines[1], lines[2]
+    assert autoencoder["loss"] > 0 and autoencoder["psnr"] > 0 and 0 <= autoencoder["judged"] <= 1
+    assert {"loss", "seconds", "judged at guidance 0", "judged at guidance 3"} <= denoiser.keys()
+    assert json.loads(json.dumps(lines)) == lines
+
+
+def test_stopped_after_every_step_it_comes_to_the_same_bytes(
+    made: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, stops, lines = Stepper.__call__, [False], []
+
+    def one_step(self: Stepper, *args: Any) -> Any:
+        stops[0] = True
+        return plain(self, *args)
+
+    monkeypatch.setattr(Stepper, "__call__", one_step)
+    monkeypatch.setattr(recipe.time, "monotonic", lambda: float(stops[0]))
+    pace = replace(PACE, deadline=0.5)
+    runs = 0
+    while True:
+        stops[0] = False
+        runs += 1
+        if recipe.make(tmp_path / "model", SHORT, lines.append, pace, MINIATURE):
+            break
+    assert runs > 3 and any(line.get("stopped") for line in lines)
+    assert files(tmp_path / "model") == files(made[0])
+
+
+def test_a_state_of_another_recipe_or_of_mixed_steps_is_refused(
+    made: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    model, state = made[0], made[0].with_name("model.training") / "denoiser"
+    with pytest.raises(ConfigError, match="made with .*: delete"):
+        recipe.make(model, replace(SHORT, rate=1.0), lambda facts: None, PACE, MINIATURE)
+    tensors, metadata = safetensors_io.read(state / "m.safetensors")
+    kept = (state / "m.safetensors").read_bytes()
+    safetensors_io.write(state / "m.safetensors", tensors, metadata | {"step": "2"})
+    with pytest.raises(ConfigError, match=r"of steps \[2, 3\]"):
+        recipe.make(model, SHORT, lambda facts: None, PACE, MINIATURE)
+    (state / "m.safetensors").write_bytes(kept)
+
+
+def test_both_engines_draw_the_same_with_it(made: tuple[Path, list[dict[str, Any]]]) -> None:
+    caption = "a red circle on a blue background"
+    options = {"width": 128, "height": 128, "steps": 2, "guidance": 3.0, "output": "array"}
+    ours, theirs = (pipeline(backend, made[0])(caption, **options)[0] for backend in ("mlx", "numpy"))
+    assert ours.std() > 0.01
+    assert_parity(ours, theirs, "picture")
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("default")
+def test_diffusers_opens_it_and_draws_the_same(made: tuple[Path, list[dict[str, Any]]]) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra `oracle`)")
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra `oracle`)")
+    pipe = diffusers.ZImagePipeline.from_pretrained(made[0], torch_dtype=torch.float32)
+    noise = np.random.default_rng(1).standard_normal((1, 16, 16, 16), np.float32)
+    caption = "a red circle left of an orange star on a blue background"
+    expected = pipe(
+        [caption], width=128, height=128, num_inference_steps=8, guidance_scale=3.0, negative_prompt=[""],
+        latents=torch.from_numpy(noise), output_type="np",
+    ).images[0]  # fmt: skip
+    actual = pipeline("numpy", made[0])(
+        caption, width=128, height=128, steps=8, guidance=3.0, latents=noise, output="array"
+    )[0]
+    assert_parity(actual, expected, "official picture")
+
+
+def test_the_demo_runs_from_end_to_end(
+    made: tuple[Path, list[dict[str, Any]]],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    monkeypatch.setattr(demo, "PICTURES", 1)
+    monkeypatch.setattr(demo, "STEPS", 1)
+    assert main(["demo", f"--model-dir={made[0]}", f"--output={tmp_path / 'out'}"]) == 0
+    with Image.open(tmp_path / "out" / "before-after.png") as sheet:
+        assert sheet.size == (2 * 132 + 4, 2 * 132 + 4)
+    assert (tmp_path / "out" / "zorp.safetensors").is_file() and len(list((tmp_path / "out").glob("dataset/*"))) == 16
+    text = capsys.readouterr().out
+    assert "zorp" in text and "loss" in text and "--dataset PICTURES" in text
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_steps_lower_the_loss_and_the_average_follows(stage: str) -> None:
+    mx.random.seed(0)
+    rng = np.random.default_rng(0)
+    if stage == "autoencoder":
+        model, loss = VAE(replace(MINIATURE.vae, block_out_channels=(4, 8))), vae_loss
+        inputs = [mx.array(np.stack([np.asarray(drawings.draw(s, rng).resize((16, 16))) for s in drawings.take(4, 0)]))]
+    else:
+        model = Denoiser(MINIATURE.transformer, MINIATURE.text_encoder)
+        layout = model.transformer.layout([TOKENS], 8, 8)
+        mx.eval(layout.image_rotation, layout.caption_rotation, layout.rotation)
+
+        def loss(model: Any, key: Any, *inputs: Any) -> Any:
+            return denoising_loss(model, key, *inputs, layout)
+
+        inputs = [
+            mx.array(np.tile(rng.standard_normal((1, 16, 8, 8), np.float32), (8, 1, 1, 1))),
+            mx.ones((8, TOKENS), mx.int32), mx.full((8,), 20),
+        ]  # fmt: skip
+    stepper = Stepper(model, loss, 1e-2, 40)
+    start = stepper.vectors["weights"]
+    losses = [stepper(mx.random.key(i), *inputs).item() for i in range(40)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    moved, followed = (float(mx.linalg.norm(stepper.vectors[n] - start)) for n in ("weights", "average"))
+    assert 0 < followed < moved
+
+
+def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(tmp_path: Path) -> None:
+    if (Path(drawings.__file__).with_name("tiny")).is_dir():
+        pytest.skip("the package has the weights")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from zimage_cli.app import main; sys.exit(main(['demo']))"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert "python -m zimage_mlx.tiny --output DIR" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
