@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from zimage_ref import drawings
 from zimage_ref.drawings import COLOURS, GLYPHS, SHAPES, SIDE, Scene, Thing, draw
@@ -31,6 +31,13 @@ def test_the_judge_tells_every_shape_and_glyph_from_every_other_at_every_size() 
     for shape, radius in product((*SHAPES, *GLYPHS), drawings.SIZES.values()):
         scene = Scene((Thing(shape, "red", radius=radius),), "white", "")
         assert look(draw(scene, rng)) == Seen("white", ((shape, "red"),))
+
+
+def test_the_judge_reads_soft_outlines_at_any_contrast() -> None:
+    rng = np.random.default_rng(11)
+    for scene in take(60, seed=3):
+        soft = draw(scene, rng).filter(ImageFilter.GaussianBlur(1.5))
+        assert shows(look(soft), scene), scene
 
 
 def test_the_judge_tells_every_colour_from_every_other() -> None:

@@ -25,7 +25,8 @@ from zimage_cli.app import main
 from zimage_mlx.stepper import Stepper
 from zimage_mlx.tiny_losses import Denoiser, denoising_loss, vae_loss
 from zimage_mlx.vae import VAE
-from zimage_ref import ConfigError, ModelFolder, drawings, safetensors_io
+from zimage_ref import ConfigError, ModelFolder, ZImageError, drawings, safetensors_io
+from zimage_ref.hub import TINY
 from zimage_ref.schedule import is_turbo
 from zimage_ref.tensors import BFLOAT16
 from zimage_ref.tiny_data import TOKENS
@@ -38,7 +39,7 @@ MINIATURE = recipe.Networks(
     ),
     replace(recipe.NETWORKS.vae, block_out_channels=(4, 4, 8, 8), norm_num_groups=4),
 )  # fmt: skip
-SHORT = recipe.Recipe(pictures=9, vae_steps=2, vae_batch=1, steps=3, batch=4)
+SHORT = recipe.Recipe(pictures=9, vae_steps=2, vae_batch=1, steps=2, batch=4)
 PACE = recipe.Pace(every=2, judged=1)
 
 
@@ -59,7 +60,7 @@ def test_the_recipe_writes_a_whole_model_in_bfloat16_and_a_card(made: tuple[Path
     assert {t.dtype for tensors in folder.weights.values() for t in tensors.values()} == {BFLOAT16}
     assert folder.transformer == MINIATURE.transformer and folder.text_encoder == MINIATURE.text_encoder
     assert folder.vae.scaling_factor != 1 and folder.vae.shift_factor != 0  # as the latents are
-    assert "12 by text encoder and transformer" in (made[0] / "README.md").read_text(encoding="utf-8")
+    assert "8 by text encoder and transformer" in (made[0] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_model_is_a_base_model_at_the_shift_of_its_resolution(made: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -70,7 +71,7 @@ def test_the_model_is_a_base_model_at_the_shift_of_its_resolution(made: tuple[Pa
 def test_progress_says_how_good_each_stage_is(made: tuple[Path, list[dict[str, Any]]]) -> None:
     lines = made[1]
     assert [(line["stage"], line.get("step")) for line in lines] == [
-        ("drawings", None), ("autoencoder", 2), ("denoiser", 2), ("denoiser", 3), ("finished", None),
+        ("drawings", None), ("autoencoder", 2), ("denoiser", 2), ("finished", None),
     ]  # fmt: skip
     autoencoder, denoiser = lines[1], lines[2]
     assert autoencoder["loss"] > 0 and autoencoder["psnr"] > 0 and 0 <= autoencoder["judged"] <= 1
@@ -108,8 +109,8 @@ def test_a_state_of_another_recipe_or_of_mixed_steps_is_refused(
         recipe.make(model, replace(SHORT, rate=1.0), lambda facts: None, PACE, MINIATURE)
     tensors, metadata = safetensors_io.read(state / "m.safetensors")
     kept = (state / "m.safetensors").read_bytes()
-    safetensors_io.write(state / "m.safetensors", tensors, metadata | {"step": "2"})
-    with pytest.raises(ConfigError, match=r"of steps \[2, 3\]"):
+    safetensors_io.write(state / "m.safetensors", tensors, metadata | {"step": "1"})
+    with pytest.raises(ConfigError, match=r"of steps \[1, 2\]"):
         recipe.make(model, SHORT, lambda facts: None, PACE, MINIATURE)
     (state / "m.safetensors").write_bytes(kept)
 
@@ -164,26 +165,26 @@ def test_steps_lower_the_loss_and_the_average_follows(stage: str) -> None:
         inputs = [mx.array(np.stack([np.asarray(drawings.draw(s, rng).resize((16, 16))) for s in drawings.take(4, 0)]))]
     else:
         model = Denoiser(MINIATURE.transformer, MINIATURE.text_encoder)
-        layout = model.transformer.layout([TOKENS], 8, 8)
+        layout = model.transformer.layout([TOKENS], 4, 4)
         mx.eval(layout.image_rotation, layout.caption_rotation, layout.rotation)
 
         def loss(model: Any, key: Any, *inputs: Any) -> Any:
             return denoising_loss(model, key, *inputs, layout)
 
         inputs = [
-            mx.array(np.tile(rng.standard_normal((1, 16, 8, 8), np.float32), (8, 1, 1, 1))),
-            mx.ones((8, TOKENS), mx.int32), mx.full((8,), 20),
+            mx.array(np.tile(rng.standard_normal((1, 16, 4, 4), np.float32), (4, 1, 1, 1))),
+            mx.ones((4, TOKENS), mx.int32), mx.full((4,), 20),
         ]  # fmt: skip
-    stepper = Stepper(model, loss, 1e-2, 40)
+    stepper = Stepper(model, loss, 1e-2, 14)
     start = stepper.vectors["weights"]
-    losses = [stepper(mx.random.key(i), *inputs).item() for i in range(40)]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    losses = [stepper(mx.random.key(i), *inputs).item() for i in range(14)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     moved, followed = (float(mx.linalg.norm(stepper.vectors[n] - start)) for n in ("weights", "average"))
     assert 0 < followed < moved
 
 
 def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(tmp_path: Path) -> None:
-    if (Path(drawings.__file__).with_name("tiny")).is_dir():
+    if (Path(drawings.__file__).with_name(TINY)).is_dir():
         pytest.skip("the package has the weights")
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from zimage_cli.app import main; sys.exit(main(['demo']))"],
@@ -192,3 +193,10 @@ def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(tmp_
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     assert "python -m zimage_mlx.tiny --output DIR" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_called_tiny_comes_before_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZImageError, match="tiny: holds no"):
+        ModelFolder.open(Path(TINY))

@@ -37,13 +37,15 @@ def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: fl
     pixels = np.asarray(picture.convert("RGB"), np.float32)  # (SIDE, SIDE, 3)
     frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3)])
     ground = np.median(frame, axis=0)
-    labels = _patches(np.linalg.norm(pixels - ground, axis=-1) > contrast)
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    labels = _patches(distance > contrast)
     sizes = np.bincount(labels.ravel())
     things = []
     for patch in (labels == i for i in np.flatnonzero(sizes >= smallest) if i):
-        colour = np.median(pixels[patch], axis=0)
+        core = patch & (distance >= np.median(distance[patch]))  # without the edge, where colours mix
+        colour = np.median(pixels[core], axis=0)
         # a blurred edge runs where the colour is half that of the background, whatever the contrast
-        inside = patch & (np.linalg.norm(pixels - ground, axis=-1) > np.linalg.norm(colour - ground) / 2)
+        inside = patch & (distance > np.linalg.norm(colour - ground) / 2)
         things.append((_shape(inside, alike), _nearest(colour)))
     return Seen(_nearest(ground), tuple(things))
 
@@ -68,14 +70,19 @@ def _patches(mask: Array) -> Array:
     """Labels (SIDE, SIDE) of connected patches of a boolean mask, 0 outside: the largest index spreads in each."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        spread = np.pad(labels, 1)
-        spread = np.max(
-            [spread[1:-1, 1:-1], spread[:-2, 1:-1], spread[2:, 1:-1], spread[1:-1, :-2], spread[1:-1, 2:]], 0
-        )
-        spread = np.where(mask, spread, 0)
+        spread = _along_rows(_along_rows(labels).T).T
         if (spread == labels).all():
             return np.unique(labels, return_inverse=True)[1].reshape(mask.shape)
         labels = spread
+
+
+def _along_rows(labels: Array) -> Array:
+    """Each label raised to the largest in its unbroken run of a row."""
+    begins = np.ones(labels.shape, bool)
+    begins[:, 1:] = (labels[:, 1:] > 0) != (labels[:, :-1] > 0)
+    first = np.flatnonzero(begins)
+    lengths = np.diff(np.append(first, labels.size))
+    return np.repeat(np.maximum.reduceat(labels.ravel(), first), lengths).reshape(labels.shape)
 
 
 def _shape(patch: Array, alike: float) -> str:
