@@ -237,7 +237,7 @@ class _Run:
         with self._learner.result() as model:
             for index in range(len(self._plan.held_out)):
                 for sigma, batch in self._feed.held_out(index):
-                    loss = flow_matching_loss(model, batch.x_0, batch.noise, batch.sigma, batch.captions)
+                    loss = flow_matching_loss(model, batch)
                     sums[sigma] += number(loss)
         return {sigma: total / len(self._plan.held_out) for sigma, total in sums.items()}
 
