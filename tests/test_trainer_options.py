@@ -356,3 +356,20 @@ def test_the_result_of_the_defaults_is_complete(shop: Workshop, tmp_path: Path) 
     assert {p.name for p in tmp_path.iterdir()} == {
         "lora.safetensors", "lora.lora.json", "lora.run", "zimage-cache"
     }  # fmt: skip
+
+
+def test_memory_decides_what_is_kept_and_not_what_is_learned(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, forward = [], zimage_mlx.gradient.forward
+    monkeypatch.setattr(zimage_mlx.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
+    monkeypatch.setattr(zimage_mlx.gradient, "_rerun", lambda *args: pytest.fail("kept nothing"))
+    fast = shop.train("fast", steps=2, memory="fast")
+    assert len(kept) == 2 * 4  # two steps, four blocks
+    monkeypatch.undo()
+    lean = shop.train("lean", steps=2, memory="lean")
+    assert lean.losses == pytest.approx(fast.losses, rel=1e-6)
+    np.testing.assert_allclose(lean.vector("B"), fast.vector("B"), atol=1e-6)
+    tight = shop.train("tight", steps=1, memory="auto")
+    monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 0)
+    assert shop.train("nothing", steps=1, memory="auto").losses == pytest.approx(tight.losses, rel=1e-6)
