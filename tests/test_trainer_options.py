@@ -358,9 +358,7 @@ def test_the_result_of_the_defaults_is_complete(shop: Workshop, tmp_path: Path) 
     }  # fmt: skip
 
 
-def test_memory_decides_what_is_kept_and_not_what_is_learned(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, forward = [], zimage_mlx.gradient.forward
     monkeypatch.setattr(zimage_mlx.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
     monkeypatch.setattr(zimage_mlx.gradient, "_rerun", lambda *args: pytest.fail("kept nothing"))
