@@ -14,6 +14,7 @@ from zimage_ref.denoising import Step
 from zimage_ref.generation import Pipeline
 from zimage_ref.generation_memory import require_memory
 from zimage_ref.images import save_picture
+from zimage_ref.options import MEMORY
 from zimage_ref.picture_metadata import read_record
 from zimage_ref.provenance import ENGINE, PARTS, Repeat, identity, record
 from zimage_ref.quantize import BITS
@@ -56,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--preview-steps", type=int, default=0, metavar="K", help="write NAME.preview every K steps (0: never)")
     add("--no-thumbnail", action="store_true", help="don't show the picture in the terminal")
     add("--interactive", action="store_true", help="keep the model loaded and read one prompt after another")
-    add("--memory", choices=("auto", "lean", "fast"), default="auto",
+    add("--memory", choices=MEMORY, default=MEMORY[0],
         help="one network at a time (lean), all (fast), or all where they fit (auto, the default)")  # fmt: skip
     add("--force", action="store_true", help="go on where memory seems too small")
     add("--backend", choices=BACKENDS, help=f"engine (default here: {DEFAULT})")

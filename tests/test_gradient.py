@@ -17,10 +17,10 @@ if HAS_MLX:
     import mlx.nn as nn
     from mlx.utils import tree_flatten
 
-    from zimage_mlx import lora, ops
-    from zimage_mlx.compiled import PerBlock, Settle
+    from zimage_mlx import gradient, lora, ops
+    from zimage_mlx.compiled import PerBlock
     from zimage_mlx.gradient import LossAndGradients
-    from zimage_mlx.training import flow_matching_loss
+    from zimage_mlx.loss import Batch, flow_matching_loss
     from zimage_mlx.transformer import Block
 
 pytestmark = mlx_only
@@ -45,28 +45,37 @@ def model_with_loras(layers: list[str]) -> Any:
     return model
 
 
-def batch() -> tuple[Any, Any, Any, list[Any]]:
+def batch() -> Any:
     """Two pictures of 6 x 10 tokens, captions of 3 and 40: both paddings and the mask are used."""
     rng = np.random.default_rng(2)
     x_0, noise = (mx.array(rng.standard_normal((2, 16, 12, 20), dtype=np.float32)) for _ in range(2))
     captions = [mx.array(rng.standard_normal((n, 40), dtype=np.float32)) for n in (3, 40)]
-    return x_0, noise, mx.array([0.3, 0.8]), captions
+    return Batch(x_0, noise, mx.array([0.3, 0.8]), captions, mx.array([0.5, 1.5]))
+
+
+def bytes_kept(blocks: int) -> float:
+    """What lets the gradient keep the residuals of so many blocks of this batch."""
+    config, tokens = tiny.TRANSFORMER, 2 * (64 + 64)
+    return (blocks + 0.5) * tokens * (7 * config.dim + 2 * config.ffn_dim) * 4
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 99])
 @pytest.mark.parametrize("trains", LAYERS)
-def test_gradients_are_those_of_the_whole_network(trains: str, keep: int) -> None:
+def test_gradients_are_those_of_the_whole_network(trains: str, keep: int, monkeypatch) -> None:
     model = model_with_loras(LAYERS[trains])
-    loss, tree = nn.value_and_grad(model, flow_matching_loss)(model, *batch())
+    loss, tree = nn.value_and_grad(model, flow_matching_loss)(model, batch())
     expected = dict(tree_flatten(tree))
     assert len(expected) == 2 * len(LAYERS[trains])
-    actual_loss, tree = LossAndGradients(model, keep, Settle(), compiled=False)(*batch())
-    actual = dict(tree_flatten(tree))
+    differentiate = LossAndGradients(model, bytes_kept(keep), compiled=False)
+    kept = []
+    monkeypatch.setattr(differentiate, "forward", lambda *args: kept.append(1) or gradient.forward(*args))
+    actual_loss, actual = differentiate(batch())
+    assert len(kept) == min(keep, 4)
     assert actual.keys() == expected.keys()
     assert_parity(actual_loss, loss, "same", name="loss")
-    for name, gradient in expected.items():
-        assert_parity(actual[name], gradient, "same", name=name)
-        assert mx.abs(gradient).max() > 0
+    for name, array in expected.items():
+        assert_parity(actual[name], array, "same", name=name)
+        assert mx.abs(array).max() > 0
 
 
 def test_compiled_blocks_give_the_same_and_share_their_program() -> None:

@@ -26,6 +26,7 @@ OTHER: dict[str, Any] = {
     "optimizer": "lion", "weight_decay": 0.1, "warmup": 8, "schedule": "cosine", "grad_clip": 0.5, "ema": 0.99,
     "lora_format": "kohya",
     "lora_plus": 16.0, "rank_dropout": 0.1, "timesteps": "shift=2.5", "base_precision": "8",
+    "memory": "lean",
     "training_adapter": Path("a.safetensors"), "save_every": 6, "resume_every": 12, "keep_last": 2,
     "preview_prompt": ("a fox, in snow", "an owl"), "preview_every": 13, "preview_size": 256, "preview_steps": 4,
     "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,

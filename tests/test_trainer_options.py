@@ -18,7 +18,8 @@ import mlx.nn as nn
 import zimage_mlx.learner
 from zimage_mlx import Done, ZImagePipeline, train
 from zimage_mlx.base import load_base
-from zimage_mlx.loss import Batch, loss_and_gradients
+from zimage_mlx.gradient import LossAndGradients
+from zimage_mlx.loss import Batch
 from zimage_mlx.optimizer import averaged, clipped
 from zimage_ref import SchedulerConfig, TrainingError
 from zimage_ref.config_file import to_json
@@ -39,6 +40,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def pair(shop: Workshop) -> Path:
     """Two pictures of one size, whose captions differ in length by more than the padding."""
     return pictures(shop.folder / "pair", (40, 40), (48, 48), captions=["a fox", "many soft waves in the snow " * 12])
+
+
+COMPUTE = LossAndGradients.__call__  # as it is, before a test replaces it
 
 
 def test_every_optimizer_learns_and_none_like_another(shop: Workshop) -> None:
@@ -92,9 +96,11 @@ def test_a_batch_of_two_is_the_mean_of_two_batches_of_one(shop: Workshop) -> Non
         pipeline.transformer, ["layers.0.attention.to_q", "noise_refiner.0.feed_forward.w2"], 2, 2, rng
     )
 
+    differentiate = LossAndGradients(pipeline.transformer, math.inf, compiled=False)
+
     def of(*items: int) -> tuple[mx.array, dict[str, mx.array]]:
         x_0, noise, s, w = (mx.stack([a[i] for i in items]) for a in (*arrays, sigma, weight))
-        return loss_and_gradients(pipeline.transformer, Batch(x_0, noise, s, w, [captions[i] for i in items]))
+        return differentiate(Batch(x_0, noise, s, [captions[i] for i in items], w))
 
     (loss, together), (first, one), (second, two) = of(0, 1), of(0), of(1)
     assert first.item() != pytest.approx(second.item(), rel=1e-2)
@@ -244,21 +250,21 @@ def test_the_seed_decides_everything(shop: Workshop) -> None:
 
 
 def _failing(at: set[int]):
-    """`loss_and_gradients`, not finite in the calls numbered `at`."""
+    """LossAndGradients, not finite in the calls numbered `at`."""
     calls = iter(range(10**6))
 
-    def fails(model, batch):
-        loss, gradients = loss_and_gradients(model, batch)
+    def fails(self, batch):
+        loss, gradients = COMPUTE(self, batch)
         return (loss * math.nan, gradients) if next(calls) in at else (loss, gradients)
 
     return fails
 
 
 def test_a_step_that_is_not_finite_is_skipped(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zimage_mlx.learner, "loss_and_gradients", _failing({0}))
+    monkeypatch.setattr(LossAndGradients, "__call__", _failing({0}))
     run = shop.train("skipped", steps=1)
     assert [step.skipped for step in run.steps] == [True] and not run.vector("B").any()
-    monkeypatch.setattr(zimage_mlx.learner, "loss_and_gradients", _failing({1, 2, 4}))
+    monkeypatch.setattr(LossAndGradients, "__call__", _failing({1, 2, 4}))
     run = shop.train("skipped2", steps=6)
     assert [step.skipped for step in run.steps] == [False, True, True, False, True, False]
     assert np.isfinite(run.vector("B")).all() and run.vector("B").any()
@@ -268,7 +274,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_with_the_good_stat
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = RunFolder(shop.train("good", steps=2).output).latest()[0]
-    monkeypatch.setattr(zimage_mlx.learner, "loss_and_gradients", _failing({2, 3, 4}))
+    monkeypatch.setattr(LossAndGradients, "__call__", _failing({2, 3, 4}))
     with pytest.raises(TrainingError, match="step 5: loss or gradient was not finite 3 times in a row"):
         shop.train("bad", steps=9)
     bad = RunFolder(shop.folder / "bad.safetensors").latest()[0]
@@ -350,3 +356,18 @@ def test_the_result_of_the_defaults_is_complete(shop: Workshop, tmp_path: Path) 
     assert {p.name for p in tmp_path.iterdir()} == {
         "lora.safetensors", "lora.lora.json", "lora.run", "zimage-cache"
     }  # fmt: skip
+
+
+def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, forward = [], zimage_mlx.gradient.forward
+    monkeypatch.setattr(zimage_mlx.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
+    monkeypatch.setattr(zimage_mlx.gradient, "_rerun", lambda *args: pytest.fail("kept nothing"))
+    fast = shop.train("fast", steps=2, memory="fast")
+    assert len(kept) == 2 * 4  # two steps, four blocks
+    monkeypatch.undo()
+    lean = shop.train("lean", steps=2, memory="lean")
+    assert lean.losses == pytest.approx(fast.losses, rel=1e-6)
+    np.testing.assert_allclose(lean.vector("B"), fast.vector("B"), atol=1e-6)
+    tight = shop.train("tight", steps=1, memory="auto")
+    monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 0)
+    assert shop.train("nothing", steps=1, memory="auto").losses == pytest.approx(tight.losses, rel=1e-6)

@@ -22,10 +22,9 @@ from training_runs import Run, Workshop, after, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
-import zimage_mlx.learner
 import zimage_ref.run_folder
 from zimage_mlx import Checkpointed, Done, Started, Stopped, train
-from zimage_mlx.loss import loss_and_gradients
+from zimage_mlx.gradient import LossAndGradients
 from zimage_ref import ConfigError, TrainingError, safetensors_io
 from zimage_ref.config_file import dump_options
 from zimage_ref.run_folder import RunFolder
@@ -114,11 +113,13 @@ def test_a_damaged_resume_folder_is_named_and_the_one_before_used(shop: Workshop
 def test_steps_that_failed_before_an_interruption_count_after_it(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(model: Any, batch: Any) -> Any:
-        loss, gradients = loss_and_gradients(model, batch)
+    compute = LossAndGradients.__call__
+
+    def fails(self: Any, batch: Any) -> Any:
+        loss, gradients = compute(self, batch)
         return loss * float("nan"), gradients
 
-    monkeypatch.setattr(zimage_mlx.learner, "loss_and_gradients", fails)
+    monkeypatch.setattr(LossAndGradients, "__call__", fails)
     events = train(shop.config("failing", steps=9, resume_every=2))
     while not isinstance(next(events), Checkpointed):
         pass

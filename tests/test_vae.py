@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import cases
 import numpy as np
 import pytest
 import tiny
-from networks import mlx_only, native, network, stored
+from networks import HAS_MLX, mlx_only, native, network, stored
 from parity import assert_parity
 
 from zimage_ref import names
+
+if HAS_MLX:
+    import mlx.core as mx
+
+    import zimage_mlx.vae
 
 WAYS = {"encode": ("image", "encoded"), "decode": ("latents", "decoded")}
 
@@ -36,3 +44,33 @@ def test_mlx_matches_numpy_and_keeps_its_dtype(config: str, way: str, dtype: str
     expected = getattr(network("numpy", "vae", tiny.VAES[config], weights, "float64"), way)(given)
     model = network("mlx", "vae", tiny.VAES[config], weights, dtype)
     assert_parity(getattr(model, way)(native("mlx", given)), expected, "twin", dtype)
+
+
+@mlx_only
+@pytest.mark.parametrize("rows", [1, 3, 16, 100])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("config", tiny.VAES)
+def test_strips_give_the_same_without_seams(config: str, way: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zimage_mlx.vae, "_SCORES_AT_ONCE", 64)  # so that the attention takes several turns
+    given = native("mlx", cases.read(f"vae_{config}")[WAYS[way][0]])
+    run = getattr(network("mlx", "vae", tiny.VAES[config], weights_of(config), "float32"), way)
+    assert_parity(run(given, zimage_mlx.vae.Strips(rows)), run(given), "same")
+
+
+@mlx_only
+def test_strips_bound_the_memory_of_decoding() -> None:
+    """The peak over the input, on wide and high layers: in strips less than a third of what it takes whole."""
+    config = dataclasses.replace(tiny.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    weights = tiny.random_weights(names.vae_parameters(config))
+    model, latents = network("mlx", "vae", config, weights, "float32"), mx.zeros((1, 16, 32, 32))
+
+    def peak(strips: Any) -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(model.decode(latents, strips))
+        return mx.get_peak_memory() - before
+
+    whole, stripped = peak(None), peak(zimage_mlx.vae.Strips(16))
+    largest = 256 * 256 * 8 * 4  # bytes of a layer at full size
+    assert stripped < 8 * largest and stripped < whole / 3, (whole / largest, stripped / largest)

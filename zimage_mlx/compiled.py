@@ -150,3 +150,21 @@ class Settle:
         """Waits for all."""
         while self._pending:
             mx.eval(*self._pending.popleft())
+
+
+class BlockRunner:
+    """Runs the blocks of a network one after the other: compiled on a GPU, computed one ahead of what is done."""
+
+    def __init__(self) -> None:
+        self._settle = Settle()
+        self._compiled = PerBlock(lambda block, *args: block(*args))
+
+    @property
+    def programs(self) -> int:
+        """How many programs were compiled."""
+        return self._compiled.programs
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        y = self._compiled(block, *args) if on_gpu() else block(*args)
+        self._settle(y)
+        return y

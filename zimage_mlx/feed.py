@@ -47,7 +47,7 @@ class Feed:
         batches = []
         for i, sigma in enumerate(VALIDATION_SIGMAS):
             noise = stream(plan.config.seed, HELD_OUT, index, i).standard_normal(x_0.shape, dtype=np.float32)
-            batches.append((sigma, Batch(x_0, mx.array(noise), mx.array([sigma]), mx.ones(1), [caption])))
+            batches.append((sigma, Batch(x_0, mx.array(noise), mx.array([sigma]), [caption])))
         return batches
 
     def _draw(self, epoch: int, item: int) -> tuple[mx.array, Array, Array, str]:

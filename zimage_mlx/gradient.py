@@ -18,13 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from zimage_ref.schedule import add_noise, model_time, training_target
+from zimage_ref.schedule import add_noise, model_time
 
-from .compiled import PerBlock, substituted
+from .compiled import PerBlock, Settle, substituted
+from .loss import Batch, Parameters, flow_matching_error
 from .ops import Rotation
-from .transformer import Block, Transformer, normed
-
-Gradients = dict[str, mx.array]  # parameter name -> gradient
+from .transformer import Block, Layout, Transformer, normed
 
 
 class Residuals(NamedTuple):
@@ -63,13 +62,13 @@ def backward(
     adaln: mx.array | None,
     d_out: mx.array,
     time_too: bool = False,
-) -> tuple[mx.array, mx.array | None, Gradients]:
-    """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block."""
+) -> tuple[mx.array, mx.array | None, Parameters]:
+    """Parameters of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block."""
     x, q, k, v, o, a, u, w, f = residuals
     attention, feed_forward = block.attention, block.feed_forward
     scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
     middle = x + normed(block.attention_norm2, a, gate_a)
-    gradients: Gradients = {}
+    gradients: Parameters = {}
 
     def back(owners: Sequence[str], function: Callable[..., Any], inputs: Sequence[Any], *d: mx.array) -> list[Any]:
         d_inputs, d_parameters = pull_back(block, owners, function, inputs, d)
@@ -106,8 +105,8 @@ def pull_back(
     function: Callable[..., Any],
     inputs: Sequence[mx.array | None],
     cotangents: Sequence[Any],
-) -> tuple[list[Any], Gradients]:
-    """Gradients of `inputs` (None for None) and of the trainable parameters of `module` below `owners`.
+) -> tuple[list[Any], Parameters]:
+    """Parameters of `inputs` (None for None) and of the trainable parameters of `module` below `owners`.
 
     `function` takes the inputs and uses those parameters; it returns one array a cotangent.
     """
@@ -148,25 +147,20 @@ def _flat(module: nn.Module) -> list[tuple[str, mx.array]]:
 class LossAndGradients:
     """(loss, gradients) of a batch, for one model and one way of trading memory for time.
 
-    keep: how many blocks keep all residuals; the others keep their input and run twice. settle: called with each
-    block's results, to compute them before more is queued, which bounds memory. compiled: for GPUs.
+    budget: bytes for the residuals of as many blocks as fit; the others keep their input and run twice. Blocks are
+    computed one ahead of what is done, so that memory stays bounded. compiled: for GPUs, whose kernels it fuses.
     """
 
-    def __init__(self, model: Transformer, keep: int, settle: Callable[..., None], compiled: bool) -> None:
-        self.model, self.keep, self.settle = model, keep, settle
+    def __init__(self, model: Transformer, budget: float, compiled: bool) -> None:
+        self.model, self.budget, self.settle = model, budget, Settle()
         wrap: Callable[[Any], Any] = PerBlock if compiled else lambda function: function
         self.run, self.forward = wrap(Block.__call__), wrap(forward)
         self.backward, self.rerun = wrap(backward), wrap(_rerun)
 
-    def __call__(
-        self, x_0: mx.array, noise: mx.array, sigma: mx.array, captions: Sequence[mx.array]
-    ) -> tuple[mx.array, Any]:
-        """The loss, a float32 scalar, and the tree of gradients of all trainable parameters.
-
-        x_0, noise: (B, C, h, w) float32; sigma: (B,) float32; captions: B of (T_i, cap_feat_dim).
-        """
-        model, t = self.model, model_time(sigma)
-        x, target = add_noise(x_0, noise, sigma[:, None, None, None]), training_target(x_0, noise)
+    def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
+        """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
+        model, t, captions = self.model, model_time(batch.sigma), batch.captions
+        x = add_noise(batch.x_0, batch.noise, batch.sigma[:, None, None, None])
         layout = model.layout([len(c) for c in captions], *x.shape[2:])
         adaln = model.embed_time(t)
         roots = {
@@ -177,18 +171,25 @@ class LossAndGradients:
         trains = {name: bool(trainable(model, [name])) for name in roots}
         time_too = trains["t_embedder"]
 
-        left = self.keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
+        keep = self._keep(batch, layout)
+        left = keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
         refiner = _Chain(self, "noise_refiner", left, (layout.image_rotation, None, adaln), time_too)
-        context = _Chain(self, "context_refiner", left, (layout.caption_rotation, layout.caption_mask, None), False)
-        layers = _Chain(self, "layers", self.keep, (layout.rotation, layout.mask, adaln), time_too)
+        context = _Chain(
+            self,
+            "context_refiner",
+            left - len(model.noise_refiner),
+            (layout.caption_rotation, layout.caption_mask, None),
+            False,
+        )
+        layers = _Chain(self, "layers", keep, (layout.rotation, layout.mask, adaln), time_too)
         image, caption = refiner.forward(roots["all_x_embedder"]()), context.forward(roots["cap_embedder"]())
         tokens = layers.forward(mx.concatenate([image, caption], axis=1))
-        loss = _loss(model, tokens, adaln, target)
+        loss = flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
 
         (d, d_time), gradients = pull_back(
             model,
             ["all_final_layer"],
-            lambda tokens, adaln: _loss(model, tokens, adaln, target),
+            lambda tokens, adaln: flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch),
             [tokens, adaln],
             [mx.array(1.0)],
         )
@@ -202,7 +203,15 @@ class LossAndGradients:
         for name, cotangent in (("t_embedder", d_time), ("all_x_embedder", d_image), ("cap_embedder", d_caption)):
             if trains[name]:
                 gradients |= pull_back(model, [name], roots[name], [], [cotangent])[1]
-        return loss, tree_unflatten(list(gradients.items()))
+        mx.eval(loss, gradients)
+        return loss, gradients
+
+    def _keep(self, batch: Batch, layout: Layout) -> int:
+        """How many blocks may keep their residuals."""
+        config = self.model.config
+        tokens = len(batch.x_0) * layout.rotation[0].shape[1]
+        each = tokens * (7 * config.dim + 2 * config.ffn_dim) * self.model.dtype.size  # of a Residuals
+        return int(min(self.budget / each, len(self.model.layers) + 2 * config.n_refiner_layers))
 
 
 class _Chain:
@@ -233,7 +242,7 @@ class _Chain:
             self.owner.settle(x)
         return x
 
-    def backward(self, d: mx.array | None, gradients: Gradients, input_too: bool) -> mx.array | None:
+    def backward(self, d: mx.array | None, gradients: Parameters, input_too: bool) -> mx.array | None:
         """Adds the blocks' gradients to `gradients`; the input's, or None where nothing below needs it."""
         for i, block in reversed(list(enumerate(self.blocks))):
             if not (input_too or any(self.train[: i + 1])):
@@ -251,9 +260,3 @@ class _Chain:
 def _rerun(block: Block, x: mx.array, rotation: Rotation, mask: Any, adaln: Any, *rest: Any) -> Any:
     """`backward` for a block that kept its input only."""
     return backward(block, forward(block, x, rotation, mask, adaln)[1], rotation, mask, adaln, *rest)
-
-
-def _loss(model: Transformer, tokens: mx.array, adaln: mx.array, target: mx.array) -> mx.array:
-    """The mean squared error of the output that the last block's tokens lead to, float32."""
-    raw = model.finish(tokens, adaln, *target.shape[2:]).astype(mx.float32)
-    return mx.mean(mx.square(raw - target))

@@ -20,9 +20,12 @@ from zimage_ref.tensors import Array
 from zimage_ref.train_plan import TrainPlan
 
 from . import lora
+from .compiled import on_gpu
 from .feed import Feed
-from .loss import Parameters, loss_and_gradients
+from .gradient import LossAndGradients
+from .loss import Parameters
 from .optimizer import Optimizer, averaged, clipped, learning_rate, number
+from .packing import Packing, Vectors
 from .transformer import Transformer
 
 
@@ -40,13 +43,24 @@ class Outcome:
 class Learner:
     """Trains the LoRA of a plan on a transformer, alone or with the other machines of a group."""
 
-    def __init__(self, plan: TrainPlan, model: Transformer, feed: Feed, group: mx.distributed.Group) -> None:
+    def __init__(
+        self, plan: TrainPlan, model: Transformer, feed: Feed, group: mx.distributed.Group, budget: float = math.inf
+    ) -> None:
+        """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
         lora.start(model, plan.layers, config.rank, config.alpha, stream(config.seed, INITIAL))
-        self.parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
-        self._average: Parameters = dict(self.parameters) if config.ema else {}
-        self._optimizer = Optimizer(config, self.parameters)
+        parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
+        self._packing = Packing(parameters)
+        self._vectors = self._packing.pack(parameters)
+        self._average = dict(self._vectors) if config.ema else {}
+        self._optimizer = Optimizer(config, self._packing, self._vectors)
+        self._differentiate = LossAndGradients(model, budget, compiled=on_gpu())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the LoRA in float32."""
+        return sum(vector.nbytes for vector in self._vectors.values())
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on batches of items; changes nothing where loss or gradient is not finite."""
@@ -56,20 +70,16 @@ class Learner:
         lr = learning_rate(config, step, self._plan.total)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            self.parameters = self._optimizer.apply(self.parameters, gradients, lr)
+            self._vectors = self._optimizer.apply(self._vectors, gradients, lr)
             if config.ema:
-                self._average = averaged(self._average, self.parameters, config.ema, step + 1)
-        self._use(self.parameters)
+                self._average = averaged(self._average, self._vectors, config.ema, step + 1)
         return Outcome(loss, norm, lr, sum(map(len, batches)), finite)
 
     @contextmanager
     def result(self) -> Iterator[Transformer]:
         """The transformer with the LoRA as it would be saved: the average, where there is one."""
-        self._use(self._average or self.parameters)
-        try:
-            yield self._model
-        finally:
-            self._use(self.parameters)
+        self._use(self._average or self._vectors)
+        yield self._model
 
     def factors(self) -> LoRA:
         """The LoRA as it would be saved."""
@@ -78,8 +88,9 @@ class Learner:
 
     def state(self) -> dict[str, dict[str, Array]]:
         """All that the next step depends on: lora, optimizer and, where there is one, ema."""
-        parts = {"lora": self.parameters, "ema": self._average}
-        arrays = {part: {k: np.array(v) for k, v in values.items()} for part, values in parts.items() if values}
+        parts = {"lora": self._vectors, "ema": self._average}
+        matrices = {part: self._packing.unpack(vectors) for part, vectors in parts.items() if vectors}
+        arrays = {part: {k: np.array(v) for k, v in values.items()} for part, values in matrices.items()}
         return {**arrays, "optimizer": self._optimizer.state()}
 
     def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
@@ -90,52 +101,53 @@ class Learner:
                 raise ConfigError(
                     f"{self._plan.config.output}: the saved run has other {what}: it cannot be resumed so"
                 )
-        self.parameters = {name: mx.array(array) for name, array in state["lora"].items()}
-        average = state.get("ema", state["lora"]) if self._plan.config.ema else {}
-        self._average = {name: mx.array(array) for name, array in average.items()}
-        self._optimizer.restore(state["optimizer"])
-        self._use(self.parameters)
 
-    def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Parameters]:
+        def packed(part: str) -> Vectors:
+            return self._packing.pack({name: mx.array(array) for name, array in state[part].items()})
+
+        self._vectors = packed("lora")
+        self._average = packed("ema" if "ema" in state else "lora") if self._plan.config.ema else {}
+        self._optimizer.restore(state["optimizer"])
+
+    def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Vectors]:
         """Loss and gradients, means over all pictures of the step, the same on every machine."""
-        masks = self._masks(step)
-        self._use({name: value * masks[name] if name in masks else value for name, value in self.parameters.items()})
+        mask = self._mask(step)
+        masked = {"lora_A": self._vectors["lora_A"], "lora_B": self._vectors["lora_B"] * mask}
+        self._use(masked, self._model.dtype)  # the branches work in the stream's dtype
         pictures = sum(map(len, batches))
-        loss = mx.array(0.0)
-        gradients = {name: mx.zeros_like(value) for name, value in self.parameters.items()}
+        loss, gradients = mx.array(0.0), {factor: mx.zeros_like(vector) for factor, vector in masked.items()}
         for batch in batches:
             if own := self._own(batch):
-                part_loss, part = loss_and_gradients(self._model, self._feed.batch(epoch, own))
-                share = len(own) / pictures
+                part_loss, part = self._differentiate(self._feed.batch(epoch, own))
+                share, packed = len(own) / pictures, self._packing.pack(part)
                 loss = loss + share * part_loss
-                gradients = {name: total + share * part[name] for name, total in gradients.items()}
+                gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
                 mx.eval(loss, gradients)
         if self._group.size() > 1:
             loss = mx.distributed.all_sum(loss, group=self._group)
-            means: Any = nn.average_gradients(tree_unflatten(list(gradients.items())), self._group)
-            gradients = {name: mean * self._group.size() for name, mean in dict(tree_flatten(means)).items()}
-        return number(loss), {n: g * masks[n] if n in masks else g for n, g in gradients.items()}
+            means: Any = nn.average_gradients(gradients, self._group)
+            gradients = {factor: mean * self._group.size() for factor, mean in means.items()}
+        return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
 
     def _own(self, batch: Sequence[int]) -> Sequence[int]:
         """This machine's share of a batch."""
         rank, each = self._group.rank(), self._plan.config.batch_size
         return batch[rank * each : (rank + 1) * each]
 
-    def _masks(self, step: int) -> Parameters:
-        """For each B, (1, rank): 0 for the ranks that rest in `step`, more than 1 for the others."""
+    def _mask(self, step: int) -> mx.array | float:
+        """For every element of the Bs: 0 where its rank rests in `step`, more than 1 for the others."""
         rest = self._plan.config.rank_dropout
         if not rest:
-            return {}
+            return 1.0
         rng = stream(self._plan.config.seed, RANKS, step)
-        masks = {}
-        for name, value in self.parameters.items():
-            if name.endswith("lora_B"):
-                awake = rng.random((1, value.shape[1])) >= rest
-                masks[name] = mx.array((awake / (1 - rest)).astype(np.float32))
-        return masks
+        rows = []
+        for shape in self._packing.shapes["lora_B"].values():
+            awake = rng.random((1, shape[1])) >= rest
+            rows.append(np.broadcast_to(awake / (1 - rest), shape).astype(np.float32).ravel())
+        return mx.array(np.concatenate(rows))
 
-    def _use(self, parameters: Parameters) -> None:
-        self._model.update(tree_unflatten(list(parameters.items())))
+    def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
+        self._model.update(tree_unflatten(list(self._packing.unpack(vectors, dtype).items())))
 
 
 def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

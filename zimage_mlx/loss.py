@@ -1,4 +1,4 @@
-"""The loss of flow matching, and its gradients.
+"""The loss of flow matching.
 
     x_sigma = (1 - sigma) x_0 + sigma noise      loss = mean( w (raw(x_sigma, 1 - sigma, caption) - (x_0 - noise))^2 )
 
@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from zimage_ref.schedule import add_noise, model_time, training_target
 
@@ -30,29 +27,18 @@ class Batch:
     x_0: mx.array  # (B, C, h, w) float32
     noise: mx.array  # (B, C, h, w) float32
     sigma: mx.array  # (B,) float32
-    weight: mx.array  # (B,) float32
     captions: Sequence[mx.array]  # B arrays (T_i, cap_feat_dim)
+    weight: mx.array | None = None  # (B,) float32; None is 1
 
 
-def flow_matching_loss(
-    model: Transformer,
-    x_0: mx.array,
-    noise: mx.array,
-    sigma: mx.array,
-    captions: Sequence[mx.array],
-    weight: mx.array | None = None,
-) -> mx.array:
-    """The loss, a float32 scalar, of pictures x_0 (B, C, h, w) with noise (B, C, h, w) at sigma (B,)."""
-    x = add_noise(x_0, noise, sigma[:, None, None, None])
-    raw = model(x, model_time(sigma), captions).astype(mx.float32)
-    losses = mx.mean(mx.square(raw - training_target(x_0, noise)), axis=(1, 2, 3))  # (B,)
-    return mx.mean(losses if weight is None else weight * losses)
+def flow_matching_loss(model: Transformer, batch: Batch) -> mx.array:
+    """The loss of `batch`, a float32 scalar."""
+    x = add_noise(batch.x_0, batch.noise, batch.sigma[:, None, None, None])
+    return flow_matching_error(model(x, model_time(batch.sigma), batch.captions), batch)
 
 
-def loss_and_gradients(model: Transformer, batch: Batch) -> tuple[mx.array, Parameters]:
-    """The loss of `batch` and its gradients with respect to the trainable parameters, computed."""
-    differentiate: Any = nn.value_and_grad(model, flow_matching_loss)
-    loss, tree = differentiate(model, batch.x_0, batch.noise, batch.sigma, batch.captions, batch.weight)
-    gradients = dict(tree_flatten(tree))
-    mx.eval(loss, gradients)
-    return loss, gradients
+def flow_matching_error(raw: mx.array, batch: Batch) -> mx.array:
+    """The weighted mean squared error, a float32 scalar, of what the transformer made of `batch`, (B, C, h, w)."""
+    difference = raw.astype(mx.float32) - training_target(batch.x_0, batch.noise)
+    losses = mx.mean(mx.square(difference), axis=(1, 2, 3))  # (B,)
+    return mx.mean(losses if batch.weight is None else batch.weight * losses)

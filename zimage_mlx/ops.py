@@ -42,12 +42,14 @@ def _attention_gradient(
     S = q.shape[2]
     chunks = -(-S // _QUERY_ROWS)
     rows = -(-S // chunks)  # as equal as can be
-    # p * (dO v^T - delta): delta goes into the product as two more columns, coarse and fine, to save a pass
+    # p * (dO v^T - delta): delta goes into the product as two more columns, coarse and fine, to save a pass; there are
+    # eight of them because products are slow on widths that are not a multiple of that
     delta = -mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
     coarse = delta.astype(v.dtype)
-    d_wide = mx.concatenate([d_out, coarse, (delta - coarse).astype(v.dtype)], axis=-1)  # (B, H, S, K + 2)
+    columns = [coarse, (delta - coarse).astype(v.dtype), mx.zeros((*delta.shape[:-1], 6), v.dtype)]
+    d_wide = mx.concatenate([d_out, *columns], axis=-1)  # (B, H, S, K + 8)
     k_t = k.swapaxes(-1, -2)
-    v_wide_t = mx.concatenate([v, mx.ones((*v.shape[:-1], 2), v.dtype)], axis=-1).swapaxes(-1, -2)
+    v_wide_t = mx.concatenate([v, mx.ones((*v.shape[:-1], 8), v.dtype)], axis=-1).swapaxes(-1, -2)
     dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
     for start in range(0, S, rows):
         part = slice(start, start + rows)

@@ -17,7 +17,7 @@ import numpy as np
 from zimage_ref.tensors import Array
 from zimage_ref.train_config import TrainConfig
 
-from .loss import Parameters
+from .packing import FACTORS, Packing, Vectors
 
 _CLASSES = {
     "adamw": optim.AdamW, "adam": optim.Adam, "adamax": optim.Adamax, "adafactor": optim.Adafactor,
@@ -25,26 +25,34 @@ _CLASSES = {
     "rmsprop": optim.RMSprop, "sgd": optim.SGD,
 }  # fmt: skip
 _SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
-_FACTORS = ("lora_A", "lora_B")
+_BY_MATRIX = ("adafactor", "muon")  # these look at rows and columns; for the others a vector will do
 
 
 class Optimizer:
     """The optimizer of a config: one for all A, one for all B, which may learn at different rates."""
 
-    def __init__(self, config: TrainConfig, parameters: Parameters) -> None:
+    def __init__(self, config: TrainConfig, packing: Packing, vectors: Vectors) -> None:
+        self._packing, self._by_matrix = packing, config.optimizer in _BY_MATRIX
         self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
-        self._parts = {factor: make_optimizer(config) for factor in _FACTORS}
+        self._parts = {factor: make_optimizer(config) for factor in FACTORS}
         for factor, part in self._parts.items():
-            part.init(_only(factor, parameters))
+            part.init(self._view(factor, vectors))
 
-    def apply(self, parameters: Parameters, gradients: Parameters, lr: float) -> Parameters:
-        """The parameters after one step."""
-        updated: Parameters = {}
+    def apply(self, vectors: Vectors, gradients: Vectors, lr: float) -> Vectors:
+        """The vectors after one step."""
+        updated: dict[str, mx.array] = {}
         for factor, part in self._parts.items():
             part.learning_rate = lr * self._ratios[factor]
-            updated |= part.apply_gradients(_only(factor, gradients), _only(factor, parameters))
-        mx.eval(updated, *(part.state for part in self._parts.values()))
-        return updated
+            updated |= part.apply_gradients(self._view(factor, gradients), self._view(factor, vectors))
+        vectors = self._packing.pack(updated) if self._by_matrix else updated
+        mx.eval(vectors, *(part.state for part in self._parts.values()))
+        return vectors
+
+    def _view(self, factor: str, vectors: Vectors) -> dict[str, mx.array]:
+        """What the optimizer of `factor` works on: its vector, or the matrices in it by name."""
+        if not self._by_matrix:
+            return {factor: vectors[factor]}
+        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(factor)}
 
     def state(self) -> dict[str, Array]:
         """Everything that the next step depends on, flat, for `restore`."""
@@ -82,19 +90,19 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * rise * falls[config.schedule]
 
 
-def clipped(gradients: Parameters, longest: float) -> tuple[Parameters, float]:
+def clipped(gradients: Vectors, longest: float) -> tuple[Vectors, float]:
     """The gradients, shortened so that as one vector they are at most `longest` (0: any), and their length before."""
-    squares = mx.stack([mx.sum(mx.square(g.astype(mx.float32))) for g in gradients.values()])
+    squares = mx.stack([mx.sum(mx.square(g)) for g in gradients.values()])
     norm = number(mx.sqrt(mx.sum(squares)))
     if longest and norm > longest:
-        gradients = {name: g * (longest / norm) for name, g in gradients.items()}
+        gradients = {factor: g * (longest / norm) for factor, g in gradients.items()}
     return gradients, norm
 
 
-def averaged(average: Parameters, parameters: Parameters, decay: float, step: int) -> Parameters:
+def averaged(average: Vectors, vectors: Vectors, decay: float, step: int) -> Vectors:
     """The average after step `step`, from 1. Early on it forgets faster, so that the start does not weigh in it."""
     keep = min(decay, (1 + step) / (10 + step))
-    average = {name: keep * average[name] + (1 - keep) * value for name, value in parameters.items()}
+    average = {factor: keep * average[factor] + (1 - keep) * vector for factor, vector in vectors.items()}
     mx.eval(average)
     return average
 
@@ -102,7 +110,3 @@ def averaged(average: Parameters, parameters: Parameters, decay: float, step: in
 def number(scalar: mx.array) -> float:
     """A scalar array as a Python float."""
     return float(np.array(scalar))
-
-
-def _only(factor: str, parameters: Parameters) -> Parameters:
-    return {name: value for name, value in parameters.items() if name.endswith(factor)}

@@ -16,11 +16,14 @@ from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
 
+from .compiled import BlockRunner
 from .lora import Adapters
 from .text_encoder import TextEncoder
 from .transformer import Conditioning, Transformer
-from .vae import VAE
+from .vae import VAE, Strips
 from .weights import DTYPES, load, to_mlx
+
+LEAN_ROWS, FAST_ROWS = 128, 512  # of an autoencoder layer made at a time
 
 
 class ZImagePipeline(Pipeline):
@@ -51,7 +54,9 @@ class ZImagePipeline(Pipeline):
     @cached_property
     def transformer(self) -> Transformer:
         """The denoiser."""
-        return self._loaded(Transformer(self.folder.transformer), "transformer")
+        model: Transformer = self._loaded(Transformer(self.folder.transformer), "transformer")
+        model.run = BlockRunner()
+        return model
 
     @cached_property
     def vae(self) -> VAE:
@@ -84,7 +89,7 @@ class ZImagePipeline(Pipeline):
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
         inputs = mx.concatenate([x] * copies)
-        raw = self.transformer.denoise(inputs, mx.full(len(inputs), model_time(sigma)), conditioning)
+        raw = self.transformer.denoise(inputs, mx.array([model_time(sigma)]), conditioning)
         return raw.astype(mx.float32)
 
     def to_backend(self, array: Array) -> mx.array:
@@ -102,7 +107,10 @@ class ZImagePipeline(Pipeline):
         return array
 
     def encode(self, pixels: Array) -> mx.array:
-        return self.vae.encode(mx.array(pixels)).astype(mx.float32)
+        return self.vae.encode(mx.array(pixels), self._strips()).astype(mx.float32)
 
     def decode(self, x: mx.array) -> Array:
-        return np.array(self.vae.decode(x)[0].astype(mx.float32))
+        return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
+
+    def _strips(self) -> Strips:
+        return Strips(LEAN_ROWS if self.lean else FAST_ROWS)

@@ -29,7 +29,7 @@ class Saver:
     def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
         """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept."""
         factors = self._learner.factors()
-        nbytes = sum(array.nbytes for array in self._learner.parameters.values())
+        nbytes = self._learner.nbytes
         with self._run.room_for(nbytes // 2):  # it is written as bfloat16
             write_lora(path, factors, self._record(step), self._plan.config.lora_format)
         self._drop_old(step)

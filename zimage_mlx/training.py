@@ -6,6 +6,7 @@ So `--resume` gives the same bytes as no interruption, wherever that came.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ from .saver import Saver, environment
 
 _PATIENCE = 3  # steps in a row that may fail before the run is given up
 _MEMORY = 0.98  # of the smoothed loss
+_USABLE = 0.7  # share of memory that the base, the LoRA and what the gradient keeps may fill; the rest is for a block
 
 
 def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -149,7 +151,7 @@ class _Run:
         self._adapter = TrainingAdapter(model, plan.adapter, plan.model.weights["transformer"], pipeline.dtype)
         self._adapter.merge()
         feed = Feed(plan, self._data)
-        self._feed, self._learner = feed, Learner(plan, model, feed, self._group)
+        self._feed, self._learner = feed, Learner(plan, model, feed, self._group, self._budget())
         self._saver = Saver(plan, self._run, self._learner, self._facts)
         self._previewer = Previewer(plan, pipeline, self._learner, self._adapter, self._run.previews)
         if self._group.size() > 1:
@@ -159,6 +161,16 @@ class _Run:
             self._smoothed, self._failures = saved.facts["smoothed"], saved.facts["failures"]
         mx.reset_peak_memory()
         return saved.step if saved else 0
+
+    def _budget(self) -> float:
+        """Bytes that the gradient may keep of the forward pass, now that the base is loaded."""
+        limit = self._pipeline.memory_limit()
+        if self._config.memory == "fast" or limit is None:
+            return math.inf
+        if self._config.memory == "lean":
+            return 0
+        state = 4 * 4 * self._plan.trainable  # matrices, gradients and two moments, float32
+        return max(0, _USABLE * limit - mx.get_active_memory() - state)
 
     def _recorded(self, done: int) -> Iterator[Event]:
         """The steps, their events written to metrics and report by the first machine."""
@@ -237,7 +249,7 @@ class _Run:
         with self._learner.result() as model:
             for index in range(len(self._plan.held_out)):
                 for sigma, batch in self._feed.held_out(index):
-                    loss = flow_matching_loss(model, batch.x_0, batch.noise, batch.sigma, batch.captions)
+                    loss = flow_matching_loss(model, batch)
                     sums[sigma] += number(loss)
         return {sigma: total / len(self._plan.held_out) for sigma, total in sums.items()}
 

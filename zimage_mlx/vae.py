@@ -5,8 +5,8 @@
 Channels are last inside, second at the door. Source: AutoencoderKL, vae.py and unet_2d_blocks.py of diffusers; latent
 scaling as in pipeline_z_image.py. Attribute names are the checkpoint's.
 
-Memory: with `rows`, every wide layer runs on so many rows of its output at a time, each group norm keeping the
-statistics of the whole picture. That is the same result, not an approximation by tiles, so there are no seams.
+Memory: in `Strips`, every layer makes so many rows of its output at a time, each group norm keeping the statistics of
+the whole picture. That is the same result, not an approximation by tiles, so there are no seams.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from zimage_ref.config import VAEConfig
 from .compiled import Settle, fused
 
 NORM_EPS = 1e-6  # of every group norm; resnet_eps in the official code
-_SCORES_AT_ONCE = 1 << 24  # of the mid block's attention
+_SCORES_AT_ONCE = 1 << 24  # of the mid block's attention, in strips
+
+
+class Strips:
+    """How many rows of a layer are made at a time; each strip is computed while the next is queued."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.settle = rows, Settle()
 
 
 class GroupNorm(nn.Module):
@@ -36,17 +43,17 @@ class GroupNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return affine(x, *self.coefficients(x, None))
 
-    def coefficients(self, x: mx.array, rows: int | None) -> tuple[mx.array, mx.array]:
+    def coefficients(self, x: mx.array, strips: Strips | None) -> tuple[mx.array, mx.array]:
         """Scale and shift (B, 1, 1, C) float32 that norm x."""
         B, H, W, C = x.shape
-        count, rows, settle = H * W * C // self._groups, rows or H, Settle()
+        count, rows = H * W * C // self._groups, strips.rows if strips else H
         pivot = self._groupwise(mx.mean(x[:, :1].astype(mx.float32), axis=1)) / (count // H)  # close to the mean
         sums: list[Any] = [0.0, 0.0]
         for top in range(0, H, rows):
             parts = _deviations(x[:, top : top + rows], mx.repeat(pivot, C // self._groups, axis=-1))
             sums = [total + self._groupwise(mx.sum(part, axis=1)) for total, part in zip(sums, parts, strict=True)]
-            if rows < H:
-                settle(sums)
+            if strips:
+                strips.settle(sums)
         deviation, square = (total / count for total in sums)
         scale = mx.rsqrt(square - mx.square(deviation) + NORM_EPS)
         scale, mean = (mx.repeat(a, C // self._groups, axis=-1) for a in (scale, pivot + deviation))
@@ -77,9 +84,9 @@ class Resnet(nn.Module):
         if inputs != outputs:
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
-        h = convolve(self.conv1, x, rows, self.norm1)
-        return convolve(self.conv2, h, rows, self.norm2, beside=(x, self.get("conv_shortcut")))
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
+        h = convolve(self.conv1, x, strips, self.norm1)
+        return convolve(self.conv2, h, strips, self.norm2, beside=(x, self.get("conv_shortcut")))
 
 
 @fused
@@ -106,11 +113,11 @@ class MidAttention(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.to_out = [nn.Linear(width, width)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         B, h, w, C = x.shape
         tokens = self.group_norm(x).reshape(B, 1, h * w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # (B, 1, hw, C)
-        return x + self.to_out[0](attention_by_rows(q, k, v)).reshape(B, h, w, C)
+        return x + self.to_out[0](attention(q, k, v, strips)).reshape(B, h, w, C)
 
 
 class MidBlock(nn.Module):
@@ -121,8 +128,8 @@ class MidBlock(nn.Module):
         self.resnets = [Resnet(width, width, config) for _ in range(2)]
         self.attentions = [MidAttention(width, config)]
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, rows)), rows)
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, strips), strips), strips)
 
 
 class Sampler(nn.Module):
@@ -144,13 +151,13 @@ class Level(nn.Module):
         elif sampler == "up":
             self.upsamplers = [Sampler(outputs, stride=1)]
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         for resnet in self.resnets:
-            x = resnet(x, rows)
+            x = resnet(x, strips)
         if "downsamplers" in self:  # padded on the right and below only
             x = self.downsamplers[0].conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
         elif "upsamplers" in self:
-            x = convolve(self.upsamplers[0].conv, x, rows, double=True)
+            x = convolve(self.upsamplers[0].conv, x, strips, double=True)
         return x
 
 
@@ -170,11 +177,11 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels)
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x, rows)
-        return convolve(self.conv_out, self.mid_block(x, rows), rows, self.conv_norm_out)
+            x = block(x, strips)
+        return convolve(self.conv_out, self.mid_block(x, strips), strips, self.conv_norm_out)
 
 
 class Decoder(nn.Module):
@@ -193,11 +200,11 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], config.in_channels)
 
-    def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
-        x = self.mid_block(self.conv_in(x), rows)
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
+        x = self.mid_block(self.conv_in(x), strips)
         for block in self.up_blocks:
-            x = block(x, rows)
-        return convolve(self.conv_out, x, rows, self.conv_norm_out)
+            x = block(x, strips)
+        return convolve(self.conv_out, x, strips, self.conv_norm_out)
 
 
 class VAE(nn.Module):
@@ -215,20 +222,20 @@ class VAE(nn.Module):
         dtype: mx.Dtype = self.encoder.conv_in.weight.dtype
         return dtype
 
-    def encode(self, image: mx.array, rows: int | None = None) -> mx.array:
+    def encode(self, image: mx.array, strips: Strips | None = None) -> mx.array:
         """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mode of the posterior, shifted and scaled.
 
-        rows: how many rows of a layer's output are made at a time, to save memory; None is all.
+        strips: how many rows of a layer's output are made at a time, to save memory; None is all, left lazy.
         """
-        moments = self.encoder(mx.array(image).astype(self.dtype).transpose(0, 2, 3, 1), rows)
+        moments = self.encoder(mx.array(image).astype(self.dtype).transpose(0, 2, 3, 1), strips)
         mean = moments[..., : self.config.latent_channels].transpose(0, 3, 1, 2)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: mx.array, rows: int | None = None) -> mx.array:
-        """Latents (B, 16, h, w) -> (B, 3, 8 h, 8 w), about [-1, 1]; rows as in `encode`."""
+    def decode(self, latents: mx.array, strips: Strips | None = None) -> mx.array:
+        """Latents (B, 16, h, w) -> (B, 3, 8 h, 8 w), about [-1, 1]; strips as in `encode`."""
         x = mx.array(latents).astype(self.dtype).transpose(0, 2, 3, 1)
         x = x / self.config.scaling_factor + self.config.shift_factor
-        return self.decoder(x, rows).transpose(0, 3, 1, 2)
+        return self.decoder(x, strips).transpose(0, 3, 1, 2)
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -239,17 +246,17 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
 def convolve(
     conv: nn.Conv2d,
     x: mx.array,
-    rows: int | None,
+    strips: Strips | None,
     norm: GroupNorm | None = None,
     double: bool = False,
     beside: tuple[mx.array, nn.Module | None] | None = None,
 ) -> mx.array:
-    """The 3x3 convolution of silu(norm(x)), or of x at double size, made `rows` rows of output at a time.
+    """The 3x3 convolution of silu(norm(x)), or of x at double size, in strips of the output.
 
     beside: an array to add to the result, and the layer it goes through first.
     """
     factor = 2 if double else 1
-    coefficients = norm.coefficients(x, rows) if norm else ()
+    coefficients = norm.coefficients(x, strips) if norm else ()
     H = x.shape[1] * factor
 
     def prepared(part: mx.array) -> mx.array:
@@ -263,29 +270,31 @@ def convolve(
         side, layer = beside[0][:, top:bottom], beside[1]
         return y + (layer(side) if layer else side)
 
-    if rows is None or rows >= H:
-        return finished(conv(prepared(x)), 0, H)
-    parts, settle = [], Settle()
-    for top in range(0, H, rows):
-        bottom = min(top + rows, H)
+    if strips is None or strips.rows >= H:
+        y = finished(conv(prepared(x)), 0, H)
+        if strips:
+            strips.settle(y)
+        return y
+    parts = []
+    for top in range(0, H, strips.rows):
+        bottom = min(top + strips.rows, H)
         low, high = max(top - 1, 0), min(bottom + 1, H)  # the kernel reaches one row beyond
         part = prepared(x[:, low // factor : -(-high // factor)])
         part = part[:, low % factor :][:, : high - low]
         part = mx.pad(part, [(0, 0), (int(top == 0), int(bottom == H)), (0, 0), (0, 0)])
         y = mx.conv2d(part, conv.weight, padding=(0, 1)) + conv.bias
         parts.append(finished(y, top, bottom))
-        settle(parts[-1])
+        strips.settle(parts[-1])
     return mx.concatenate(parts, axis=1)
 
 
-def attention_by_rows(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attention over (B, 1, hw, C), some queries at a time: heads this wide have no fused kernel that saves memory."""
-    step = max(1, _SCORES_AT_ONCE // k.shape[2])
-    if step >= q.shape[2]:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+def attention(q: mx.array, k: mx.array, v: mx.array, strips: Strips | None) -> mx.array:
+    """Attention over (B, 1, hw, C); in strips some queries at a time, since heads this wide have no fused kernel."""
+    step = max(1, _SCORES_AT_ONCE // k.shape[2]) if strips else q.shape[2]
     parts = []
     for start in range(0, q.shape[2], step):
-        rows = q[:, :, start : start + step]
-        parts.append(mx.fast.scaled_dot_product_attention(rows, k, v, scale=q.shape[-1] ** -0.5))
-        mx.eval(parts[-1])
+        queries = q[:, :, start : start + step]
+        parts.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=q.shape[-1] ** -0.5))
+        if strips:
+            strips.settle(parts[-1])
     return mx.concatenate(parts, axis=2)

@@ -11,13 +11,15 @@ from zimage_ref.errors import WeightError, listing
 from zimage_ref.quantize import Quantization, QuantizedTensor
 from zimage_ref.tensors import BFLOAT16, Array, Tensor, Tensors
 
+from .quantized import QuantizedLinear
+
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quantization | None = None) -> None:
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
-    Linear layers that are stored quantized, or that `quantization` covers, become nn.QuantizedLinear. Raises
+    Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
     WeightError where names or shapes differ. Only one tensor is in flight: loading never holds two copies of a model.
     """
     expected = dict(tree_flatten(model.parameters()))
@@ -44,9 +46,9 @@ def _quantization(name: str, tensor: Tensor, asked: Quantization | None) -> Quan
     return asked if asked and asked.covers(name, tensor.shape) else None
 
 
-def _quantized_linear(tensor: Tensor, dtype: mx.Dtype, how: Quantization) -> nn.QuantizedLinear:
+def _quantized_linear(tensor: Tensor, dtype: mx.Dtype, how: Quantization) -> QuantizedLinear:
     outputs, inputs = tensor.shape
-    layer = nn.QuantizedLinear(inputs, outputs, bias=False, group_size=how.group_size, bits=how.bits)
+    layer = QuantizedLinear(inputs, outputs, bias=False, group_size=how.group_size, bits=how.bits)
     if isinstance(tensor, QuantizedTensor):
         parts = {name: to_mlx(part, dtype) for name, part in tensor.parts.items()}
     else:

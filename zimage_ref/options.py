@@ -17,6 +17,7 @@ from .samplers import SAMPLERS
 SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
 MAX_AREA = 2048 * 2048  # pixels
+MEMORY = ("auto", "lean", "fast")  # how memory is traded for time
 
 
 def option(default: Any, help: str, **traits: bool) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from .errors import ConfigError
 from .lora_namings import NAMINGS
 from .names import LORA_TARGETS
-from .options import at_least, check_side, option, required
+from .options import MEMORY, at_least, check_side, option, required
 from .schedule import TimestepSampling
 
 OPTIMIZERS = (
@@ -73,6 +73,7 @@ class TrainConfig:
         "auto", "how noise levels are drawn: auto, uniform, logit-normal, sigmoid, weighted, shift=S"
     )
     base_precision: str = option("auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU)")
+    memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
 
     save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
@@ -119,6 +120,7 @@ class TrainConfig:
     def _check_names(self) -> None:
         choices = {
             "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "base_precision": PRECISIONS, "lora_format": NAMINGS,
+            "memory": MEMORY,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -1,0 +1,21 @@
+"""Linear layers of 4 or 8 bits, fast for one row and for thousands."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# MLX's quantized product is made for generating text, a row at a time. Measured on CUDA with 1088 rows, unpacking the
+# weight and multiplying in bfloat16 took 35 ms a forward pass where the quantized product took 90
+_UNPACK_FROM_ROWS = 256
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's layer, which unpacks its weight for the time of one product where many rows share it."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < _UNPACK_FROM_ROWS:
+            return super().__call__(x)
+        weight = mx.dequantize(self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
+        y = x @ weight.T
+        return y + self.bias if "bias" in self else y
