@@ -21,7 +21,7 @@ from zimage_ref.quantize import BITS
 from zimage_ref.requests import Request
 from zimage_ref.tokenizer import MAX_TOKENS
 
-from . import interactive
+from . import blas, interactive
 from .backends import BACKENDS, DEFAULT, pipeline
 from .console import Console
 from .options import add_fields, from_args, path_and_scale
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     given = None if args.lora is None else [path_and_scale(text) for text in args.lora]
     loras = given if given is not None else repeat.loras if repeat else []
     pipe, facts = _open(args, repeat)
+    if facts["backend"] == "mlx" and (note := blas.advice()):
+        console.note(note)
     if repeat:
         for path in repeat.changes(facts, loras):
             console.warn(f"{path}: is not what {args.from_image} was made from: the picture will differ")

@@ -16,6 +16,7 @@ from zimage_ref.config_file import dump_options, read_options
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.train_plan import TrainPlan
 
+from . import blas
 from .backends import require_mlx
 from .console import Bars, Console
 from .options import add_fields, from_args
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if mlx.is_first():
         _show_options(config, console)
+        if note := blas.advice():
+            console.note(note)
     return follow(config, console)[0]
 
 
