@@ -51,7 +51,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A model of the whole recipe, and the lines of its progress."""
     folder, lines = tmp_path_factory.mktemp("tiny") / "model", []
-    assert recipe.make(folder, SHORT, lines.append, PACE, MINIATURE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "WHOLE", 0.5)  # the second step of two
+        assert recipe.make(folder, SHORT, lines.append, PACE, MINIATURE)
     return folder, lines
 
 
@@ -88,6 +90,7 @@ def test_stopped_after_every_step_it_comes_to_the_same_bytes(
         stops[0] = True
         return plain(self, *args)
 
+    monkeypatch.setattr(recipe, "WHOLE", 0.5)
     monkeypatch.setattr(Stepper, "__call__", one_step)
     monkeypatch.setattr(recipe.time, "monotonic", lambda: float(stops[0]))
     pace = replace(PACE, deadline=0.5)
