@@ -31,13 +31,14 @@ class Stepper:
     """One step of `model` a call, under a warmed-up cosine rate, with a moving average of its weights.
 
     loss: (model, key, *inputs) -> scalar; key is all the randomness it may use.
-    recipe: what a saved state must have been made with to be gone on from.
+    recipe: what a saved state must have been made with to be gone on from; the number of steps may differ.
     compiled: None for a GPU, where the kernels of a whole step take a minute or two to build, once.
+    dtype: of forward and backward; None is bfloat16 on a GPU, float32 elsewhere.
     """
 
     def __init__(
         self, model: nn.Module, loss: Callable[..., mx.array], rate: float, steps: int, recipe: str = "",
-        compiled: bool | None = None,
+        compiled: bool | None = None, dtype: mx.Dtype | None = None,
     ) -> None:  # fmt: skip
         warm = max(steps // 40, 1)
         schedule = optim.join_schedules(
@@ -54,7 +55,7 @@ class Stepper:
         self.optimizer.init({"weights": vector})
         mx.eval(self.vectors, self.optimizer.state)
         self.done = 0
-        self._dtype = mx.bfloat16 if on_gpu() else mx.float32
+        self._dtype = dtype or (mx.bfloat16 if on_gpu() else mx.float32)
         state = [self.vectors, self.optimizer.state]
         compiled = on_gpu() if compiled is None else compiled
         self._step: Callable[..., mx.array] = (

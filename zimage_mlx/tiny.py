@@ -99,7 +99,8 @@ class Pace:
     every: int = 1000
     judged: int = 40
     deadline: float = math.inf  # of time.monotonic()
-    compiled: bool | None = None
+    compiled: bool | None = None  # as in `Stepper`, and the next too
+    dtype: mx.Dtype | None = None
 
 
 def make(output: Path, recipe: Recipe, report: Report, pace: Pace = Pace(), networks: Networks = NETWORKS) -> bool:
@@ -134,7 +135,7 @@ def train_vae(
     mx.random.seed(recipe.seed)
     vae = VAE(config)
     made = json.dumps(asdict(config) | {"pictures": recipe.pictures, "vae_batch": recipe.vae_batch})
-    stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made, pace.compiled)
+    stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made, pace.compiled, pace.dtype)
 
     def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
         chosen = pictures[np.sort(rng.integers(len(pictures), size=recipe.vae_batch))]
@@ -220,8 +221,11 @@ def train_denoiser(
     def loss(model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array) -> mx.array:
         return denoising_loss(model, key, x_0.astype(mx.float32), ids, lengths, layout)
 
-    made = json.dumps({n: asdict(getattr(networks, n)) for n in ("transformer", "text_encoder")} | asdict(recipe))
-    stepper = Stepper(model, loss, recipe.rate, recipe.steps, made, pace.compiled)
+    made = json.dumps({
+        "transformer": asdict(networks.transformer), "text_encoder": asdict(networks.text_encoder),
+        **{name: getattr(recipe, name) for name in ("pictures", "batch", "rate", "seed")},
+    })  # fmt: skip
+    stepper = Stepper(model, loss, recipe.rate, recipe.steps, made, pace.compiled, pace.dtype)
 
     def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
         chosen = rng.integers(len(latents), size=recipe.batch)
@@ -289,11 +293,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; run again to go on")
     parser.add_argument("--report-every", type=int, default=1000, help="steps between lines of progress")
     parser.add_argument("--judged", type=int, default=40, help="pictures to judge for a line of progress")
+    parser.add_argument("--float32", action="store_true", help="compute in float32, also on a GPU")
     parser.add_argument("--eager", action="store_true", help="compile nothing, also on a GPU")
     for field in fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     args = parser.parse_args()
-    pace = Pace(args.report_every, args.judged, time.monotonic() + args.seconds, False if args.eager else None)
+    pace = Pace(
+        args.report_every, args.judged, time.monotonic() + args.seconds,
+        False if args.eager else None, mx.float32 if args.float32 else None,
+    )  # fmt: skip
     make(args.output, Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}), _say, pace)
 
 
