@@ -22,7 +22,7 @@ from zimage_ref.schedule import add_noise, model_time
 
 from .compiled import PerBlock, Settle, substituted
 from .loss import Batch, Parameters, flow_matching_error
-from .ops import Rotation
+from .ops import Rotation, attention_gradient
 from .transformer import Block, Layout, Transformer, normed
 
 
@@ -86,7 +86,9 @@ def backward(
 
     da, d_gate_a = back((), lambda a, gate: normed(block.attention_norm2, a, gate), [a, gate_a], d_middle)
     (do,) = back(["attention.to_out"], lambda o: attention.to_out[0](o), [o], da)
-    dq, dk, dv = back((), lambda q, k, v: attention.attend(q, k, v, rotation, mask), [q, k, v], do)
+    ready_q, ready_k, ready_v = attention.prepare(q, k, v, rotation)
+    d_ready = attention_gradient(ready_q, ready_k, ready_v, attention.heads(do), attention.heads(o), mask)
+    dq, dk, dv = back((), lambda q, k, v: attention.prepare(q, k, v, rotation), [q, k, v], *d_ready)
     d, d_scale_a = back(
         ["attention.to_q", "attention.to_k", "attention.to_v"],
         lambda x, scale: attention.project(normed(block.attention_norm1, x, scale)),

@@ -29,16 +29,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
 
     def gradient(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         q, k, v = primals
-        return _attention_gradient(q, k, v, cotangent, output, mask, scale)
+        return attention_gradient(q, k, v, cotangent, output, mask)
 
     function: Any = mx.custom_function(fused)
     function.vjp(gradient)
     return function(q, k, v)
 
 
-def _attention_gradient(
-    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, out: mx.array, mask: mx.array | None, scale: float
+def attention_gradient(
+    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, out: mx.array, mask: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of q, k, v (B, H, S, K) where `attention` gave `out` and its gradient is `d_out`."""
+    scale = q.shape[-1] ** -0.5
     S = q.shape[2]
     chunks = -(-S // _QUERY_ROWS)
     rows = -(-S // chunks)  # as equal as can be

@@ -44,9 +44,8 @@ class Optimizer:
         for factor, part in self._parts.items():
             part.learning_rate = lr * self._ratios[factor]
             updated |= part.apply_gradients(self._view(factor, gradients), self._view(factor, vectors))
-        vectors = self._packing.pack(updated) if self._by_matrix else updated
-        mx.eval(vectors, *(part.state for part in self._parts.values()))
-        return vectors
+            mx.eval(updated, part.state)  # one after the other: old and new state of both need not be there at once
+        return self._packing.pack(updated) if self._by_matrix else updated
 
     def _view(self, factor: str, vectors: Vectors) -> dict[str, mx.array]:
         """What the optimizer of `factor` works on: its vector, or the matrices in it by name."""

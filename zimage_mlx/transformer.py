@@ -89,9 +89,17 @@ class Attention(nn.Module):
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
         """Norm, rotation and attention of q, k, v (B, S, H, K) -> (B, S, D)."""
-        q, k = rotate(normed(self.norm_q, q), rotation), rotate(normed(self.norm_k, k), rotation)
-        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, H, S, K)
+        q, k, v = self.prepare(q, k, v, rotation)
         return attention(q, k, v, mask).swapaxes(1, 2).flatten(2)  # (B, S, D)
+
+    def prepare(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation) -> Sequence[mx.array]:
+        """q, k, v (B, S, H, K) -> the same as (B, H, S, K), q and k normed and rotated."""
+        q, k = rotate(normed(self.norm_q, q), rotation), rotate(normed(self.norm_k, k), rotation)
+        return [a.swapaxes(1, 2) for a in (q, k, v)]
+
+    def heads(self, x: mx.array) -> mx.array:
+        """(B, S, D) -> (B, H, S, K)."""
+        return mx.unflatten(x, -1, (self._heads, -1)).swapaxes(1, 2)
 
 
 class FeedForward(nn.Module):
