@@ -20,7 +20,7 @@ from zimage_ref import ZImageError, __version__
 from . import convert, demo, generate, inspection, train
 from .console import Console
 
-COMMANDS = {"demo": demo, "train": train, "generate": generate, "convert": convert, "inspect": inspection}
+COMMANDS = {"train": train, "generate": generate, "convert": convert, "inspect": inspection, "demo": demo}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -105,11 +105,15 @@ def test_stopped_after_every_step_it_comes_to_the_same_bytes(
 
 
 def test_a_state_of_another_recipe_or_of_mixed_steps_is_refused(
-    made: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    made: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, state = made[0], made[0].with_name("model.training") / "denoiser"
     with pytest.raises(ConfigError, match="made with .*: delete"):
         recipe.make(model, replace(SHORT, rate=1.0), lambda facts: None, PACE, MINIATURE)
+    argv = ["tiny", f"--output={model}", "--pictures=9", "--batch=4"]  # the state of smaller networks
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="^error: .*weights.safetensors: made with"):
+        recipe.main()
     tensors, metadata = safetensors_io.read(state / "m.safetensors")
     kept = (state / "m.safetensors").read_bytes()
     safetensors_io.write(state / "m.safetensors", tensors, metadata | {"step": "1"})

@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig, read_json
 from zimage_ref.drawings import SIDE, illustrated, take
+from zimage_ref.errors import ZImageError
 from zimage_ref.images import Picture, to_array, to_picture, to_unit
 from zimage_ref.judge import share_shown
 from zimage_ref.names import text_encoder_parameters, text_encoder_unused
@@ -302,7 +303,10 @@ def main() -> None:
         args.report_every, args.judged, time.monotonic() + args.seconds,
         False if args.eager else None, mx.float32 if args.float32 else None,
     )  # fmt: skip
-    make(args.output, Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}), _say, pace)
+    try:
+        make(args.output, Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}), _say, pace)
+    except ZImageError as error:
+        sys.exit(f"error: {error}")
 
 
 def _say(facts: dict[str, Any]) -> None:
