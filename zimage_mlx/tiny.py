@@ -33,6 +33,7 @@ from zimage_ref.errors import ZImageError
 from zimage_ref.images import Picture, to_array, to_picture, to_unit
 from zimage_ref.judge import share_shown
 from zimage_ref.names import text_encoder_parameters, text_encoder_unused
+from zimage_ref.options import option
 from zimage_ref.tensors import Array
 from zimage_ref.tiny_data import GUIDANCE, STEPS, TOKENS, drawings, tokenized
 from zimage_ref.tiny_files import write_card, write_component, write_surroundings
@@ -83,14 +84,14 @@ Shares = dict[str, float]
 class Recipe:
     """How long everything takes."""
 
-    pictures: int = 120_000
-    vae_steps: int = 12_000
-    vae_batch: int = 64
-    vae_rate: float = 2e-3
-    steps: int = 24_000
-    batch: int = 512
-    rate: float = 1.5e-3
-    seed: int = 0
+    pictures: int = option(120_000, "drawings to learn from")
+    vae_steps: int = option(12_000, "steps of the autoencoder")
+    vae_batch: int = option(64, "drawings in a batch of them")
+    vae_rate: float = option(2e-3, "their highest learning rate")
+    steps: int = option(24_000, "steps of text encoder and transformer")
+    batch: int = option(512, "drawings in a batch of them")
+    rate: float = option(1.5e-3, "their highest learning rate")
+    seed: int = option(0, "seed of drawings, weights, order and noise")
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,8 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="compute in float32, also on a GPU")
     parser.add_argument("--eager", action="store_true", help="compile nothing, also on a GPU")
     for field in fields(Recipe):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default})"
+        parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
     args = parser.parse_args()
     pace = Pace(
         args.report_every, args.judged, time.monotonic() + args.seconds,
