@@ -41,6 +41,8 @@ class ZImagePipeline(Pipeline):
         super().__init__(folder, dtype, lean, quantize)
         default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
         self.dtype = DTYPES[dtype or default]
+        if mx.metal.is_available():  # keeps weights from being paged out between steps
+            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
     @property
     def precision(self) -> str:
