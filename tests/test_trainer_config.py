@@ -27,7 +27,8 @@ OTHER: dict[str, Any] = {
     "lora_format": "kohya",
     "lora_plus": 16.0, "rank_dropout": 0.1, "timesteps": "shift=2.5", "base_precision": "8",
     "memory": "lean",
-    "training_adapter": Path("a.safetensors"), "save_every": 6, "resume_every": 12, "keep_last": 2,
+    "training_adapter": Path("a.safetensors"), "transformer": Path("t.npz"), "text_encoder": Path("q.npz"),
+    "vae": Path("v.npz"), "tokenizer": Path("t.json"), "save_every": 6, "resume_every": 12, "keep_last": 2,
     "preview_prompt": ("a fox, in snow", "an owl"), "preview_every": 13, "preview_size": 256, "preview_steps": 4,
     "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,
 }  # fmt: skip

@@ -18,6 +18,13 @@ SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
 MAX_AREA = 2048 * 2048  # pixels
 MEMORY = ("auto", "lean", "fast")  # how memory is traded for time
+# Parts of a model that a file may be given for -> help of that option
+PARTS = {
+    "transformer": "file or folder of the transformer, instead of the one in --model-dir",
+    "text_encoder": "file or folder of the text encoder, instead of the one in --model-dir",
+    "vae": "file or folder of the autoencoder, instead of the one in --model-dir",
+    "tokenizer": "tokenizer.json, or its folder, instead of the one in --model-dir",
+}
 
 
 def option(default: Any, help: str, **traits: bool) -> Any:

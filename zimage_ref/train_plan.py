@@ -20,7 +20,7 @@ from .memory import MemoryEstimate, estimate, trainable_parameters
 from .model_folder import ModelFolder
 from .names import lora_modules, transformer_parameters
 from .schedule import is_turbo
-from .train_cache import weights_digest
+from .train_cache import model_digests
 from .train_config import TrainConfig, free_options
 
 TURBO_WARNING = (
@@ -79,7 +79,7 @@ class TrainPlan:
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
-            "model": weights_digest(self.model.weights["transformer"], self.model.transformer.to_json()),
+            "model": model_digests(self.model),
             "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None,
         }
 
@@ -123,7 +123,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     what = {
         "dataset": "the pictures or captions",
-        "model": "the model's weights",
+        "model": "the model's weights or tokenizer",
         "adapter": "the training adapter",
         "batch": "the number of machines",
     }
