@@ -12,8 +12,8 @@ from typing import Any
 from zimage_ref import ConfigError, GenerateConfig, __version__
 from zimage_ref.denoising import Step
 from zimage_ref.generation import Pipeline
-from zimage_ref.generation_memory import require_memory
 from zimage_ref.images import save_picture
+from zimage_ref.memory import peak, require_memory
 from zimage_ref.options import MEMORY, PARTS
 from zimage_ref.picture_metadata import read_record
 from zimage_ref.provenance import ENGINE, Repeat, identity, record
@@ -176,7 +176,7 @@ class Run:
             return True
         limit, self.pipe.lean = self.pipe.memory_limit(), False
         stages = self.pipe.memory(requests, self._args.batch_size)
-        return limit is not None and max(stage.total for stage in stages) > limit
+        return limit is not None and peak(stages).total > limit
 
     def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
         """Makes and writes the pictures."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from zimage_ref import TrainConfig
 from zimage_ref.config_file import dump_options, read_options
+from zimage_ref.memory import peak
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.train_plan import TrainPlan
 
@@ -137,20 +138,22 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
                 plan = event
             else:
                 bars.update(event.what, event.done, event.total)
-    precision = mlx.precision_name(config)
-    memory = plan.memory(precision)
+    dtype, how = mlx.base_precision(config)
+    stored = plan.stored_bits
+    bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{how.bits} bits" if how else "")
     console.table(("plan", ""), [
         ("pictures", f"{len(plan.examples)}, and {len(plan.held_out)} held out"),
-        ("base", f"{'Turbo' if plan.turbo else 'base model'} in {precision}"),
+        ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
-    stages = {
-        "encode captions": memory.text_encoder, "encode pictures": memory.vae, "train: base": memory.base,
-        "train: LoRA and optimizer": memory.lora, "train: activations, about": memory.activations,
-        "largest stage, about": memory.peak,
-    }  # fmt: skip
-    console.table(("memory", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in stages.items()])
+    (captions, pictures, train), fast = (plan.memory(dtype, how, lean) for lean in (True, False))
+    console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
+        "encode captions": captions.total, "encode pictures": pictures.total,
+        "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,
+        "  activations": train.activations, "  activations, where nothing is computed twice": fast[-1].activations,
+        "largest stage": peak((captions, pictures, train)).total,
+    }.items()])  # fmt: skip

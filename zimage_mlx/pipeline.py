@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.generation import Pipeline
-from zimage_ref.generation_memory import LAZY
 from zimage_ref.lora_file import LoRAFile
+from zimage_ref.memory import FAST
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
@@ -33,7 +33,7 @@ class ZImagePipeline(Pipeline):
     """
 
     dtypes = tuple(DTYPES)
-    footprint = LAZY
+    footprint = FAST
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None

@@ -113,8 +113,8 @@ class _Run:
         saved, notices = self._earlier_run() if self._first else (None, [])
         yield from map(Notice, notices)
 
-        dtype, bits = base_precision(config)
-        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=bits)
+        dtype, how = base_precision(config)
+        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=how.bits if how else None)
         self._data = EncodedDataset(self._plan, ZImagePipeline(self._plan.model, dtype))  # captions stay exact
         for encoded in self._data.build(self._group.rank(), self._group.size()):
             yield encoded
