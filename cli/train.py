@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from zimage_ref import TrainConfig
@@ -20,6 +17,7 @@ from zimage_ref.train_plan import TrainPlan
 from .backends import require_mlx
 from .console import Bars, Console
 from .options import add_fields, from_args
+from .signals import noted
 
 _LOG_EVERY = 10.0  # seconds between lines where there is no terminal for a bar
 
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     if mlx.is_first():
         _show_options(config, console)
-    with _signals() as received, console.progress() as bars:
+    with noted() as received, console.progress() as bars:
         progress = _Progress(mlx, console, bars)
         for event in mlx.train(config, lambda: bool(received)):
             progress.show(event)
@@ -63,25 +61,6 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "resolution": ", ".join(map(str, config.resolution)),
         "report": RunFolder(config.output).report,
     })  # fmt: skip
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM enters; the second one ends the program where it is."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Progress:

@@ -15,7 +15,7 @@ from typing import Any
 from .errors import ConfigError
 from .lora_namings import NAMINGS
 from .names import LORA_TARGETS
-from .options import MEMORY, PARTS, at_least, check_side, option, required
+from .options import MEMORY, PARTS, at_least, by_model, check_side, option, required
 from .schedule import TimestepSampling
 
 OPTIMIZERS = (
@@ -88,8 +88,8 @@ class TrainConfig:
     )
     preview_every: int = option(250, "steps between previews", free=True)
     preview_size: int = option(0, "side of previews in pixels (0: the largest --resolution)", free=True)
-    preview_steps: int = option(0, "denoising steps of previews (0: 8 for Turbo, 30 for the base model)", free=True)
-    preview_guidance: float = option(-1.0, "guidance of previews (-1: none for Turbo, 4 for the base model)", free=True)
+    preview_steps: int = option(0, f"denoising steps of previews (0: {by_model('preview_steps')})", free=True)
+    preview_guidance: float = option(-1.0, f"guidance of previews (-1: {by_model('guidance')})", free=True)
     resume: bool = option(False, "go on from where an earlier run into --output stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
     overwrite: bool = option(False, "start anew where an unfinished run into --output could be resumed", free=True)
