@@ -133,6 +133,6 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
     console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
         "encode captions": captions.total, "encode pictures": pictures.total,
         "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,
-        "  activations": train.activations, "  activations, where nothing is computed twice": fast[-1].activations,
+        "  activations, --memory lean": train.activations, "  activations, --memory fast": fast[-1].activations,
         "largest stage": peak((captions, pictures, train)).total,
     }.items()])  # fmt: skip

@@ -170,8 +170,8 @@ class _Run:
             return math.inf
         if self._config.memory == "lean":
             return 0
-        state = 4 * 4 * self._plan.trainable  # matrices, gradients and two moments, float32
-        return max(0, _USABLE * limit - mx.get_active_memory() - state)
+        training = self._plan.memory(*base_precision(self._config), lean=True)[-1]
+        return max(0, _USABLE * limit - mx.get_active_memory() - training.lora)
 
     def _recorded(self, done: int) -> Iterator[Event]:
         """The steps, their events written to metrics and report by the first machine."""
