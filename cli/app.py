@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from zimage_ref import ZImageError, __version__
 
 from . import convert, demo, generate, inspection, train
 from .console import Console
+from .signals import INTERRUPTED, TERMINATED, Terminated, unwinding
 
 COMMANDS = {"train": train, "generate": generate, "convert": convert, "inspect": inspection, "demo": demo}
 
@@ -40,7 +37,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     args = parser().parse_args(argv)
     console = console or Console()
     try:
-        with _terminable():
+        with unwinding():
             code: int | None = COMMANDS[args.command].run(args, console)
     except ZImageError as error:
         console.error(str(error))
@@ -53,28 +50,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
         return 1
     except KeyboardInterrupt:
         console.error("interrupted")
-        return 130
-    except _Terminated:
+        return INTERRUPTED
+    except Terminated:
         console.error("terminated")
-        return 143
+        return TERMINATED
     return code or 0
-
-
-class _Terminated(BaseException):
-    """SIGTERM came: everything unwinds, as it does for Ctrl-C, so that no half-written file stays."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

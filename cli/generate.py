@@ -12,11 +12,11 @@ from typing import Any
 from zimage_ref import ConfigError, GenerateConfig, __version__
 from zimage_ref.denoising import Step
 from zimage_ref.generation import Pipeline
-from zimage_ref.generation_memory import require_memory
 from zimage_ref.images import save_picture
-from zimage_ref.options import MEMORY
+from zimage_ref.memory import peak, require_memory
+from zimage_ref.options import MEMORY, PARTS
 from zimage_ref.picture_metadata import read_record
-from zimage_ref.provenance import ENGINE, PARTS, Repeat, identity, record
+from zimage_ref.provenance import ENGINE, Repeat, identity, record
 from zimage_ref.quantize import BITS
 from zimage_ref.requests import Request
 from zimage_ref.tokenizer import MAX_TOKENS
@@ -24,7 +24,7 @@ from zimage_ref.tokenizer import MAX_TOKENS
 from . import blas, interactive
 from .backends import BACKENDS, DEFAULT, pipeline
 from .console import Console
-from .options import add_fields, from_args, path_and_scale
+from .options import add_fields, flag, from_args, path_and_scale
 from .pictures import STDOUT, Names, preview_path, write
 
 THUMBNAIL_COLUMNS = 48
@@ -33,7 +33,7 @@ THUMBNAIL_COLUMNS = 48
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage generate`."""
     add = parser.add_argument
-    add("--model-dir", type=Path, help="folder with the Z-Image model")
+    add("--model-dir", type=Path, help="folder with the Z-Image model, or a repository's id")
     add("--prompt", dest="prompts", action="append", default=[], help="what the picture shows; repeatable")
     add("--prompt-file", type=Path, help="prompts from a file, one a line; - reads them from stdin")
     add_fields(parser, GenerateConfig, from_file=True, without=("prompt", "seed"))
@@ -63,8 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, help=f"engine (default here: {DEFAULT})")
     add("--dtype", help="precision of the networks, such as bfloat16 or float32 (default: the engine's)")
     add("--quantize", type=int, choices=BITS, help="bits that the big matrices are quantized to as they load")
-    for part in PARTS:
-        add(f"--{part.replace('_', '-')}", type=Path, metavar="FILE", help=f"instead of the {part} in --model-dir")
+    for part, help in PARTS.items():
+        add(flag(part), type=Path, metavar="FILE", help=help)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
@@ -178,7 +178,7 @@ class Run:
             return True
         limit, self.pipe.lean = self.pipe.memory_limit(), False
         stages = self.pipe.memory(requests, self._args.batch_size)
-        return limit is not None and max(stage.total for stage in stages) > limit
+        return limit is not None and peak(stages).total > limit
 
     def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
         """Makes and writes the pictures."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from zimage_ref.checkpoint import Checkpoint
-from zimage_ref.components import COMPONENTS, config_of
 from zimage_ref.errors import ZImageError
 from zimage_ref.hub import local_folder
 from zimage_ref.images import PICTURE_SUFFIXES
@@ -27,6 +26,7 @@ from zimage_ref.lora import rank
 from zimage_ref.lora_dialects import is_lora
 from zimage_ref.lora_file import read_lora
 from zimage_ref.lora_merge import module_groups, norm
+from zimage_ref.model_folder import ModelFolder
 from zimage_ref.picture_metadata import read_record
 
 from .console import Console
@@ -132,7 +132,7 @@ def _show_faults(faults: list[Fault] | None, console: Console) -> None:
 def _folder(path: Path, args: argparse.Namespace, console: Console) -> int:
     parts = describe_folder(path)
     complete = not any(part.problem for part in parts)
-    needs = memory_needs(_configs(path, parts)) if complete else {}
+    needs = memory_needs(ModelFolder.open(path)) if complete else {}
     faults = {
         part.component: _verified(Checkpoint.open(part.file), console)
         for part in parts
@@ -146,11 +146,6 @@ def _folder(path: Path, args: argparse.Namespace, console: Console) -> int:
             console.print(f"{component}:")
             _show_faults(found, console)
     return 1 if any(faults.values()) else 0
-
-
-def _configs(path: Path, parts: list[Part]) -> dict[str, Any]:
-    files = {part.component: Checkpoint.open(part.file) for part in parts if part.file and part.description}
-    return {name: config_of(file, name, path) or COMPONENTS[name].official for name, file in files.items()}
 
 
 def _show_folder(path: Path, parts: list[Part], needs: dict[int, dict[str, int]], console: Console) -> None:

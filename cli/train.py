@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from zimage_ref import TrainConfig
 from zimage_ref.config_file import dump_options, read_options
+from zimage_ref.memory import peak
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.train_plan import TrainPlan
 
@@ -20,6 +18,7 @@ from . import blas
 from .backends import require_mlx
 from .console import Bars, Console
 from .options import add_fields, from_args
+from .signals import noted
 
 _LOG_EVERY = 10.0  # seconds between lines where there is no terminal for a bar
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
     """Trains with a progress bar and names the files written. The exit code, and the loss of every step."""
     mlx = require_mlx("training")
-    with _signals() as received, console.progress() as bars:
+    with noted() as received, console.progress() as bars:
         progress = _Progress(mlx, console, bars)
         for event in mlx.train(config, lambda: bool(received)):
             progress.show(event)
@@ -71,25 +70,6 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "resolution": ", ".join(map(str, config.resolution)),
         "report": RunFolder(config.output).report,
     })  # fmt: skip
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM enters; the second one ends the program where it is."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Progress:
@@ -148,20 +128,22 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
                 plan = event
             else:
                 bars.update(event.what, event.done, event.total)
-    precision = mlx.precision_name(config)
-    memory = plan.memory(precision)
+    dtype, how = mlx.base_precision(config)
+    stored = plan.stored_bits
+    bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{how.bits} bits" if how else "")
     console.table(("plan", ""), [
         ("pictures", f"{len(plan.examples)}, and {len(plan.held_out)} held out"),
-        ("base", f"{'Turbo' if plan.turbo else 'base model'} in {precision}"),
+        ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
-    stages = {
-        "encode captions": memory.text_encoder, "encode pictures": memory.vae, "train: base": memory.base,
-        "train: LoRA and optimizer": memory.lora, "train: activations, about": memory.activations,
-        "largest stage, about": memory.peak,
-    }  # fmt: skip
-    console.table(("memory", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in stages.items()])
+    (captions, pictures, train), fast = (plan.memory(dtype, how, lean) for lean in (True, False))
+    console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
+        "encode captions": captions.total, "encode pictures": pictures.total,
+        "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,
+        "  activations, --memory lean": train.activations, "  activations, --memory fast": fast[-1].activations,
+        "largest stage": peak((captions, pictures, train)).total,
+    }.items()])  # fmt: skip

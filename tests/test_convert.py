@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from zimage_ref import npz, safetensors_io
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.convert import Target, count_nonfinite, open_source, parse_size, write_model
 from zimage_ref.errors import ConfigError, FormatError
+from zimage_ref.names import transformer_parameters
 from zimage_ref.quantize import Quantization
 from zimage_ref.tensors import BFLOAT16, DTYPES, Tensor, cast
 
@@ -225,25 +229,43 @@ def test_the_summary_tells_sizes_before_and_after(
     assert captured.out == f"{tmp_path / 'a.npz'}\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_under_three_of_the_largest_tensor(tmp_path: Path) -> None:
-    shape, count = (3000, 2000), 12
-    tensors = {f"layers.{i}.w": Tensor.of(np.full(shape, i, np.float32)) for i in range(count)}
-    safetensors_io.write(tmp_path / "a.safetensors", tensors)
-    program = """
-import sys, pathlib, numpy as np
-from zimage_ref import convert, npz, safetensors_io
-from zimage_ref.checkpoint import Checkpoint
+_MEASURED = """
+import pathlib, sys
+from zimage_cli.app import main
 def peak():
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-tensors = Checkpoint.open(pathlib.Path(sys.argv[1])).tensors
 before = peak()
-npz.write(pathlib.Path(sys.argv[2]), {n: t.cast("bf16") for n, t in tensors.items()})
-print(peak() - before)
+code = main(sys.argv[1:])
+print(code, peak() - before)
 """
-    argv = [sys.executable, "-c", program, str(tmp_path / "a.safetensors"), str(tmp_path / "a.npz")]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 3 * 4 * shape[0] * shape[1]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A transformer of 155 MB, and the bytes of its largest tensor."""
+    config = replace(tiny.TRANSFORMER, dim=960, n_heads=30, n_layers=1)
+    shapes = transformer_parameters(config)
+    path = tmp_path_factory.mktemp("large") / "a.safetensors"
+    safetensors_io.write(
+        path, {n: Tensor(s, DTYPES["f32"], partial(np.full, s, 0.5, "<f4")) for n, s in shapes.items()}
+    )
+    return path, 4 * max(map(prod, shapes.values()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "options", [["a.npz"], ["a.safetensors", "--naming=comfy"], ["a.npz", "--dtype=bf16"], ["a.npz", "--quantize=4"]]
+)
+def test_the_command_takes_less_than_three_of_the_largest_tensor(
+    options: list[str], large: tuple[Path, int], tmp_path: Path
+) -> None:
+    source, largest = large
+    largest = max(largest, 4 * 3 * 960**2) if "--naming=comfy" in options else largest  # q, k and v are one tensor
+    argv = ["convert", f"--input={source}", "--model-type=t", f"--output={tmp_path / options[0]}", *options[1:]]
+    done = subprocess.run([sys.executable, "-c", _MEASURED, *argv], capture_output=True, text=True, check=True)
+    code, peak = map(int, done.stdout.split()[-2:])
+    print(f"{peak / largest:.2f} largest tensors")
+    assert code == 0 and peak < 3 * largest < source.stat().st_size / 3
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2 << 30), ("7B", 7)])

@@ -136,8 +136,8 @@ def picture(model: Path) -> np.ndarray:
     return draw(model, {})
 
 
-def draw(model: Path, parts: dict[str, Path]) -> np.ndarray:
-    pipe = zimage_ref.ZImagePipeline.from_pretrained(model, parts=parts)
+def draw(model: Path, parts: dict[str, Path], package: Any = zimage_ref) -> np.ndarray:
+    pipe = package.ZImagePipeline.from_pretrained(model, parts=parts)
     return pipe("a red fox", width=32, height=48, steps=1, output="array")[0]
 
 
@@ -154,25 +154,29 @@ def converted(model: Path, folder: Path, number: int, container: str) -> dict[st
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_every_dialect_in_every_container_holds_the_official_weights(
-    container: str, model: Path, tmp_path: Path
+def test_every_dialect_in_every_container_holds_the_official_weights_and_makes_the_official_picture(
+    container: str, model: Path, picture: np.ndarray, tmp_path: Path
 ) -> None:
     if container == ".gguf":
         pytest.importorskip("gguf", reason="reading .gguf needs the extra gguf")
-    for number in range(4):
-        for component, path in converted(model, tmp_path / str(number), number, container).items():
+    for number in range(max(map(len, DIALECTS.values()))):
+        parts = converted(model, tmp_path / str(number), number, container)
+        for component, path in parts.items():
             weights = open_source(path, component).tensors
             for name, array in foreign.official(model, component).items():
                 np.testing.assert_array_equal(weights[name].read(), array, strict=True)
+        np.testing.assert_array_equal(draw(model, parts), picture)
 
 
 @pytest.mark.parametrize(("number", "container"), list(enumerate(CONTAINERS)))
-def test_every_dialect_and_container_makes_the_same_picture(
-    number: int, container: str, model: Path, picture: np.ndarray, tmp_path: Path
+def test_mlx_makes_the_same_picture_of_dialects_and_containers(
+    number: int, container: str, model: Path, tmp_path: Path
 ) -> None:
+    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
     if container == ".gguf":
         pytest.importorskip("gguf", reason="reading .gguf needs the extra gguf")
-    np.testing.assert_array_equal(draw(model, converted(model, tmp_path, number, container)), picture)
+    parts = converted(model, tmp_path, number, container)
+    np.testing.assert_array_equal(draw(model, parts, mlx), draw(model, {}, mlx))
 
 
 def test_an_all_in_one_file_serves_two_components(model: Path, picture: np.ndarray, tmp_path: Path) -> None:

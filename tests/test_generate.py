@@ -14,17 +14,10 @@ from PIL import Image
 
 from zimage_ref import ConfigError, DatasetError, GenerateConfig, ModelFolder
 from zimage_ref.config import (
-    OFFICIAL_SCHEDULER,
-    OFFICIAL_TEXT_ENCODER,
     OFFICIAL_TRANSFORMER,
-    OFFICIAL_VAE,
     SchedulerConfig,
 )
-from zimage_ref.generation_memory import FRUGAL, LAZY, NUMPY, estimate, require_memory
-from zimage_ref.names import text_encoder_parameters, transformer_parameters, vae_parameters
-from zimage_ref.quantize import Quantization
 from zimage_ref.requests import plan
-from zimage_ref.tensors import BFLOAT16, Tensor
 
 SIZE: dict[str, Any] = {"width": 48, "height": 32}
 LONG = "a picture of soft waves and a red fox in the snow, " * 3
@@ -253,74 +246,6 @@ def test_a_pipeline_that_was_interrupted_works_on(pipe: Any) -> None:
         or "ref" in type(pipe).__module__
     )
     np.testing.assert_array_equal(array(pipe, seed=3)[0], expected)
-
-
-def official() -> ModelFolder:
-    """The published Turbo model: every shape, no data."""
-
-    def stored(shapes: Any) -> dict[str, Tensor]:
-        return {name: Tensor(shape, BFLOAT16, lambda: np.zeros(0)) for name, shape in shapes.items()}
-
-    weights = {
-        "transformer": stored(transformer_parameters(OFFICIAL_TRANSFORMER)),
-        "text_encoder": stored(text_encoder_parameters(OFFICIAL_TEXT_ENCODER)),
-        "vae": stored(vae_parameters(OFFICIAL_VAE)),
-    }
-    configs = OFFICIAL_TRANSFORMER, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE, OFFICIAL_SCHEDULER
-    return ModelFolder(Path("Z-Image-Turbo"), *configs, Path("tokenizer.json"), weights)
-
-
-def test_the_memory_estimate_is_what_was_measured() -> None:
-    folder = official()
-    encode, denoise, decode = estimate(folder, "bfloat16", FRUGAL, width=1024, height=1024)
-    assert encode.weights == pytest.approx(8.04e9, rel=0.01)
-    assert denoise.weights == pytest.approx(12.31e9, rel=0.001)
-    assert decode.weights == pytest.approx(0.168e9, rel=0.01)
-    for side, block, lazy, picture in ((512, 0.29e9, 3.4e9, 2.3e9), (1024, 1.06e9, 10e9, 9.5e9)):
-        assert estimate(folder, "bfloat16", FRUGAL, width=side, height=side)[1].activations == pytest.approx(
-            block, rel=0.15
-        )
-        stages = estimate(folder, "bfloat16", LAZY, width=side, height=side)
-        assert stages[1].activations == pytest.approx(lazy, rel=0.3)
-        assert stages[2].activations == pytest.approx(picture, rel=0.15)
-    assert estimate(folder, "float32", NUMPY, width=192, height=192)[2].activations == pytest.approx(199e6, rel=0.1)
-
-
-def test_the_memory_estimate_follows_the_options() -> None:
-    folder, size = official(), {"width": 1024, "height": 1024}
-    plain = estimate(folder, "bfloat16", LAZY, **size)
-    four = estimate(folder, "bfloat16", LAZY, quantization=Quantization(4), **size)
-    assert four[1].weights == pytest.approx(3.6e9, rel=0.05) and four[2] == plain[2]
-    assert estimate(folder, "float32", LAZY, **size)[1].weights == 2 * plain[1].weights
-    guided = estimate(folder, "bfloat16", LAZY, guided=True, **size)
-    batch = estimate(folder, "bfloat16", LAZY, batch=2, **size)
-    assert guided[1].activations == batch[1].activations == 2 * plain[1].activations
-    together = estimate(folder, "bfloat16", LAZY, one_at_a_time=False, **size)
-    assert {s.weights for s in together} == {sum(s.weights for s in plain)}
-    assert estimate(folder, "float32", NUMPY, **size)[1].weights == 4 * 3840 * 10240
-
-
-@pytest.mark.parametrize(
-    ("options", "footprint", "limit", "fact"),
-    [
-        (
-            {"width": 512, "height": 512},
-            FRUGAL,
-            10e9,
-            "about 12.6 GB to denoise, 12.3 of it weights, and there are 10.0 GB: --quantize",
-        ),
-        ({"width": 2048, "height": 2048}, LAZY, 24e9, "GB to denoise, 12.3 of .* a smaller --width and --height"),
-    ],
-)
-def test_what_does_not_fit_into_memory_is_refused_with_a_way_out(
-    options: Any, footprint: Any, limit: float, fact: str
-) -> None:
-    stages = estimate(official(), "bfloat16", footprint, **options)
-    with pytest.raises(ConfigError, match=fact) as caught:
-        require_memory(stages, int(limit))
-    assert "--force" in str(caught.value)
-    require_memory(stages, 200_000_000_000)
-    require_memory(stages, None)
 
 
 def test_a_pipeline_estimates_the_largest_of_its_requests(pipe: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ from training_runs import Workshop, pictures, workshop
 
 from zimage_cli.app import main
 from zimage_ref import ConfigError, TrainConfig
-from zimage_ref import config as cfg
 from zimage_ref.config_file import dump_options, read_options, to_json
-from zimage_ref.memory import estimate
+from zimage_ref.convert import Target, open_source, write_model
+from zimage_ref.quantize import Quantization
 
 # A value other than the default for every option
 OTHER: dict[str, Any] = {
@@ -27,7 +26,8 @@ OTHER: dict[str, Any] = {
     "lora_format": "kohya",
     "lora_plus": 16.0, "rank_dropout": 0.1, "timesteps": "shift=2.5", "base_precision": "8",
     "memory": "lean",
-    "training_adapter": Path("a.safetensors"), "save_every": 6, "resume_every": 12, "keep_last": 2,
+    "training_adapter": Path("a.safetensors"), "transformer": Path("t.npz"), "text_encoder": Path("q.npz"),
+    "vae": Path("v.npz"), "tokenizer": Path("t.json"), "save_every": 6, "resume_every": 12, "keep_last": 2,
     "preview_prompt": ("a fox, in snow", "an owl"), "preview_every": 13, "preview_size": 256, "preview_steps": 4,
     "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,
 }  # fmt: skip
@@ -132,19 +132,11 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())
     assert "pictures 3, and 1 held out" in out and "steps 9, of 3 an epoch" in out
-    assert "base Turbo in f32" in out and "LoRA 28 layers, rank 4: 29,184 parameters" in out
-    assert "32 32" in out and "32 16" in out and "largest stage, about" in out
+    assert "base Turbo in float32" in out and "LoRA 28 layers, rank 4: 29,184 parameters" in out
+    assert "32 32" in out and "32 16" in out and "largest stage" in out and "memory, about" in out
     assert not (tmp_path / "x.run").exists() and not (tmp_path / "zimage-cache").exists()
-
-
-def test_a_full_size_run_is_estimated_from_headers_alone(tmp_path: Path) -> None:
-    model = SimpleNamespace(
-        transformer=cfg.OFFICIAL_TRANSFORMER, text_encoder=cfg.OFFICIAL_TEXT_ENCODER, vae=cfg.OFFICIAL_VAE
-    )
-    full = estimate(model, 36_000_000, "bf16", "adamw", False, 1024, 1)  # type: ignore[arg-type]
-    assert full.base == pytest.approx(12.31e9, rel=1e-3) and full.text_encoder == pytest.approx(8.04e9, rel=1e-3)
-    assert full.lora == 36_000_000 * 16
-    assert 8e9 < full.activations < 13e9  # 10.9 GB were measured
-    four = estimate(model, 36_000_000, "4", "adamw", True, 4096, 2)  # type: ignore[arg-type]
-    assert four.base == pytest.approx(3.46e9, rel=1e-2) and four.lora == 36_000_000 * 20
-    assert four.activations > 6 * full.activations and four.peak == four.training
+    file = tmp_path / "q4.npz"
+    write_model(open_source(shop.model, "transformer"), Target(file, "transformer", quantization=Quantization(4)))
+    for option, words in ((f"--transformer={file}", "Turbo in 4 bits as stored"), ("--base-precision=8", "in 8 bits")):
+        assert main([*argv, "--dry-run", "--resolution=32", option]) == 0
+        assert words in capfd.readouterr().out

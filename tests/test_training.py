@@ -111,7 +111,7 @@ def test_a_faulty_dataset_is_refused_before_the_model_is_opened(spoil, named: st
     data = tiny.write_dataset(tmp_path / "data")
     spoil(data)
     with pytest.raises(DatasetError, match=named):
-        list(train(TrainConfig(tmp_path / "no-model-here", data)))
+        list(train(TrainConfig(tmp_path / "no-model-here", data, tmp_path / "x.safetensors")))
 
 
 def test_training_without_mlx_says_which_extra_to_install(tmp_path: Path) -> None:

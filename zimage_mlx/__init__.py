@@ -5,7 +5,7 @@ The same modules under the same names as `zimage_ref`, whose definitions it shar
 
 from zimage_ref.train_config import TrainConfig
 
-from .base import precision_name
+from .base import base_precision
 from .events import (
     Checkpointed,
     Done,
@@ -25,5 +25,5 @@ from .training import plan_of, train
 
 __all__ = [
     "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
-    "TrainConfig", "Validated", "ZImagePipeline", "is_first", "plan_of", "precision_name", "train",
+    "TrainConfig", "Validated", "ZImagePipeline", "base_precision", "is_first", "plan_of", "train",
 ]  # fmt: skip

@@ -6,53 +6,42 @@ distillation, the new LoRA learns only what the pictures show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from zimage_ref.lora import LoRA, parameter
-from zimage_ref.tensors import Tensor
+from zimage_ref.lora import BIAS, LoRA
 
 from . import lora
 from .transformer import Transformer
-from .weights import to_mlx
+
+_BASE = ".base"  # of a layer that is trained: where its own module is
 
 
 class TrainingAdapter:
-    """The adapter of a transformer whose weights can be read again from `weights`, by name."""
+    """The adapter of a transformer, on the base below the LoRAs that train; see `lora.Adapters` for quantized layers.
 
-    def __init__(self, model: Transformer, adapter: LoRA, weights: Mapping[str, Tensor], dtype: mx.Dtype) -> None:
-        self._model, self._adapter, self._weights, self._dtype = model, adapter, weights, dtype
+    pristine: gives a float parameter of the transformer as loaded, by name.
+    """
+
+    def __init__(self, model: Transformer, adapter: LoRA, pristine: Callable[[str], mx.array]) -> None:
+        trained = {name for name, module in model.named_modules() if isinstance(module, lora.LoRALinear)}
+        self._adapters = lora.Adapters(model, lambda name: pristine(name.replace(f"{_BASE}.", ".")), merge=True)
+        self._updates: LoRA = {}
+        for name, update in adapter.items():
+            layer, bias = (name.removesuffix(BIAS), BIAS) if name.endswith(BIAS) else (name, "")
+            self._updates[f"{layer}{_BASE if layer in trained else ''}{bias}"] = update
 
     def merge(self) -> None:
-        """What the adapter makes of each parameter, rounded to the base's own precision, in its place."""
-        for name, update in self._adapter.items():
-            self._set(parameter(name), lora.merged(self._original(parameter(name)), [(update, 1.0)]))
+        """The base with the adapter: merged and rounded to its precision, or beside a layer that is quantized."""
+        self._adapters.use([(self._updates, 1.0)])
 
     @contextmanager
     def removed(self) -> Iterator[None]:
         """A block in which the base is exactly as it was read."""
-        for name in self._adapter:
-            self._set(parameter(name), self._original(parameter(name)))
+        self._adapters.use([])
         try:
             yield
         finally:
             self.merge()
-
-    def _original(self, name: str) -> mx.array:
-        return to_mlx(self._weights[name], self._dtype)
-
-    def _set(self, name: str, value: mx.array) -> None:
-        """Puts `value` into a layer, quantized as that is."""
-        layer, _, kind = name.rpartition(".")
-        module: Any = lora.find(self._model, layer)
-        base = module.base if isinstance(module, lora.LoRALinear) else module
-        if kind == "weight" and isinstance(base, nn.QuantizedLinear):
-            base.weight, base.scales, base.biases = mx.quantize(value, base.group_size, base.bits)
-            mx.eval(base.weight, base.scales, base.biases)
-        else:
-            base[kind] = value
-            mx.eval(value)

@@ -93,6 +93,7 @@ class Adapters:
             self._changed.add(name)
 
     def _replace(self, path: str, module: nn.Module) -> None:
+        module.freeze()
         self._replaced[path] = find(self._model, path)
         replace(self._model, [(path, module)])
 
@@ -165,11 +166,11 @@ def start(model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng:
 
 
 def factors(model: nn.Module) -> LoRA:
-    """The low-rank branches on `model`."""
+    """The trainable low-rank branches on `model`."""
     return {
         name: LowRank(np.array(m.lora_A.astype(mx.float32)), np.array(m.lora_B.astype(mx.float32)), m._scale)
         for name, m in model.named_modules()
-        if isinstance(m, LoRALinear)
+        if isinstance(m, LoRALinear) and "lora_A" in m.trainable_parameters()
     }
 
 

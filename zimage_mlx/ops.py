@@ -11,6 +11,9 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+
+from .compiled import fused
 
 Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
@@ -115,3 +118,16 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     function: Any = mx.custom_function(lambda x, weight: mx.fast.rms_norm(x, weight, eps))
     function.vjp(gradient)
     return function(x, weight)
+
+
+@fused
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x). That of mlx.nn is compiled everywhere, which on a CPU needs a C++ compiler at run time."""
+    return x * mx.sigmoid(x)
+
+
+class SiLU(nn.Module):
+    """`silu` as a layer."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return silu(x)

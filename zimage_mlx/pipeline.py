@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.generation import Pipeline
-from zimage_ref.generation_memory import LAZY
 from zimage_ref.lora_file import LoRAFile
+from zimage_ref.memory import FAST
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
@@ -33,7 +33,7 @@ class ZImagePipeline(Pipeline):
     """
 
     dtypes = tuple(DTYPES)
-    footprint = LAZY
+    footprint = FAST
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
@@ -41,6 +41,8 @@ class ZImagePipeline(Pipeline):
         super().__init__(folder, dtype, lean, quantize)
         default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
         self.dtype = DTYPES[dtype or default]
+        if mx.metal.is_available():  # keeps weights from being paged out between steps
+            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
     @property
     def precision(self) -> str:

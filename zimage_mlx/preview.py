@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from zimage_ref.images import save_picture, to_picture, to_unit
+from zimage_ref.options import BASE, TURBO
 from zimage_ref.schedule import starting_noise
 from zimage_ref.train_plan import TrainPlan
 
@@ -19,8 +20,6 @@ from .cache import EncodedDataset
 from .events import Previewed
 from .learner import Learner
 from .pipeline import ZImagePipeline
-
-_TURBO, _BASE = (8, 0.0), (30, 4.0)  # steps and guidance
 
 
 class Previewer:
@@ -49,9 +48,9 @@ class Previewer:
     def _latents(self, index: int, prompt: str, data: EncodedDataset) -> mx.array:
         """(1, C, h, w) of the finished picture."""
         config, model = self._plan.config, self._plan.model
-        steps, guidance = _TURBO if self._plan.turbo else _BASE
-        steps = config.preview_steps or steps
-        guidance = guidance if config.preview_guidance < 0 else config.preview_guidance
+        defaults = TURBO if self._plan.turbo else BASE
+        steps = config.preview_steps or defaults.preview_steps
+        guidance = defaults.guidance if config.preview_guidance < 0 else config.preview_guidance
         side = (config.preview_size or max(config.resolution)) // model.vae.factor
         x = mx.array(starting_noise(config.seed + index, (model.transformer.in_channels, side, side)))[None]
         captions = [data.caption(prompt)] + ([data.caption("")] if guidance else [])

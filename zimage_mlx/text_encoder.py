@@ -11,6 +11,8 @@ import mlx.nn as nn
 
 from zimage_ref.config import TextEncoderConfig
 
+from .ops import silu
+
 
 class Attention(nn.Module):
     """Causal self-attention with grouped keys and values, RMS-normed and rotated queries and keys."""
@@ -47,7 +49,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -24,7 +24,7 @@ from zimage_ref.train_plan import TURBO_WARNING, TrainPlan, changes, list_exampl
 
 from . import machines
 from .adapter import TrainingAdapter
-from .base import base_precision, load_base
+from .base import base_precision
 from .cache import EncodedDataset
 from .events import (
     Checkpointed,
@@ -47,6 +47,7 @@ from .optimizer import number
 from .pipeline import ZImagePipeline
 from .preview import Previewer
 from .saver import Saver, environment
+from .weights import to_mlx
 
 _PATIENCE = 3  # steps in a row that may fail before the run is given up
 _MEMORY = 0.98  # of the smoothed loss
@@ -80,7 +81,7 @@ def plan_of(config: TrainConfig, ranks: int = 1) -> Iterator[Encoded | TrainPlan
         for picture, caption in listed:
             examples.append(Example.open(picture, caption))
             yield Encoded(sum(map(len, opened)), total, "pictures")
-    yield make_plan(config, ModelFolder.open(config.model_dir), *opened, ranks)
+    yield make_plan(config, ModelFolder.open(config.model_dir, config.parts), *opened, ranks)
 
 
 class _Run:
@@ -112,8 +113,9 @@ class _Run:
         saved, notices = self._earlier_run() if self._first else (None, [])
         yield from map(Notice, notices)
 
-        self._pipeline = ZImagePipeline(self._plan.model, base_precision(config)[0])
-        self._data = EncodedDataset(self._plan, self._pipeline)
+        dtype, how = base_precision(config)
+        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=how.bits if how else None)
+        self._data = EncodedDataset(self._plan, ZImagePipeline(self._plan.model, dtype))  # captions stay exact
         for encoded in self._data.build(self._group.rank(), self._group.size()):
             yield encoded
             if self._asked_to_stop():
@@ -146,12 +148,11 @@ class _Run:
 
     def _prepare(self, saved: SavedState | None) -> int:
         """Loads the base and puts the LoRA, fresh or saved, beside it. Returns the steps that are made already."""
-        plan, pipeline = self._plan, self._pipeline
-        model = load_base(pipeline, base_precision(self._config)[1])
-        self._adapter = TrainingAdapter(model, plan.adapter, plan.model.weights["transformer"], pipeline.dtype)
-        self._adapter.merge()
-        feed = Feed(plan, self._data)
+        plan, pipeline, feed = self._plan, self._pipeline, Feed(self._plan, self._data)
+        model, tensors = pipeline.transformer, plan.model.weights["transformer"]
         self._feed, self._learner = feed, Learner(plan, model, feed, self._group, self._budget())
+        self._adapter = TrainingAdapter(model, plan.adapter, lambda name: to_mlx(tensors[name], pipeline.dtype))
+        self._adapter.merge()
         self._saver = Saver(plan, self._run, self._learner, self._facts)
         self._previewer = Previewer(plan, pipeline, self._learner, self._adapter, self._run.previews)
         if self._group.size() > 1:
@@ -169,8 +170,8 @@ class _Run:
             return math.inf
         if self._config.memory == "lean":
             return 0
-        state = 4 * 4 * self._plan.trainable  # matrices, gradients and two moments, float32
-        return max(0, _USABLE * limit - mx.get_active_memory() - state)
+        training = self._plan.memory(*base_precision(self._config), lean=True)[-1]
+        return max(0, _USABLE * limit - mx.get_active_memory() - training.lora)
 
     def _recorded(self, done: int) -> Iterator[Event]:
         """The steps, their events written to metrics and report by the first machine."""

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from zimage_ref.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.positions import caption_ids, image_ids, padded, rope_angles
 
-from .ops import Rotation, attention, rms_norm, rotate, rotation_tables
+from .ops import Rotation, SiLU, attention, rms_norm, rotate, rotation_tables, silu
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = [
             nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN_DIM),
-            nn.SiLU(),
+            SiLU(),
             nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
         ]
         half = TIME_FREQUENCIES // 2
@@ -121,7 +121,7 @@ class FeedForward(nn.Module):
 
     def contract(self, gate: mx.array, value: mx.array) -> mx.array:
         """Gate and value -> (B, S, D)."""
-        return self.w2(nn.silu(gate) * value)
+        return self.w2(silu(gate) * value)
 
 
 class Block(nn.Module):
@@ -174,11 +174,11 @@ class FinalLayer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.dim, config.patch_dim)
-        self.adaLN_modulation = [nn.SiLU(), nn.Linear(config.adaln_dim, config.dim)]
+        self.adaLN_modulation = [SiLU(), nn.Linear(config.adaln_dim, config.dim)]
 
     def __call__(self, x: mx.array, adaln: mx.array) -> mx.array:
-        silu, linear = self.adaLN_modulation
-        scale = 1 + linear(silu(adaln))
+        activation, linear = self.adaLN_modulation
+        scale = 1 + linear(activation(adaln))
         return self.linear(mx.fast.layer_norm(x, None, None, 1e-6) * scale[:, None])
 
 

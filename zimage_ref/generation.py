@@ -17,10 +17,10 @@ import numpy as np
 from .checkpoint import find_weights
 from .denoising import Step, denoised, plain_steps
 from .errors import ConfigError
-from .generation_memory import Footprint, Stage, estimate, largest, physical_memory
 from .images import Picture, to_array, to_picture, to_unit
 from .lora_alpha import companions
 from .lora_file import LoRAFile, read_lora
+from .memory import Footprint, Stage, generation, largest, physical_memory
 from .model_folder import ModelFolder
 from .names import transformer_parameters
 from .options import GenerateConfig
@@ -248,7 +248,7 @@ class Pipeline(ABC):
         """An estimate of the memory that each stage of making `requests` takes."""
         sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
         return largest(
-            estimate(
+            generation(
                 self.folder,
                 self.precision,
                 self.footprint,

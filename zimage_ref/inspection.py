@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,15 @@ from .checkpoint import READABLE, Checkpoint
 from .components import COMPONENTS, config_of, identify, looks_like, official_weights
 from .convert import count_nonfinite
 from .errors import ZImageError
-from .model_folder import find_component, find_parts
-from .positions import padded
+from .memory import LEAN, generation, peak, trainable_parameters, training, weight_bytes
+from .model_folder import ModelFolder, find_component, find_parts
+from .names import lora_modules, transformer_parameters
 from .quantize import Quantization, QuantizedTensor, unfold
 from .tensors import DTYPE_NAMES, FLOATS, Tensor
+from .train_config import TrainConfig
 
 WEIGHT_BITS = (16, 8, 4)
 _SIDE = 1024  # pixels of the square picture that memory is estimated for
-_CAPTION_TOKENS = 128
-# Activations that live at once, measured at full size on 1088 and 4160 tokens: for each token, in widths of the stream,
-# while a picture is denoised, and for each block of a training step; for each pixel, in first widths, while decoding
-_DENOISE_WIDTHS, _TRAIN_WIDTHS, _DECODE_WIDTHS = 400, 38, 36
 
 
 @dataclass(frozen=True)
@@ -175,38 +172,19 @@ def describe_folder(folder: Path) -> list[Part]:
     return [*parts, Part("tokenizer", tokenizer, None, problem)]
 
 
-def memory_needs(configs: Mapping[str, Any]) -> dict[int, dict[str, int]]:
-    """Bytes, by bits a weight, of the largest stage of generating and of training at 1024 x 1024, about.
+def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
+    """Bytes, by bits a weight, of all weights, and about the least that generating and training at 1024 x 1024 take.
 
-    configs: of transformer, text_encoder and vae. One network is held at a time; activations are bfloat16.
+    One network is in memory at a time; what is not quantized, activations too, is bfloat16.
     """
-    transformer, vae = configs["transformer"], configs["vae"]
-    image_tokens = padded((_SIDE // vae.factor // transformer.patch_size) ** 2)
-    tokens = image_tokens + _CAPTION_TOKENS
-    blocks = 2 * transformer.n_refiner_layers + transformer.n_layers
-    stream = 2 * tokens * transformer.dim
-    decode = 2 * _SIDE**2 * vae.block_out_channels[0] * _DECODE_WIDTHS
-    needs = {}
+    layers = lora_modules(folder.transformer, TrainConfig.targets)
+    trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)
+    tokens, needs = (_SIDE // folder.size_multiple) ** 2, {}
     for bits in WEIGHT_BITS:
-        weights = {name: weight_bytes(name, config, bits) for name, config in configs.items()}
-        stages = (weights["text_encoder"], weights["vae"] + decode)
+        how = Quantization(bits) if bits < 16 else None
         needs[bits] = {
-            "weights": sum(weights.values()),
-            "generate": max(*stages, weights["transformer"] + _DENOISE_WIDTHS * stream),
-            "train": max(*stages, weights["transformer"] + _TRAIN_WIDTHS * blocks * stream),
+            "weights": sum(weight_bytes(tensors, 2, how) for tensors in folder.weights.values()),
+            "generate": peak(generation(folder, "bfloat16", LEAN, width=_SIDE, height=_SIDE, quantization=how)).total,
+            "train": peak(training(folder, "bfloat16", how, trainable=trainable, image_tokens=tokens)).total,
         }
     return needs
-
-
-def weight_bytes(component: str, config: Any, bits: int) -> int:
-    """Memory of a component's weights, the big matrices at `bits` (16: all bfloat16)."""
-    kind = COMPONENTS[component]
-    how = Quantization(bits) if bits < 16 and component != "vae" else None
-    total = 0
-    for name, shape in kind.parameters(config).items():
-        if name in kind.unused(config):
-            continue
-        size = prod(shape)
-        covered = how is not None and how.covers(name, shape)
-        total += size * bits // 8 + 4 * size // how.group_size if covered and how else 2 * size
-    return total

@@ -1,68 +1,139 @@
-"""How much memory a training run will take: from the headers alone, before anything is loaded.
+"""How much memory making pictures and training will take: from headers and sizes alone, before anything is loaded.
 
-An estimate to choose options by, not a promise. Resident weights and optimizer state are exact arithmetic; activations
-are a measured multiple of the tokens.
+An estimate to choose options by and to refuse the hopeless, not a promise. Weights and optimizer state are exact
+arithmetic; activations are measured multiples of tokens or pixels, all of them in the table below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from . import names
+from .config import TransformerConfig
+from .errors import ConfigError
 from .model_folder import ModelFolder
 from .positions import padded
+from .quantize import Quantization, QuantizedTensor
+from .tensors import Tensor
+from .tokenizer import MAX_TOKENS
 
-# Bytes a weight: 8 and 4 bits carry a bfloat16 scale and offset for every 64 weights
-_BYTES = {"f32": 4.0, "bf16": 2.0, "8": 1.0625, "4": 0.5625}
-# Activations kept for the gradient, in widths of the residual stream for each token and block: measured, 32 to 38 on
-# 1088 and 4160 tokens at full size, without gradient checkpointing
-_WIDTHS = 38
-_CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
+CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
+# Values of one block that live at once, in widths of the stream and of the feed-forward for each token
+_STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
+# Blocks' values that live at once beside what is kept for the gradient. Measured with this project's training, official
+# transformer in bfloat16, rank 16, AdamW, inputs of blocks kept only: 2.4 GB over the base at 512 x 512, 8.4 GB at
+# 1024 x 1024, LoRA and optimizer included; this makes 2.6 and 8.1
+_TRAIN_BLOCKS = 6.2
 _SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
+_ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes, by what they are for. The stages follow one another; the largest is the peak."""
+class Footprint:
+    """How an engine, run in one way, uses memory for activations."""
 
-    text_encoder: int
-    vae: int
-    base: int
-    lora: int  # matrices, gradients, optimizer state, average
+    mapped: bool  # weights stay on disk but for the one in use
+    blocks: float  # how many blocks' values live at once
+    pixel_widths: int  # values for each pixel on its way through the autoencoder, in widths of its first level
+    whole_scores: bool  # the autoencoder's attention makes all its scores at once
+
+
+# MLX, official model in bfloat16: one block computed while the next is queued, 0.34 GB at 1088 tokens and 1.31 GB at
+# 4160, where this makes 0.34 and 1.31. FAST: layers of the autoencoder whole, 2.3 GB at 512 x 512 and 9.5 GB at 1024 x
+# 1024, where this makes 2.1 and 9.1. LEAN: some rows of them at a time; a layer's input, its output and what is kept
+# for the shortcut are whole
+FAST = Footprint(mapped=False, blocks=1.28, pixel_widths=30, whole_scores=True)
+LEAN = Footprint(mapped=False, blocks=1.28, pixel_widths=6, whole_scores=False)
+# NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
+NUMPY = Footprint(mapped=True, blocks=0.5, pixel_widths=11, whole_scores=False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes that one stage of making a picture, or of training, takes. Stages follow one another."""
+
+    name: str  # encode, denoise, decode; captions, pictures, train
+    weights: int
     activations: int
+    lora: int = 0  # matrices, gradients, optimizer state, average
 
     @property
-    def training(self) -> int:
-        """Bytes while steps are made."""
-        return self.base + self.lora + self.activations
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the largest stage."""
-        return max(self.text_encoder, self.vae, self.training)
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.activations + self.lora
 
 
-def estimate(
-    model: ModelFolder, trainable: int, precision: str, optimizer: str, ema: bool, batch_tokens: int, batch_size: int
-) -> MemoryEstimate:
-    """The memory of a run whose largest batch has `batch_size` pictures of `batch_tokens` image tokens each.
+def generation(
+    folder: ModelFolder,
+    precision: str,
+    footprint: Footprint,
+    *,
+    width: int,
+    height: int,
+    batch: int = 1,
+    guided: bool = False,
+    quantization: Quantization | None = None,
+    one_at_a_time: bool = True,
+) -> list[Stage]:
+    """The memory of each stage of making `batch` pictures of width x height together.
 
-    trainable: LoRA parameters. precision: bf16, f32, 8 or 4, of the frozen base.
+    precision: the networks' dtype by name. quantization: of the big matrices. one_at_a_time: a network is freed before
+    the next is loaded.
     """
-    config = model.transformer
-    width = _BYTES["f32" if precision == "f32" else "bf16"]
-    copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)
-    tokens = batch_size * (padded(batch_tokens) + _CAPTION_TOKENS)
+    itemsize = _ITEMSIZES[precision]
+    weights = {n: weight_bytes(t, itemsize, quantization, footprint.mapped) for n, t in folder.weights.items()}
+    if not one_at_a_time:
+        weights = dict.fromkeys(weights, sum(weights.values()))
+    tokens = batch * (1 + guided) * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
+    denoise = tokens * _block_values(folder.transformer) * footprint.blocks
+    return [
+        Stage("encode", weights["text_encoder"], round(itemsize * _encode_values(folder, footprint))),
+        Stage("denoise", weights["transformer"], round(itemsize * denoise)),
+        Stage("decode", weights["vae"], itemsize * _pixel_values(folder, width * height, footprint)),
+    ]
+
+
+def training(
+    folder: ModelFolder,
+    precision: str,
+    quantization: Quantization | None,
+    *,
+    trainable: int,
+    image_tokens: int,
+    batch: int = 1,
+    optimizer: str = "adamw",
+    ema: bool = False,
+    lean: bool = True,
+) -> list[Stage]:
+    """The memory of each stage of training on batches of at most `batch` pictures of `image_tokens` tokens.
+
+    precision, quantization: of the frozen base. trainable: LoRA parameters. lean: blocks keep only their input for the
+    gradient and run twice; else they keep all that it needs.
+    """
+    itemsize, config, footprint = _ITEMSIZES[precision], folder.transformer, LEAN if lean else FAST
+    base = weight_bytes(folder.weights["transformer"], itemsize, quantization)
+    encoder, vae = (weight_bytes(folder.weights[name], itemsize) for name in ("text_encoder", "vae"))
+    tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
+    kept = config.dim if lean else 7 * config.dim + 2 * config.ffn_dim  # for each block: its input, or its residuals
     blocks = len(list(names.transformer_blocks(config)))
-    return MemoryEstimate(
-        text_encoder=round(width * _parameters(names.text_encoder_parameters(model.text_encoder))),
-        vae=round(width * _parameters(names.vae_parameters(model.vae))),
-        base=round(_BYTES[precision] * _parameters(names.transformer_parameters(config))),
-        lora=4 * copies * trainable,
-        activations=round(_WIDTHS * tokens * blocks * config.dim * width),
-    )
+    activations = tokens * (kept * blocks + _TRAIN_BLOCKS * _block_values(config))
+    pixels = _pixel_values(folder, image_tokens * folder.size_multiple**2, footprint)
+    copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)  # matrices and gradients, and what the optimizer keeps of them
+    return [
+        Stage("captions", encoder, round(itemsize * _encode_values(folder, footprint))),
+        Stage("pictures", vae, itemsize * pixels),
+        Stage("train", base, round(itemsize * activations), lora=4 * copies * trainable),
+    ]
+
+
+def weight_bytes(
+    tensors: Mapping[str, Tensor], itemsize: int, how: Quantization | None = None, mapped: bool = False
+) -> int:
+    """Memory of a network's weights: `itemsize` bytes each, but what `how` covers or the file holds quantized."""
+    sizes = [_nbytes(name, tensor, itemsize, how) for name, tensor in tensors.items()]
+    return max(sizes) if mapped else sum(sizes)
 
 
 def trainable_parameters(shapes: names.Shapes, layers: Iterable[str], rank: int) -> int:
@@ -70,5 +141,57 @@ def trainable_parameters(shapes: names.Shapes, layers: Iterable[str], rank: int)
     return sum(rank * sum(shapes[f"{layer}.weight"]) for layer in layers)
 
 
-def _parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(prod(shape) for shape in shapes.values())
+def peak(stages: Iterable[Stage]) -> Stage:
+    """The largest stage."""
+    return max(stages, key=lambda stage: stage.total)
+
+
+def largest(estimates: Iterable[Sequence[Stage]]) -> list[Stage]:
+    """Of each stage the largest that occurs."""
+    return [peak(same) for same in zip(*estimates, strict=True)]
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory that this machine has, None where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def require_memory(stages: Sequence[Stage], limit: int | None) -> None:
+    """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit."""
+    most = peak(stages)
+    if limit is None or most.total <= limit:
+        return
+    if most.weights > most.activations:
+        way_out = "--quantize 8 or 4 makes the weights smaller"
+    else:
+        way_out = "take a smaller --width and --height, or --batch-size 1"
+    raise ConfigError(
+        f"this takes about {most.total / 1e9:.1f} GB to {most.name}, {most.weights / 1e9:.1f} of it weights, and there "
+        f"are {limit / 1e9:.1f} GB: {way_out}; --force tries it all the same"
+    )
+
+
+def _block_values(config: TransformerConfig) -> int:
+    return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
+
+
+def _encode_values(folder: ModelFolder, footprint: Footprint) -> float:
+    config = folder.text_encoder
+    widths = _STREAM_WIDTHS * config.hidden_size + _FFN_WIDTHS * config.intermediate_size
+    return MAX_TOKENS * widths * footprint.blocks
+
+
+def _pixel_values(folder: ModelFolder, pixels: int, footprint: Footprint) -> int:
+    scores = (pixels // folder.vae.factor**2) ** 2 if footprint.whole_scores else 0
+    return pixels * footprint.pixel_widths * folder.vae.block_out_channels[0] + 2 * scores
+
+
+def _nbytes(name: str, tensor: Tensor, itemsize: int, how: Quantization | None) -> int:
+    if isinstance(tensor, QuantizedTensor):
+        how = tensor.quantization
+    elif how is None or not how.covers(name, tensor.shape):
+        return tensor.size * itemsize
+    return tensor.size * how.bits // 8 + 2 * itemsize * tensor.size // how.group_size  # scale and offset of each group

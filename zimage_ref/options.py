@@ -18,6 +18,32 @@ SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
 MAX_AREA = 2048 * 2048  # pixels
 MEMORY = ("auto", "lean", "fast")  # how memory is traded for time
+# Parts of a model that a file may be given for -> help of that option
+PARTS = {
+    "transformer": "file or folder of the transformer, instead of the one in --model-dir",
+    "text_encoder": "file or folder of the text encoder, instead of the one in --model-dir",
+    "vae": "file or folder of the autoencoder, instead of the one in --model-dir",
+    "tokenizer": "tokenizer.json, or its folder, instead of the one in --model-dir",
+}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is made of options that are left to the model."""
+
+    steps: int
+    guidance: float
+    preview_steps: int  # while training: nearly the same picture, sooner
+
+
+TURBO = Defaults(steps=8, guidance=0.0, preview_steps=8)  # README of Tongyi-MAI/Z-Image
+BASE = Defaults(steps=50, guidance=4.0, preview_steps=30)
+IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0  # defaults of diffusers' img2img and inpaint pipelines
+
+
+def by_model(name: str) -> str:
+    """The default `name` of both models, in words."""
+    return f"{getattr(TURBO, name):g} for Turbo, {getattr(BASE, name):g} for the base model"
 
 
 def option(default: Any, help: str, **traits: bool) -> Any:
@@ -43,9 +69,10 @@ class GenerateConfig:
         None, f"pixels, a multiple of {SIDE_MULTIPLE}, or auto: that of --init-image, else {DEFAULT_SIDE}"
     )
     height: int | None = option(None, "as --width; the shape of --init-image decides where only one is given")
-    steps: int | None = option(None, "denoising steps (auto: 8 for Turbo, 50 for the base model)")
+    steps: int | None = option(None, f"denoising steps (auto: {by_model('steps')})")
     guidance: float | None = option(
-        None, "classifier-free guidance, 0 is none (auto: 0 for Turbo, 4 for the base model)"
+        None,
+        f"classifier-free guidance, 0 is none (auto: {by_model('guidance')})",
     )
     shift: float | None = option(
         None, "shift of the noise levels (auto: the checkpoint's, 3 for Turbo, 6 for the base)"
@@ -55,7 +82,10 @@ class GenerateConfig:
     cfg_truncation: float = option(1.0, "part of the way, 0 to 1, after which there is no guidance")
     seed: int = option(0, "seed of the starting noise")
     init_image: Source | None = option(None, "picture to start from")
-    strength: float | None = option(None, "how much of --init-image to change, 1 is all (auto: 0.6, with --mask 1)")
+    strength: float | None = option(
+        None,
+        f"how much of --init-image to change, 1 is all (auto: {IMAGE_STRENGTH:g}, with --mask {MASK_STRENGTH:g})",
+    )
     mask: Source | None = option(None, "black and white picture the size of --init-image: white is painted anew")
     fit: str = option(
         "crop", f"how --init-image comes to another shape: {', '.join(FITS)} (with --mask: to be painted)"

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from .generation import Pipeline
-from .generation_memory import NUMPY
 from .lora_file import LoRAFile
+from .memory import NUMPY
 from .model_folder import ModelFolder
 from .quantize import quantize_all
 from .schedule import model_time

@@ -16,13 +16,12 @@ from .checkpoint import find_weights
 from .config_file import typed
 from .errors import FormatError
 from .model_folder import ModelFolder
-from .options import GenerateConfig
+from .options import PARTS, GenerateConfig
 from .quantize import QuantizedTensor
 
 _SAMPLE = 512  # elements of a tensor that its model is known by
 _DIGITS = 16  # of a SHA-256
 _PICTURES = ("init_image", "mask")
-PARTS = ("transformer", "text_encoder", "vae", "tokenizer")  # files that may stand in for those of the model's folder
 ENGINE: dict[str, type] = {"backend": str, "dtype": str, "quantize": int, **dict.fromkeys(PARTS, Path)}
 
 

@@ -16,14 +16,10 @@ from .config import SchedulerConfig
 from .errors import ConfigError
 from .images import Picture, Source, fit, fit_mask, read_mask, to_rgb
 from .model_folder import ModelFolder
-from .options import DEFAULT_SIDE, GenerateConfig, check_area, shrunk
+from .options import BASE, DEFAULT_SIDE, IMAGE_STRENGTH, MASK_STRENGTH, TURBO, GenerateConfig, check_area, shrunk
 from .samplers import Guidance
 from .schedule import is_turbo, sigmas, starting_noise
 from .tensors import Array
-
-TURBO_STEPS, TURBO_GUIDANCE = 8, 0.0  # README of Tongyi-MAI/Z-Image
-BASE_STEPS, BASE_GUIDANCE = 50, 4.0
-IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0  # defaults of diffusers' img2img and inpaint pipelines
 
 
 @dataclass(frozen=True)
@@ -131,13 +127,13 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
 
 def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConfig:
     """`config` with steps, guidance and strength. Raises ConfigError where the whole does not fit together."""
-    turbo, strength = is_turbo(scheduler), config.strength
+    defaults, strength = TURBO if is_turbo(scheduler) else BASE, config.strength
     if strength is None and config.init_image is not None:
         strength = IMAGE_STRENGTH if config.mask is None else MASK_STRENGTH
     return replace(
         config,
-        steps=(TURBO_STEPS if turbo else BASE_STEPS) if config.steps is None else config.steps,
-        guidance=(TURBO_GUIDANCE if turbo else BASE_GUIDANCE) if config.guidance is None else config.guidance,
+        steps=defaults.steps if config.steps is None else config.steps,
+        guidance=defaults.guidance if config.guidance is None else config.guidance,
         strength=strength,
     )
 
@@ -171,7 +167,7 @@ def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int) -> tuple[f
     scheduler = folder.scheduler
     if config.shift is not None:
         scheduler = replace(scheduler, shift=config.shift, use_dynamic_shifting=False)
-    steps, strength = config.steps or TURBO_STEPS, 1.0 if config.strength is None else config.strength
+    steps, strength = config.steps or TURBO.steps, 1.0 if config.strength is None else config.strength
     schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength)
     if len(schedule) < 2:
         raise ConfigError(f"--strength {strength:g} leaves none of {steps} steps to make: give more of it")

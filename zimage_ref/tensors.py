@@ -97,7 +97,7 @@ def float_dtype(name: str) -> np.dtype[Any]:
 
 
 _CHUNK = 1 << 20  # bytes
-_BLOCK = 1 << 20  # elements converted at a time, so that temporaries stay small beside the result
+_BLOCK = 1 << 18  # elements converted at a time: temporaries stay small, and in the cache
 
 
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:

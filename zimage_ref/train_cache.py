@@ -21,6 +21,7 @@ from .buckets import Size
 from .dataset import Example
 from .errors import FormatError
 from .model_folder import ModelFolder
+from .quantize import unfold
 from .tensors import Array, Tensor, Tensors
 
 VERSION = 1  # of the keys: raise it when the same inputs give other values
@@ -33,10 +34,9 @@ class TrainCache:
     def __init__(self, folder: Path, model: ModelFolder, engine: str) -> None:
         """engine: what computes the values, and in which precision."""
         self.folder = folder
-        self._vae = [engine, weights_digest(model.weights["vae"], model.vae.to_json())]
-        tokenizer = hashlib.sha256(model.tokenizer.read_bytes()).hexdigest()
-        encoder = weights_digest(model.weights["text_encoder"], model.text_encoder.to_json())
-        self._text_encoder = [engine, encoder, tokenizer]
+        digests = model_digests(model)
+        self._vae = [engine, digests["vae"]]
+        self._text_encoder = [engine, digests["text_encoder"], digests["tokenizer"]]
 
     def latents(self, example: Example, size: Size, flip: bool) -> Path:
         """Where the latents of a picture at a size are, mirrored with `flip`."""
@@ -76,13 +76,19 @@ def is_entry(path: Path) -> bool:
     return True
 
 
+def model_digests(model: ModelFolder) -> dict[str, str]:
+    """What tells each part of a model, the tokenizer too, from that of another."""
+    digests = {name: weights_digest(model.weights[name], getattr(model, name).to_json()) for name in model.weights}
+    return digests | {"tokenizer": hashlib.sha256(model.tokenizer.read_bytes()).hexdigest()}
+
+
 def weights_digest(tensors: Tensors, config: Mapping[str, Any]) -> str:
     """A digest that tells one network from another: config, names, shapes, and both ends of every tensor.
 
     It reads some kilobytes of each tensor, not the gigabytes: another fine-tune differs in all of them.
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(unfold(tensors).items()):
         flat = tensor.read().reshape(-1)
         digest.update(f"{name} {tensor.shape} {tensor.dtype.str}".encode())
         digest.update(flat[:_EDGE].tobytes())

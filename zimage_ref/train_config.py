@@ -15,7 +15,7 @@ from typing import Any
 from .errors import ConfigError
 from .lora_namings import NAMINGS
 from .names import LORA_TARGETS
-from .options import MEMORY, at_least, check_side, option, required
+from .options import MEMORY, PARTS, at_least, by_model, check_side, option, required
 from .schedule import TimestepSampling
 
 OPTIMIZERS = (
@@ -32,7 +32,7 @@ class TrainConfig:
     Paths may be given as text, and several values as one value or a list.
     """
 
-    model_dir: Path = required("folder with the Z-Image model", free=True)
+    model_dir: Path = required("folder with the Z-Image model, or a repository's id", free=True)
     dataset: Path = required("folder with pictures and captions (.txt, metadata.jsonl or captions.json)", free=True)
     output: Path = option(Path("lora_weights.safetensors"), "LoRA file to write (.safetensors)", free=True)
     rank: int = option(16, "rank of the LoRA matrices")
@@ -75,6 +75,10 @@ class TrainConfig:
     base_precision: str = option("auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU)")
     memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
+    transformer: Path | None = option(None, PARTS["transformer"], free=True)
+    text_encoder: Path | None = option(None, PARTS["text_encoder"], free=True)
+    vae: Path | None = option(None, PARTS["vae"], free=True)
+    tokenizer: Path | None = option(None, PARTS["tokenizer"], free=True)
 
     save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
     resume_every: int = option(100, "save what --resume needs every N steps, and with each saved LoRA", free=True)
@@ -84,14 +88,14 @@ class TrainConfig:
     )
     preview_every: int = option(250, "steps between previews", free=True)
     preview_size: int = option(0, "side of previews in pixels (0: the largest --resolution)", free=True)
-    preview_steps: int = option(0, "denoising steps of previews (0: 8 for Turbo, 30 for the base model)", free=True)
-    preview_guidance: float = option(-1.0, "guidance of previews (-1: none for Turbo, 4 for the base model)", free=True)
+    preview_steps: int = option(0, f"denoising steps of previews (0: {by_model('preview_steps')})", free=True)
+    preview_guidance: float = option(-1.0, f"guidance of previews (-1: {by_model('guidance')})", free=True)
     resume: bool = option(False, "go on from where an earlier run into --output stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
     overwrite: bool = option(False, "start anew where an unfinished run into --output could be resumed", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("model_dir", "dataset", "output", "cache", "training_adapter"):
+        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
@@ -99,6 +103,11 @@ class TrainConfig:
         object.__setattr__(self, "targets", tuple(target.replace("-", "_") for target in self.targets))
         self._check_numbers()
         self._check_names()
+
+    @property
+    def parts(self) -> dict[str, Path | None]:
+        """Files that stand in for those of the model's folder, for `ModelFolder.open`."""
+        return {name: getattr(self, name) for name in PARTS}
 
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")

@@ -16,11 +16,12 @@ from .dataset import Example, fingerprint, hold_out, list_dataset
 from .errors import ConfigError
 from .lora import LoRA
 from .lora_file import read_lora
-from .memory import MemoryEstimate, estimate, trainable_parameters
+from .memory import Stage, trainable_parameters, training
 from .model_folder import ModelFolder
 from .names import lora_modules, transformer_parameters
+from .quantize import Quantization, QuantizedTensor
 from .schedule import is_turbo
-from .train_cache import weights_digest
+from .train_cache import model_digests
 from .train_config import TrainConfig, free_options
 
 TURBO_WARNING = (
@@ -57,6 +58,12 @@ class TrainPlan:
         return trainable_parameters(transformer_parameters(self.model.transformer), self.layers, self.config.rank)
 
     @property
+    def stored_bits(self) -> list[int]:
+        """Bits of the base's weights that its file holds quantized, which nothing changes."""
+        tensors = self.model.weights["transformer"].values()
+        return sorted({tensor.quantization.bits for tensor in tensors if isinstance(tensor, QuantizedTensor)})
+
+    @property
     def held_out_sizes(self) -> list[Size]:
         """The size at which each held-out picture is measured: its bucket of the largest resolution."""
         return [_sizes(self.config, self.model, example)[-1] for example in self.held_out]
@@ -65,11 +72,19 @@ class TrainPlan:
         """Image tokens of a picture of `size`."""
         return size[0] * size[1] // self.model.size_multiple**2
 
-    def memory(self, precision: str) -> MemoryEstimate:
-        """The memory that the run takes with the base in `precision`: bf16, f32, 8 or 4."""
-        largest = max(self.tokens(size) for size in self.batches.sizes())
-        config, each = self.config, self.batches.batch_size
-        return estimate(self.model, self.trainable, precision, config.optimizer, config.ema > 0, largest, each)
+    def memory(self, precision: str, quantization: Quantization | None, lean: bool) -> list[Stage]:
+        """The memory of each stage of the run; options as of `memory.training`."""
+        return training(
+            self.model,
+            precision,
+            quantization,
+            trainable=self.trainable,
+            image_tokens=max(self.tokens(size) for size in self.batches.sizes()),
+            batch=self.batches.batch_size,
+            optimizer=self.config.optimizer,
+            ema=self.config.ema > 0,
+            lean=lean,
+        )
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed bit for bit, and the whole config for the record."""
@@ -79,7 +94,7 @@ class TrainPlan:
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
-            "model": weights_digest(self.model.weights["transformer"], self.model.transformer.to_json()),
+            "model": model_digests(self.model),
             "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None,
         }
 
@@ -123,7 +138,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     what = {
         "dataset": "the pictures or captions",
-        "model": "the model's weights",
+        "model": "the model's weights or tokenizer",
         "adapter": "the training adapter",
         "batch": "the number of machines",
     }

@@ -1,0 +1,132 @@
+"""Estimates of memory: weights exactly, activations as measured at full size, one arithmetic for every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from zimage_ref import ConfigError, ModelFolder
+from zimage_ref.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
+from zimage_ref.convert import Target, open_source, write_model
+from zimage_ref.inspection import memory_needs
+from zimage_ref.memory import FAST, LEAN, NUMPY, generation, require_memory, training, weight_bytes
+from zimage_ref.names import text_encoder_parameters, text_encoder_unused, transformer_parameters, vae_parameters
+from zimage_ref.quantize import Quantization
+from zimage_ref.tensors import BFLOAT16, Tensor
+
+
+def official() -> ModelFolder:
+    """The published Turbo model: every shape, no data."""
+
+    def stored(shapes: Any) -> dict[str, Tensor]:
+        return {name: Tensor(shape, BFLOAT16, lambda: np.zeros(0)) for name, shape in shapes.items()}
+
+    encoder = stored(text_encoder_parameters(OFFICIAL_TEXT_ENCODER))
+    weights = {
+        "transformer": stored(transformer_parameters(OFFICIAL_TRANSFORMER)),
+        "text_encoder": {n: t for n, t in encoder.items() if n not in text_encoder_unused(OFFICIAL_TEXT_ENCODER)},
+        "vae": stored(vae_parameters(OFFICIAL_VAE)),
+    }
+    configs = OFFICIAL_TRANSFORMER, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE, OFFICIAL_SCHEDULER
+    return ModelFolder(Path("Z-Image-Turbo"), *configs, Path("tokenizer.json"), weights)
+
+
+def test_the_estimate_of_generation_is_what_was_measured() -> None:
+    folder = official()
+    encode, denoise, decode = generation(folder, "bfloat16", LEAN, width=1024, height=1024)
+    assert encode.weights == 2 * (4_022_468_096 - 201_866_752 // 2)
+    assert denoise.weights == 2 * 6_154_908_736 and decode.weights == 2 * 83_819_683
+    for side, forward, picture in ((512, 0.34e9, 2.3e9), (1024, 1.31e9, 9.5e9)):
+        stages = generation(folder, "bfloat16", FAST, width=side, height=side)
+        assert stages[1].activations == pytest.approx(forward, rel=0.1)
+        assert stages[2].activations == pytest.approx(picture, rel=0.15)
+    assert generation(folder, "float32", NUMPY, width=192, height=192)[2].activations == pytest.approx(199e6, rel=0.1)
+
+
+@pytest.mark.parametrize(("side", "measured"), [(512, 2.4e9), (1024, 8.4e9)])
+def test_the_estimate_of_training_is_what_was_measured(side: int, measured: float) -> None:
+    folder = official()
+    captions, pictures, train = training(folder, "bfloat16", None, trainable=36_000_000, image_tokens=(side // 16) ** 2)
+    assert train.total - train.weights == pytest.approx(measured, rel=0.1)
+    assert train.weights == 2 * 6_154_908_736 and train.lora == 36_000_000 * 16
+    assert captions.weights > pictures.weights > 0
+
+
+def test_the_estimate_of_training_follows_the_options() -> None:
+    def last(precision: str = "bfloat16", how: Quantization | None = None, **options: Any) -> Any:
+        return training(official(), precision, how, **{"trainable": 36_000_000, "image_tokens": 1024, **options})[-1]
+
+    plain, four, whole = last(), last(how=Quantization(4)), last(lean=False)
+    assert four.weights == pytest.approx(3.6e9, rel=0.05) and four.activations == plain.activations
+    assert last("float32").weights == 2 * plain.weights
+    assert whole.activations - plain.activations == 2 * (1024 + 128) * 34 * (6 * 3840 + 2 * 10240)
+    assert last(ema=True).lora == 36_000_000 * 20 and last(optimizer="sgd").lora == 36_000_000 * 8
+    assert last(batch=2).activations == 2 * plain.activations
+    assert last(image_tokens=4096).activations > 3 * plain.activations
+    captions = training(official(), "bfloat16", Quantization(4), trainable=1, image_tokens=1024)[0]
+    assert captions.weights == 2 * (4_022_468_096 - 201_866_752 // 2)  # captions are not quantized away
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_weights_take_exactly_what_is_estimated(bits: int | None, tmp_path: Path) -> None:
+    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    utils = pytest.importorskip("mlx.utils")
+    model = tiny.write_model_folder(tmp_path / "model")
+    how = Quantization(bits) if bits else None
+    file = tmp_path / "t.npz"
+    write_model(open_source(model, "transformer"), Target(file, "transformer", quantization=how))
+    for parts, asked in (({}, bits), ({"transformer": file}, None)):
+        pipe = mlx.ZImagePipeline.from_pretrained(model, "bfloat16", quantize=asked, parts=parts)
+        held = sum(array.nbytes for _, array in utils.tree_flatten(pipe.transformer.parameters()))
+        assert weight_bytes(pipe.folder.weights["transformer"], 2, pipe.quantization) == held
+
+
+def test_the_memory_estimate_follows_the_options() -> None:
+    folder, size = official(), {"width": 1024, "height": 1024}
+    plain = generation(folder, "bfloat16", FAST, **size)
+    four = generation(folder, "bfloat16", FAST, quantization=Quantization(4), **size)
+    assert four[1].weights == pytest.approx(3.6e9, rel=0.05) and four[2] == plain[2]
+    assert generation(folder, "float32", FAST, **size)[1].weights == 2 * plain[1].weights
+    guided = generation(folder, "bfloat16", FAST, guided=True, **size)
+    batch = generation(folder, "bfloat16", FAST, batch=2, **size)
+    assert guided[1].activations == batch[1].activations == 2 * plain[1].activations
+    together = generation(folder, "bfloat16", FAST, one_at_a_time=False, **size)
+    assert {s.weights for s in together} == {sum(s.weights for s in plain)}
+    assert generation(folder, "float32", NUMPY, **size)[1].weights == 4 * 3840 * 10240
+
+
+@pytest.mark.parametrize(
+    ("options", "footprint", "limit", "fact"),
+    [
+        (
+            {"width": 512, "height": 512},
+            LEAN,
+            10e9,
+            "about 12.7 GB to denoise, 12.3 of it weights, and there are 10.0 GB: --quantize",
+        ),
+        ({"width": 2048, "height": 2048}, FAST, 24e9, "GB to decode, 0.2 of .* a smaller --width and --height"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_refused_with_a_way_out(
+    options: Any, footprint: Any, limit: float, fact: str
+) -> None:
+    stages = generation(official(), "bfloat16", footprint, **options)
+    with pytest.raises(ConfigError, match=fact) as caught:
+        require_memory(stages, int(limit))
+    assert "--force" in str(caught.value)
+    require_memory(stages, 200_000_000_000)
+    require_memory(stages, None)
+
+
+def test_memory_of_the_official_model_is_what_its_parameters_need() -> None:
+    needs = memory_needs(official())
+    used = 6_154_908_736 + 4_022_468_096 + 83_819_683 - 201_866_752 // 2
+    assert needs[16]["weights"] == 2 * used
+    for bits in (8, 4):
+        assert needs[bits]["weights"] < needs[16]["weights"] * (bits + 2.5) / 16
+        assert needs[bits]["generate"] < needs[16]["generate"]
+    assert all(need["train"] > need["generate"] for need in needs.values())
