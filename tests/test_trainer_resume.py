@@ -140,12 +140,16 @@ def _interrupted(shop: Workshop, name: str, **options: Any) -> None:
     events.close()
 
 
-def test_an_unfinished_run_is_not_overwritten_unasked(shop: Workshop) -> None:
+def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
     _interrupted(shop, "precious")
     with pytest.raises(ConfigError, match=r"stopped at step 2: --resume goes on with it, --overwrite starts anew"):
         shop.train("precious", steps=4)
     assert shop.train("precious", steps=4, overwrite=True).of(Started) == [Started(0, 4)]
-    assert shop.train("precious", steps=4).of(Done)  # a finished one is
+    before = shop.config("precious").output.read_bytes()
+    with pytest.raises(ConfigError, match=r"precious\.safetensors: exists: give --overwrite to replace it"):
+        shop.train("precious", steps=1)
+    assert shop.config("precious").output.read_bytes() == before
+    assert shop.train("precious", steps=1, overwrite=True).of(Done)
 
 
 @pytest.mark.parametrize(
