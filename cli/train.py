@@ -121,7 +121,7 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
     stored = plan.stored_bits
     bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{how.bits} bits" if how else "")
     console.table(("plan", ""), [
-        ("pictures", f"{len(plan.examples)}, and {len(plan.held_out)} held out"),
+        ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
