@@ -38,11 +38,15 @@ class Console:
 
     def error(self, message: str) -> None:
         """One line that says what is wrong."""
-        self.err.print(f"[bad]error:[/] {escape(message)}", soft_wrap=True)
+        self._say(f"[bad]error:[/] {escape(message)}")
 
     def note(self, message: str) -> None:
         """One line that is good to know."""
-        self.err.print(f"[muted]{escape(message)}[/]", soft_wrap=True)
+        self._say(f"[muted]{escape(message)}[/]")
+
+    def _say(self, markup: str) -> None:
+        """One line of text: broken between words on a terminal, whole for another program."""
+        self.err.print(markup, soft_wrap=not self.err.is_terminal)
 
     def wrote(self, path: object) -> None:
         """A result: its path on stdout."""
@@ -86,7 +90,7 @@ class Console:
 
     def warn(self, message: str) -> None:
         """One line that something is not as it seems to be meant."""
-        self.err.print(f"[warn]warning:[/] {escape(message)}", soft_wrap=True)
+        self._say(f"[warn]warning:[/] {escape(message)}")
 
     def ask(self, prompt: str) -> str:
         """A line from the person at the keyboard. Raises EOFError at the end of the input."""

@@ -29,6 +29,9 @@ from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
 Modules = dict[tuple[str, ...], Parts]  # official layers -> the tensors of the module that stands for them
 
 
+_KINDS = {"LowRank": "LoRA", "Kronecker": "LoKr", "Hadamard": "LoHa", "Dense": "full difference"}  # as people say
+
+
 @dataclass(frozen=True)
 class LoRAFile:
     """A LoRA, and how its file put it."""
@@ -58,7 +61,7 @@ class LoRAFile:
         """What a person wants to know of the file, by name."""
         return {
             "dialect": self.dialect,
-            "modules": ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()),
+            "modules": ", ".join(f"{count} {_KINDS.get(kind, kind)}" for kind, count in self.kinds.items()),
             "rank": ", ".join(map(str, self.ranks)) or "none",
             "scale": ", ".join(f"{scale:g}" for scale in self.scales),
             "alpha from": self.alpha_from,
