@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from zimage_ref import ZImageError, __version__
+from zimage_ref.errors import reason
 
 from . import convert, demo, generate, inspection, train
 from .console import Console
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that may not be written
-        console.error(f"{error.filename or 'file system'}: {error.strerror or error}")
+        console.error(f"{error.filename or 'file system'}: {reason(error)}")
         return 1
     except KeyboardInterrupt:
         console.error("interrupted")

@@ -26,38 +26,46 @@ with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
 
 _BARS = "▁▂▃▄▅▆▇█"
-_THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
+THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
 
 
 class Console:
     """The two streams of the terminal."""
 
     def __init__(self, out: rich.console.Console | None = None, err: rich.console.Console | None = None) -> None:
-        self.out = out or rich.console.Console(theme=_THEME, highlight=False)
-        self.err = err or rich.console.Console(theme=_THEME, highlight=False, stderr=True)
+        self.out = out or rich.console.Console(theme=THEME, highlight=False, emoji=False)
+        self.err = err or rich.console.Console(theme=THEME, highlight=False, emoji=False, stderr=True)
+        self._bars: Bars | None = None  # on the screen now
 
     def error(self, message: str) -> None:
         """One line that says what is wrong."""
-        self.err.print(f"[bad]error:[/] {escape(message)}", soft_wrap=True)
+        self._say(f"[bad]error:[/] {escape(message)}")
 
     def note(self, message: str) -> None:
         """One line that is good to know."""
-        self.err.print(f"[muted]{escape(message)}[/]", soft_wrap=True)
+        self._say(f"[muted]{escape(message)}[/]")
+
+    def _say(self, markup: str) -> None:
+        """One line of text: broken between words on a terminal, whole for another program."""
+        self.err.print(markup, soft_wrap=not self.err.is_terminal)
 
     def wrote(self, path: object) -> None:
         """A result: its path on stdout."""
-        self.out.print(escape(str(path)), style="good", soft_wrap=True)
+        # Bars redraw themselves over what another stream writes to their terminal: there the path goes above them
+        above = self._bars and self.out.is_terminal and self.err.is_terminal
+        (self.err if above else self.out).print(escape(str(path)), style="good", soft_wrap=True)
 
     def facts(self, title: str, facts: Mapping[str, object]) -> None:
         """A panel of what is about to happen."""
         grid = Table.grid(padding=(0, 2))
         for name, value in facts.items():
             grid.add_row(f"[muted]{escape(name)}[/]", f"[fact]{escape(str(value))}[/]")
-        self.err.print(Panel(grid, title=title, title_align="left", expand=False))
+        self.err.print(Panel(grid, title=Text(title), title_align="left", expand=False))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
         """A result table; long names fold rather than vanish."""
-        table = Table(*(Column(name, overflow="fold") for name in columns), title=title or None, title_justify="left")
+        table = Table(*(Column(name, overflow="fold") for name in columns))
+        table.title, table.title_justify = escape(title) or None, "left"
         for row in rows:
             table.add_row(*(escape(str(cell)) for cell in row))
         self.out.print(table)
@@ -83,7 +91,7 @@ class Console:
 
     def warn(self, message: str) -> None:
         """One line that something is not as it seems to be meant."""
-        self.err.print(f"[warn]warning:[/] {escape(message)}", soft_wrap=True)
+        self._say(f"[warn]warning:[/] {escape(message)}")
 
     def ask(self, prompt: str) -> str:
         """A line from the person at the keyboard. Raises EOFError at the end of the input."""
@@ -107,8 +115,13 @@ class Console:
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err) as progress:
-            yield Bars(progress)
+        progress = Progress(*columns, console=self.err)
+        self._bars = Bars(progress)
+        try:
+            yield self._bars
+        finally:
+            self._bars.finish()
+            self._bars = None
 
 
 class Bars:
@@ -121,5 +134,11 @@ class Bars:
     def update(self, name: str, done: float, total: float, detail: str = "") -> None:
         """Moves the bar `name` to `done` of `total`, with a text beside it."""
         if name not in self._tasks:
+            self._progress.start()  # not before: without bars it would leave an empty line
             self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
         self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
+
+    def finish(self) -> None:
+        """Leaves the bars as they are."""
+        if self._tasks:
+            self._progress.stop()

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         return convert_lora.run(args, console)
     if len(args.inputs) > 1:
         raise ConfigError("--input may be given several times with --model-type lora only")
+    if args.rank is not None:
+        raise ConfigError("--rank goes with --model-type lora")
     target = Target(
         args.output,
         MODEL_TYPES[args.model_type],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from zimage_ref import ConfigError
-from zimage_ref.lora_file import LoRAFile, read_lora, write_lora
+from zimage_ref.lora_file import LoRAFile, check_output, read_lora, write_lora
 from zimage_ref.lora_merge import combined
 from zimage_ref.lora_namings import NAMINGS
+from zimage_ref.options import flag
 
 from .console import Console
 from .options import path_and_scale
@@ -25,6 +26,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Reads every input, `PATH[:SCALE]`, and writes their sum."""
+    for name in ("quantize", "max_shard_size"):
+        if getattr(args, name):
+            raise ConfigError(f"{flag(name)} is not for LoRAs")
+    check_output(args.output)
     if args.output.exists() and not args.overwrite:
         raise ConfigError(f"{args.output}: exists: give --overwrite to replace it")
     if args.merge_lora:

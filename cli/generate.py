@@ -11,10 +11,11 @@ from typing import Any
 
 from zimage_ref import ConfigError, GenerateConfig, __version__
 from zimage_ref.denoising import Step
+from zimage_ref.errors import reason
 from zimage_ref.generation import Pipeline
 from zimage_ref.images import save_picture
 from zimage_ref.memory import peak, require_memory
-from zimage_ref.options import MEMORY, PARTS
+from zimage_ref.options import MEMORY, PARTS, flag
 from zimage_ref.picture_metadata import read_record
 from zimage_ref.provenance import ENGINE, Repeat, identity, record
 from zimage_ref.quantize import BITS
@@ -24,7 +25,7 @@ from zimage_ref.tokenizer import MAX_TOKENS
 from . import blas, interactive
 from .backends import BACKENDS, DEFAULT, pipeline
 from .console import Console
-from .options import add_fields, flag, from_args, path_and_scale
+from .options import add_fields, from_args, path_and_scale
 from .pictures import STDOUT, Names, preview_path, write
 
 THUMBNAIL_COLUMNS = 48
@@ -126,7 +127,7 @@ def _prompts(path: Path) -> list[str]:
     try:
         text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError(f"{path}: holds no prompts: write one a line")
@@ -219,7 +220,9 @@ class Run:
             "steps": len(first.sigmas) - 1,
             "guidance": f"{config.guidance:g}",
             "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
+            "negative": config.negative_prompt or None,
             "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
+            "mask": config.mask,
             "LoRA": loras or "none",
             "backend": f"{self._facts['backend']}, {self.pipe.precision}",
         }

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from zimage_ref.checkpoint import Checkpoint
-from zimage_ref.errors import ZImageError
-from zimage_ref.hub import local_folder
+from zimage_ref.errors import ConfigError, ZImageError
+from zimage_ref.hub import is_repository, local_folder
 from zimage_ref.images import PICTURE_SUFFIXES
 from zimage_ref.inspection import (
     Description,
@@ -47,7 +47,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Prints what there is. Returns 1 if --verify finds a fault."""
-    path = args.input if args.input.exists() else local_folder(args.input)
+    path = local_folder(args.input) if is_repository(args.input) else args.input
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder")
     if path.suffix.lower() in PICTURE_SUFFIXES:
         return _picture(path, args.json, console)
     if is_model_folder(path):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 from zimage_ref.config_file import typed
 from zimage_ref.errors import ConfigError
+from zimage_ref.options import flag
 
 AnyConfig = TypeVar("AnyConfig")
 
@@ -43,11 +44,6 @@ def from_args(config: type[AnyConfig], args: argparse.Namespace, file: Mapping[s
     if missing:
         raise ConfigError(f"{', '.join(missing)}: must be given, here or in --config")
     return config(**given)
-
-
-def flag(name: str) -> str:
-    """The option that sets the field `name`."""
-    return "--" + name.replace("_", "-")
 
 
 def path_and_scale(text: str) -> tuple[Path, float]:

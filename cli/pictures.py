@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_ref import ConfigError, GenerateConfig
+from zimage_ref.files import check_writable
 from zimage_ref.images import Picture, check_suffix, encoded, save_picture
 
 from .console import Console
@@ -33,7 +34,7 @@ class Names:
         self.pattern, self.overwrite = pattern, overwrite
 
     def of(self, configs: Sequence[GenerateConfig]) -> list[Path]:
-        """A file for each picture. Raises ConfigError where one exists, or where stdout would have to take several."""
+        """A file for each picture. Raises ConfigError where one is there or cannot be, or stdout would take several."""
         if self.pattern == STDOUT:
             if len(configs) > 1:
                 raise ConfigError(f"--output - takes one picture, not {len(configs)}")
@@ -42,6 +43,7 @@ class Names:
         if len(set(paths)) < len(paths):  # the pattern does not tell them apart: number them
             paths = [path.with_stem(f"{path.stem}-{index}") for index, path in enumerate(paths, start=1)]
         for path in paths:
+            check_writable(path)
             if path.exists() and not self.overwrite:
                 raise ConfigError(f"{path}: exists: give --overwrite, or another --output such as picture-{{seed}}.png")
         return paths

@@ -78,6 +78,7 @@ class _Progress:
     def __init__(self, mlx: ModuleType, console: Console, bars: Bars) -> None:
         self._mlx, self._console, self._bars = mlx, console, bars
         self._held_out, self._logged = "", time.monotonic()
+        self._last: Any = None  # the last Step
         self.saved: list[Path] = []
         self.losses: list[float] = []
         self.stopped = False
@@ -90,11 +91,13 @@ class _Progress:
         elif isinstance(event, mlx.Encoded):
             self._bars.update(event.what, event.done, event.total)
         elif isinstance(event, mlx.Notice):
-            console.note(event.text)
+            console.warn(event.text)
         elif isinstance(event, mlx.Started) and event.step:
             console.note(f"going on after step {event.step} of {event.total}")
         elif isinstance(event, mlx.Validated):
             self._held_out = f"  held out {event.loss:.4f}"
+            if self._last:  # the bar of the last step would keep the loss from before it
+                self._show_step(self._last)
             each = "  ".join(f"{sigma:g}: {loss:.4f}" for sigma, loss in event.losses.items())
             console.note(f"step {event.step}: held-out loss {event.loss:.4f}  ({each})")
         elif isinstance(event, mlx.Saved):
@@ -107,17 +110,22 @@ class _Progress:
         self.losses.append(event.loss)
         if event.skipped:
             self._console.note(f"step {event.step}: loss or gradient is not finite, skipped")
+        self._last = event
+        lines = self._show_step(event)
+        now = time.monotonic()
+        if not self._console.err.is_terminal and (now - self._logged > _LOG_EVERY or event.step in (1, event.total)):
+            left = (event.total - event.step) * event.seconds
+            self._console.note(f"step {event.step}/{event.total}  {'  '.join(lines)}  {left / 60:.0f} min left")
+            self._logged = now
+
+    def _show_step(self, event: Any) -> tuple[str, ...]:
         lines = (
             f"epoch {event.epoch}  loss {event.smoothed:.4f}{self._held_out}",
             f"lr {event.lr:.2e}  norm {event.grad_norm:.3f}  {event.peak_memory / 1e9:.1f} GB",
             f"{event.seconds:.2f} s/step  {event.pictures / max(event.seconds, 1e-9):.2f} pictures/s",
         )
         self._bars.update("train", event.step, event.total, "\n".join(lines))
-        now = time.monotonic()
-        if not self._console.err.is_terminal and (now - self._logged > _LOG_EVERY or event.step in (1, event.total)):
-            left = (event.total - event.step) * event.seconds
-            self._console.note(f"step {event.step}/{event.total}  {'  '.join(lines)}  {left / 60:.0f} min left")
-            self._logged = now
+        return lines
 
 
 def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
@@ -132,7 +140,7 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
     stored = plan.stored_bits
     bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{how.bits} bits" if how else "")
     console.table(("plan", ""), [
-        ("pictures", f"{len(plan.examples)}, and {len(plan.held_out)} held out"),
+        ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),

@@ -262,7 +262,7 @@ def test_a_file_of_something_else_is_told_what_it_looks_like(names: list[str], w
 
 
 def test_another_component_is_told_apart(model: Path) -> None:
-    with pytest.raises(WeightError, match=r"is not a transformer: it looks like a Qwen3 text encoder \(hf names"):
+    with pytest.raises(WeightError, match=r"holds no transformer: it looks like a Qwen3 text encoder \(hf names"):
         open_source(model / "text_encoder", "transformer")
     with pytest.raises(FormatError, match="holds no weights"):
         open_source(model / "tokenizer", "vae")

@@ -135,7 +135,9 @@ def test_a_picture_and_a_mask_change_what_is_made(run, tmp_path: Path) -> None:
     [
         (["--prompt=x", "--width=100"], "--width 100 must be a multiple of 16: 96 is the nearest"),
         (["--prompt=x", "--strength=0.5"], "--strength needs --init-image"),
-        (["--prompt=x", "--init-image=missing.png"], "missing.png: cannot be read as a picture"),
+        (["--prompt=x", "--fit=pad"], "--fit needs --init-image"),
+        (["--prompt=x", "--init-image=missing.png"], "missing.png: cannot be read as a picture: No such file or"),
+        (["--prompt=x", "--output=text.png/x.png"], "text.png/x.png: cannot be written: "),
         (["--prompt=x", "--init-image=text.png"], "text.png: cannot be read as a picture"),
         (
             ["--prompt=x", "--init-image=small.png", "--mask=large.png"],

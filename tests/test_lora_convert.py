@@ -158,7 +158,7 @@ def test_the_command_line_combines_converts_bakes_and_inspects(
     capfd.readouterr()
     assert main(["inspect", f"--input={a}", "--limit=1"]) == 0
     text = capfd.readouterr().out
-    for fact in ("kohya (lora_unet_*.lora_down/up)", "alpha keys", "0.75", "layers.*.attention.to_q", "28 LowRank"):
+    for fact in ("kohya (lora_unet_*.lora_down/up)", "alpha keys", "0.75", "layers.*.attention.to_q", "28 LoRA"):
         assert fact in text
 
 

@@ -94,7 +94,13 @@ def test_the_command_line_takes_parts_and_bits(model: Path, tmp_path: Path, monk
 def test_what_is_missing_is_named_with_every_place(model: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         ModelFolder.open(tmp_path)
-    for place in ("transformer/", "z_image_turbo_bf16.npz", "z_image.bpk", "z_image.gguf", "diffusion_models/", "--tr"):
+    for place in (
+        "transformer/",
+        "z_image_turbo_bf16, ",
+        ".npz, .safetensors, .bpk, .gguf",
+        "diffusion_models/",
+        "--tr",
+    ):
         assert place in str(caught.value)
 
 

@@ -98,6 +98,8 @@ def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, f
         ({"resolution": 250}, "--resolution 250 must be a multiple of 16: 256 is the nearest"),
         ({"resolution": ()}, "--resolution needs at least one side"),
         ({"optimizer": "adamw8bit"}, "--optimizer 'adamw8bit' is unknown: known are adamw"),
+        ({"targets": "atention"}, "--targets 'atention' is unknown: known are attention"),
+        ({"preview_size": 40}, "--preview-size 40 must be a multiple of 16"),
         ({"schedule": "step"}, "--schedule 'step' is unknown"),
         ({"lora_format": "ggml"}, "--lora-format 'ggml' is unknown"),
         ({"base_precision": "2"}, "--base-precision '2' is unknown"),
@@ -131,7 +133,7 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())
-    assert "pictures 3, and 1 held out" in out and "steps 9, of 3 an epoch" in out
+    assert "pictures 3, 1 held out" in out and "steps 9, of 3 an epoch" in out
     assert "base Turbo in float32" in out and "LoRA 28 layers, rank 4: 29,184 parameters" in out
     assert "32 32" in out and "32 16" in out and "largest stage" in out and "memory, about" in out
     assert not (tmp_path / "x.run").exists() and not (tmp_path / "zimage-cache").exists()

@@ -285,7 +285,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_with_the_good_stat
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_can_be_quantized(shop: Workshop, bits: int) -> None:
-    full, quantized = shop.train("full", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
+    full, quantized = shop.train(f"full{bits}", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
     assert full.losses != quantized.losses
     assert full.losses == pytest.approx(quantized.losses, rel=0.02 if bits == 8 else 0.3)
 
@@ -363,6 +363,6 @@ def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, mon
     lean = shop.train("lean", steps=2, memory="lean")
     assert lean.losses == pytest.approx(fast.losses, rel=1e-6)
     np.testing.assert_allclose(lean.vector("B"), fast.vector("B"), atol=1e-6)
-    tight = shop.train("tight", steps=1, memory="auto")
+    tight = shop.train("roomy", steps=1, memory="auto")
     monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 0)
     assert shop.train("nothing", steps=1, memory="auto").losses == pytest.approx(tight.losses, rel=1e-6)

@@ -54,7 +54,9 @@ def test_held_out_pictures_are_not_learned_and_their_noise_is_fixed(shop: Worksh
     losses = np.array([list(event.losses.values()) for event in frozen.of(Validated)])
     np.testing.assert_allclose(losses, np.broadcast_to(losses[0], losses.shape), rtol=1e-5)
     assert len(set(losses[0])) == 4
-    watched, plain = (shop.train("watched", steps=2, validation=v, validation_every=1) for v in (str(held), ""))
+    watched, plain = (
+        shop.train(f"watched{bool(v)}", steps=2, validation=v, validation_every=1) for v in (str(held), "")
+    )
     assert watched.losses == plain.losses and len(plain.of(Validated)) == 0
     assert len(shop.train("fraction", epochs=1, validation="0.5").steps) == 2
     for value, error in (("1.5", ConfigError), ("no-such-folder", DatasetError)):

@@ -140,12 +140,16 @@ def _interrupted(shop: Workshop, name: str, **options: Any) -> None:
     events.close()
 
 
-def test_an_unfinished_run_is_not_overwritten_unasked(shop: Workshop) -> None:
+def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
     _interrupted(shop, "precious")
     with pytest.raises(ConfigError, match=r"stopped at step 2: --resume goes on with it, --overwrite starts anew"):
         shop.train("precious", steps=4)
     assert shop.train("precious", steps=4, overwrite=True).of(Started) == [Started(0, 4)]
-    assert shop.train("precious", steps=4).of(Done)  # a finished one is
+    before = shop.config("precious").output.read_bytes()
+    with pytest.raises(ConfigError, match=r"precious\.safetensors: exists: give --overwrite to replace it"):
+        shop.train("precious", steps=1)
+    assert shop.config("precious").output.read_bytes() == before
+    assert shop.train("precious", steps=1, overwrite=True).of(Done)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int,
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) -> None:
-    options = {"steps": 400, "resume_every": 1, "grad_accumulation": 80, "repeats": 80}  # a step of seconds, with any BLAS
+    options = {"steps": 400, "resume_every": 1, "grad_accumulation": 80, "repeats": 80}  # steps last, with any BLAS
     process = launched(shop, "impatient", **options)
     _await(shop.folder / "impatient.run" / "resume" / "step1", process)
     time.sleep(0.3)  # the second step has begun

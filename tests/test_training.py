@@ -19,6 +19,7 @@ from zimage_cli.app import main
 from zimage_mlx import Saved, Step, TrainConfig, train
 from zimage_ref import DatasetError, safetensors_io
 from zimage_ref.dataset import read_dataset
+from zimage_ref.names import lora_modules
 from zimage_ref.schedule import add_noise, model_time, training_target
 
 SIDE = 48  # 3 x 3 patches of 16 pixels: 9 image tokens, so padding is forced
@@ -83,11 +84,26 @@ def test_generate_makes_other_pictures_with_the_lora_and_the_same_on_both_backen
         assert np.abs(pictures["mlx", lora] - pictures["numpy", lora]).max() <= 1
 
 
+def test_layers_lie_in_the_file_as_they_run(trained: Path) -> None:
+    tensors, metadata = safetensors_io.read(trained / "sks.safetensors")
+    layers = [name.removeprefix("diffusion_model.").rpartition(".lora_")[0] for name in tensors]
+    assert list(dict.fromkeys(layers)) == lora_modules(tiny.TRANSFORMER, TrainConfig(trained, trained).targets)
+    assert list(metadata)[:4] == ["format", "base_model", "rank", "alpha"]
+
+
 def test_the_seed_decides_the_order_and_the_result(trained: Path, tmp_path: Path) -> None:
     def run(seed: int) -> tuple[list[float], bytes]:
         output = tmp_path / f"seed{seed}.safetensors"
         config = TrainConfig(
-            trained / "model", trained / "data", output, rank=2, epochs=2, resolution=SIDE, seed=seed, lr=1e-3
+            trained / "model",
+            trained / "data",
+            output,
+            rank=2,
+            epochs=2,
+            resolution=SIDE,
+            seed=seed,
+            lr=1e-3,
+            overwrite=True,
         )
         events = list(train(config))
         assert isinstance(events[-1], Saved)

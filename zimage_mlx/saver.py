@@ -29,9 +29,10 @@ class Saver:
     def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
         """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept."""
         factors = self._learner.factors()
+        ordered = {name: factors[name] for name in self._plan.layers}  # as they run
         nbytes = self._learner.nbytes
         with self._run.room_for(nbytes // 2):  # it is written as bfloat16
-            write_lora(path, factors, self._record(step), self._plan.config.lora_format)
+            write_lora(path, ordered, self._record(step), self._plan.config.lora_format)
         self._drop_old(step)
         return event(path, step)
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from zimage_ref.dataset import Example
 from zimage_ref.errors import ConfigError, TrainingError
+from zimage_ref.files import check_writable
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.run_folder import Saved as SavedState
@@ -132,6 +133,9 @@ class _Run:
                     f"{run.path}: holds a run that stopped at step {step}: --resume goes on with it, "
                     f"--overwrite starts anew"
                 )
+            if config.output.exists() and not config.overwrite:
+                raise ConfigError(f"{config.output}: exists: give --overwrite to replace it, or another --output")
+            check_writable(config.output)
             run.clear()
             return None, []
         saved, notices = run.latest()

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import burnpack, gguf_io, npz, quantize, safetensors_io
 from .config import read_json
-from .errors import FormatError, listing
+from .errors import FormatError, listing, reason
 from .tensors import Tensor
 
 SUFFIXES = (".npz", ".safetensors")  # that can be written; in order of preference
@@ -66,7 +66,7 @@ def _reader(path: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Tensor], 
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
     return _READERS.get(magic, ("safetensors", safetensors_io.read))
 
 

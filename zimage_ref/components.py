@@ -100,7 +100,7 @@ def official_weights(
     identity = identity or identify(file.tensors, component)
     kind = COMPONENTS[component]
     if identity is None or identity.component != component:
-        raise WeightError(f"{file.path}: is not a {kind.title}: it looks like {looks_like(file.tensors, identity)}")
+        raise WeightError(f"{file.path}: holds no {kind.title}: it looks like {looks_like(file.tensors, identity)}")
     config = config or identity.sizes
     own, _ = _own(file.tensors, component, file.path)
     shapes, unused = kind.parameters(config), kind.unused(config)

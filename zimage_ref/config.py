@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, reason
 
 Json = Mapping[str, Any]
 
@@ -304,7 +304,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as JSON: {reason(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds a JSON {type(data).__name__} where an object belongs")
     return data

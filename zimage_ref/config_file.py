@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import read_json
-from .errors import ConfigError
+from .errors import ConfigError, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,7 +100,7 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as TOML: {reason(error)}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from .checkpoint import RECORD_KEY, SUFFIXES, Checkpoint
 from .components import COMPONENTS, config_of, identify, official_weights
 from .dialects import NAMINGS, OFFICIAL
 from .errors import ConfigError, listing
-from .files import atomic_write
+from .files import atomic_write, check_writable, existing_parent
 from .model_folder import find_component
 from .quantize import Quantization, QuantizedTensor, quantize_all, unfold, without_quantization
 from .tensors import BFLOAT16, Array, Tensor, Tensors, cast, float_dtype, row_blocks
@@ -66,19 +66,20 @@ class Target:
         if self.path.suffix not in SUFFIXES and not self.is_folder:
             raise ConfigError(
                 f"{self.path}: unknown format: the suffix must be {' or '.join(SUFFIXES)}; "
-                f"a folder, without one, needs a maximal shard size"
+                f"a folder, without one, needs --max-shard-size"
             )
         if self.path.suffix == ".npz" and self.max_shard_size:
             raise ConfigError(f"{self.path}: only safetensors is written in shards")
         if self.dtype is not None:
             float_dtype(self.dtype)
         if self.naming not in NAMINGS[self.component]:
-            known = ", ".join(NAMINGS[self.component])
-            raise ConfigError(f"a {COMPONENTS[self.component].title} has no {self.naming} names: known are {known}")
+            title, known = COMPONENTS[self.component].title, ", ".join(NAMINGS[self.component])
+            raise ConfigError(f"--naming {self.naming} is not for the {title}: known are {known}")
         if self.quantization and self.component == "vae":
             raise ConfigError("the autoencoder is not quantized: it is small and made of convolutions")
         if self.quantization and not self.official:
             raise ConfigError(f"quantized weights are written with diffusers names, not {self.naming}")
+        check_writable(self.file)
         existing = self.existing()
         if existing and not self.overwrite:
             raise ConfigError(f"{existing[0]}: exists: give --overwrite to replace it")
@@ -245,8 +246,7 @@ def _record(source: Source, target: Target, tensors: Tensors, more: Mapping[str,
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(folder / "file")).free
     if needed > free:
         raise ConfigError(
             f"{folder}: the output takes {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB left: "

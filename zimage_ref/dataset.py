@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .config import read_json
-from .errors import DatasetError, listing
+from .errors import DatasetError, listing, reason
 from .images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
 from .tensors import Array
 
@@ -135,7 +135,7 @@ def _caption_beside(picture: Path) -> str:
     except FileNotFoundError:
         raise DatasetError(f"{picture}: has no caption: write one into {path.name}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise DatasetError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
     if not caption:
         raise DatasetError(f"{path}: is empty: write what {picture.name} shows")
     return caption
@@ -160,7 +160,7 @@ def _read_jsonl(file: Path) -> dict[str, Any]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+        raise DatasetError(f"{file}: cannot be read as UTF-8 text: {reason(error)}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -46,6 +46,11 @@ class BackendError(ZImageError):
     """The work asked for needs software that is not installed here."""
 
 
+def reason(error: Exception) -> str:
+    """What `error` says went wrong, without the number and the file's name that the operating system's errors add."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def listing(items: Iterable[str], limit: int = 10) -> str:
     """The first `limit` items, comma separated, and how many more there are."""
     items = list(items)

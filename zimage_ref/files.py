@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FormatError
+from .errors import ConfigError, FormatError, reason
 
 
 @contextmanager
@@ -34,12 +34,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)
         temporary.unlink(missing_ok=True)
         with suppress(OSError):  # another file of the same run may be in there by now
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigError where no file `path` can be written: call it before hours of work."""
+    home = existing_parent(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder: name a file")
+    if not home.is_dir():
+        raise ConfigError(f"{path}: cannot be written: {home} is a file, not a folder")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: cannot be written: no permission to write in {home}")
+
+
+def existing_parent(path: Path) -> Path:
+    """The innermost part of the way to `path` that is there."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 class MappedFile:
@@ -55,7 +73,7 @@ class MappedFile:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             self.size = os.fstat(self._descriptor).st_size
         except OSError as error:
-            raise FormatError(f"{path}: cannot be opened: {error.strerror or error}") from error
+            raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
         weakref.finalize(self, os.close, self._descriptor)
 
     def array(

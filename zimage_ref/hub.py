@@ -14,6 +14,11 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
+def is_repository(model: Path) -> bool:
+    """Whether `model` is no path that exists, and may be the id of a repository."""
+    return not model.exists() and _REPOSITORY.fullmatch(model.as_posix()) is not None
+
+
 def local_folder(model: str | Path) -> Path:
     """The folder of `model`: itself, that of the built-in model, or where the repository of that id is cached.
 
@@ -23,8 +28,7 @@ def local_folder(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    name = path.as_posix()
-    if name == TINY:
+    if path.as_posix() == TINY:
         built_in = Path(__file__).with_name(TINY)
         if not built_in.is_dir():
             raise ConfigError(
@@ -32,8 +36,9 @@ def local_folder(model: str | Path) -> Path:
                 f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give --model-dir DIR"
             )
         return built_in
-    if path.exists() or not _REPOSITORY.fullmatch(name):
+    if not is_repository(path):
         raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
+    name = path.as_posix()
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
@@ -48,4 +53,4 @@ def local_folder(model: str | Path) -> Path:
         return Path(hub.snapshot_download(name, allow_patterns=_FILES))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         fact = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{name}: is neither a folder nor a repository that can be had: {fact}") from error
+        raise ConfigError(f"{name}: is neither a folder nor a repository that can be downloaded: {fact}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import DatasetError
+from .errors import DatasetError, reason
 from .files import atomic_write
 from .picture_metadata import Record, metadata
 from .tensors import Array
@@ -30,7 +30,7 @@ def read_picture(path: Path) -> Picture:
             file.load()
             picture = ImageOps.exif_transpose(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: cannot be read as a picture: {error}") from error
+        raise DatasetError(f"{path}: cannot be read as a picture: {reason(error)}") from error
     return _flat(picture)
 
 

@@ -44,6 +44,8 @@ def scales(path: Path, prefix: str, style: str, metadata: Mapping[str, Any]) -> 
     beside = companions(path)[1]
     if prefix == "base_model.model." and beside.is_file():
         return beside.name, _peft(read_json(beside), str(beside))
+    if metadata.get("alpha_folded") in (True, "true"):
+        return "metadata: multiplied into B already", lambda module, rank: 1.0
     return "default: alpha = rank", lambda module, rank: 1.0
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from . import npz, safetensors_io
-from .checkpoint import Checkpoint
+from .checkpoint import SUFFIXES, Checkpoint
 from .errors import ConfigError, WeightError, listing
-from .files import atomic_write
+from .files import atomic_write, check_writable
 from .lora import BIAS, LoRA, Update, rank
 from .lora_alpha import PEFT_METADATA, Scale, scales, sidecar
 from .lora_dialects import OFFICIAL_PATCH_KEY, SOFTWARE, Key, other_model, parse
@@ -27,6 +27,9 @@ from .names import Shapes
 from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
 
 Modules = dict[tuple[str, ...], Parts]  # official layers -> the tensors of the module that stands for them
+
+
+_KINDS = {"LowRank": "LoRA", "Kronecker": "LoKr", "Hadamard": "LoHa", "Dense": "full difference"}  # as people say
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class LoRAFile:
         """What a person wants to know of the file, by name."""
         return {
             "dialect": self.dialect,
-            "modules": ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()),
+            "modules": ", ".join(f"{count} {_KINDS.get(kind, kind)}" for kind, count in self.kinds.items()),
             "rank": ", ".join(map(str, self.ranks)) or "none",
             "scale": ", ".join(f"{scale:g}" for scale in self.scales),
             "alpha from": self.alpha_from,
@@ -108,8 +111,7 @@ def write_lora(
     whatever the `dtype`. Raises ConfigError for an unknown naming or suffix, WeightError for updates that the naming
     has no keys for, or numbers that the dtype does not hold.
     """
-    if path.suffix not in (".safetensors", ".npz"):
-        raise ConfigError(f"{path}: a LoRA is written as .safetensors or .npz")
+    check_output(path)
     if not lora:
         raise ConfigError(f"{path}: not written: the LoRA changes nothing")
     arrays, extra = spelled(lora, naming)
@@ -127,6 +129,13 @@ def write_lora(
     else:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
         safetensors_io.write(path, tensors, {"format": "pt", **texts})
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError where no LoRA can be written to `path`."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(SUFFIXES))}")
+    check_writable(path)
 
 
 def _cast(path: Path, name: str, array: Array, dtype: np.dtype[Any]) -> Array:

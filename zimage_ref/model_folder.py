@@ -21,6 +21,7 @@ from .components import COMPONENTS, config_of, official_weights, parse_config
 from .config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig, read_json
 from .errors import ConfigError, FormatError
 from .hub import local_folder
+from .options import flag
 from .tensors import Tensor
 
 # component -> stems of its file in a flat folder, and its folders in ComfyUI, with its file's usual names there
@@ -84,7 +85,7 @@ def find_parts(folder: Path, parts: Mapping[str, Path | None] | None = None) -> 
     given = {name: Path(path) for name, path in (parts or {}).items() if path is not None}
     for name, path in given.items():
         if not path.exists():
-            raise FormatError(f"--{name.replace('_', '-')} {path}: is not there")
+            raise FormatError(f"{flag(name)} {path}: is not there")
     found = {name: given[name] if name in given else find_component(folder, name) for name in COMPONENTS}
     return found | {"tokenizer": _tokenizer(folder, given.get("tokenizer"))}
 
@@ -103,10 +104,10 @@ def find_component(folder: Path, component: str) -> Path:
     for name in comfy:
         if _holds_weights(folder / name):
             return find_weights(folder / name)
-    looked = [f"{component}/", *flat, *(f"{name}/" for name in comfy if name != component)]
-    option = component.replace("_", "-")
+    folders = ", ".join(f"{name}/" for name in dict.fromkeys((component, *comfy)))
     raise FormatError(
-        f"{folder}: holds no {COMPONENTS[component].title}: looked for {', '.join(looked)}; --{option} FILE names one"
+        f"{folder}: holds no {COMPONENTS[component].title}: looked for {folders}, and for "
+        f"{', '.join(FLAT_STEMS[component])} with {', '.join(READABLE)}; {flag(component)} FILE names one"
     )
 
 

@@ -129,15 +129,20 @@ def vae_parameters(config: VAEConfig) -> Shapes:
     return shapes
 
 
+def check_targets(targets: Sequence[str]) -> None:
+    """Raises ConfigError unless all `targets` are in TARGETS."""
+    for target in targets:
+        if target not in TARGETS:
+            raise ConfigError(f"--targets {target!r} is unknown: known are {', '.join(TARGETS)}")
+
+
 def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]:
     """Names of the Linear layers that `targets` (any of TARGETS) select, in running order.
 
     refiners adds what the others select in the refiner blocks; all is everything. Raises ConfigError for an unknown
     target, or when nothing is selected.
     """
-    for target in targets:
-        if target not in TARGETS:
-            raise ConfigError(f"unknown LoRA target {target!r}: known are {', '.join(TARGETS)}")
+    check_targets(targets)
     chosen = TARGETS if "all" in targets else targets
     suffixes = [suffix for target, known in LORA_TARGETS.items() if target in chosen for suffix in known]
     if "adaln" in chosen:

@@ -107,7 +107,9 @@ class GenerateConfig:
         one_of(self, "sampler", SAMPLERS)
         one_of(self, "fit", FITS)
         if self.init_image is None:
-            needs_picture = {"strength": self.strength is not None, "mask": self.mask is not None}
+            needs_picture = {
+                "strength": self.strength is not None, "mask": self.mask is not None, "fit": self.fit != "crop"
+            }  # fmt: skip
             for name, given in needs_picture.items():
                 if given:
                     raise ConfigError(f"--{name} needs --init-image")
@@ -153,20 +155,20 @@ def at_least(config: Any, low: float, *names: str) -> None:
     """Raises ConfigError where one of the fields `names` of `config` is below `low`; None is not."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) >= low:
-            raise ConfigError(f"{_flag(name)} {getattr(config, name)} must be at least {low}")
+            raise ConfigError(f"{flag(name)} {getattr(config, name)} must be at least {low}")
 
 
 def at_most(config: Any, high: float, *names: str) -> None:
     """Raises ConfigError where one of the fields `names` of `config` is above `high`; None is not."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) <= high:
-            raise ConfigError(f"{_flag(name)} {getattr(config, name)} must be at most {high}")
+            raise ConfigError(f"{flag(name)} {getattr(config, name)} must be at most {high}")
 
 
 def one_of(config: Any, name: str, known: Iterable[str]) -> None:
     """Raises ConfigError unless the field `name` of `config` is one of `known`."""
     if getattr(config, name) not in known:
-        raise ConfigError(f"{_flag(name)} {getattr(config, name)!r} is unknown: known are {', '.join(known)}")
+        raise ConfigError(f"{flag(name)} {getattr(config, name)!r} is unknown: known are {', '.join(known)}")
 
 
 def _check_text(name: str, text: str) -> None:
@@ -176,5 +178,6 @@ def _check_text(name: str, text: str) -> None:
         raise ConfigError(f"--{name} is not valid Unicode: {error.reason}") from error
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The command line's option that sets the field `name`."""
     return f"--{name.replace('_', '-')}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from .errors import FormatError
+from .errors import FormatError, reason
 
 Record = Mapping[str, Any]
 KEY = "zimage"
@@ -51,7 +51,7 @@ def read_record(path: Path) -> dict[str, Any]:
         with Image.open(path) as file:
             text = file.info.get(KEY) or _user_comment(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FormatError(f"{path}: cannot be read as a picture: {error}") from error
+        raise FormatError(f"{path}: cannot be read as a picture: {reason(error)}") from error
     try:
         record = json.loads(text) if text else None
     except ValueError:

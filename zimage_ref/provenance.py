@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from .checkpoint import find_weights
 from .config_file import typed
-from .errors import FormatError
+from .errors import FormatError, reason
 from .model_folder import ModelFolder
 from .options import PARTS, GenerateConfig
 from .quantize import QuantizedTensor
@@ -58,7 +58,7 @@ def digest(path: Path) -> str:
             while block := file.read(1 << 20):
                 seen.update(block)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
     return seen.hexdigest()[:_DIGITS]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from .errors import ConfigError
 from .lora_namings import NAMINGS
-from .names import LORA_TARGETS
-from .options import MEMORY, PARTS, at_least, by_model, check_side, option, required
+from .names import LORA_TARGETS, check_targets
+from .options import MEMORY, PARTS, at_least, by_model, check_side, flag, one_of, option, required
 from .schedule import TimestepSampling
 
 OPTIMIZERS = (
@@ -92,7 +92,7 @@ class TrainConfig:
     preview_guidance: float = option(-1.0, f"guidance of previews (-1: {by_model('guidance')})", free=True)
     resume: bool = option(False, "go on from where an earlier run into --output stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
-    overwrite: bool = option(False, "start anew where an unfinished run into --output could be resumed", free=True)
+    overwrite: bool = option(False, "replace --output, and an unfinished run into it", free=True)
 
     def __post_init__(self) -> None:
         for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):
@@ -116,26 +116,25 @@ class TrainConfig:
         at_least(self, 0, "preview_size", "preview_steps")
         for name in ("alpha", "lr", "lora_plus"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
+                raise ConfigError(f"{flag(name)} {getattr(self, name)} must be above 0")
         for name in ("caption_dropout", "ema", "rank_dropout"):
             limit = 1.0
             if not 0 <= getattr(self, name) <= limit or (getattr(self, name) == limit and name != "caption_dropout"):
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a share from 0 to below 1")
+                raise ConfigError(f"{flag(name)} {getattr(self, name)} must be a share from 0 to below 1")
         if not self.resolution:
             raise ConfigError("--resolution needs at least one side in pixels")
-        for side in (*self.resolution, *([self.preview_size] if self.preview_size else [])):
+        for side in self.resolution:
             check_side("resolution", side)
+        if self.preview_size:
+            check_side("preview-size", self.preview_size)
 
     def _check_names(self) -> None:
-        choices = {
-            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "base_precision": PRECISIONS, "lora_format": NAMINGS,
-            "memory": MEMORY,
-        }  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)!r} is unknown: known are {', '.join(known)}"
-                )
+        one_of(self, "optimizer", OPTIMIZERS)
+        one_of(self, "schedule", SCHEDULES)
+        one_of(self, "base_precision", PRECISIONS)
+        one_of(self, "lora_format", NAMINGS)
+        one_of(self, "memory", MEMORY)
+        check_targets(self.targets)
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"--output {self.output}: a LoRA is written as .safetensors")

@@ -19,6 +19,7 @@ from .lora_file import read_lora
 from .memory import Stage, trainable_parameters, training
 from .model_folder import ModelFolder
 from .names import lora_modules, transformer_parameters
+from .options import flag
 from .quantize import Quantization, QuantizedTensor
 from .schedule import is_turbo
 from .train_cache import model_digests
@@ -132,7 +133,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of a run's facts has changed in a way that changes its result, in words."""
     free = free_options()
     found = [
-        f"--{name.replace('_', '-')} {then['config'].get(name)} -> {value}"
+        f"{flag(name)} {_said(then['config'].get(name))} -> {_said(value)}"
         for name, value in now["config"].items()
         if name not in free and then["config"].get(name) != value
     ]
@@ -143,6 +144,10 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "batch": "the number of machines",
     }
     return found + [text for key, text in what.items() if then.get(key) != now[key]]
+
+
+def _said(value: Any) -> Any:
+    return "none" if value in (None, "", []) else value
 
 
 def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Size]:
