@@ -62,7 +62,7 @@ def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, mo
     monkeypatch.setattr(
         zimage_mlx.training, "Learner", lambda plan, model, *rest: seen.append(model) or real(plan, model, *rest)
     )
-    full, quantized = shop.train("full", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
+    full, quantized = shop.train(f"full{bits}", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
     assert full.losses != quantized.losses
     assert full.losses == pytest.approx(quantized.losses, rel=0.02 if bits == 8 else 0.3)
     layers = {name.removesuffix(".base"): module for name, module in seen[1].named_modules()}
