@@ -11,7 +11,7 @@ import numpy as np
 
 from zimage_ref.generation import Pipeline
 from zimage_ref.lora_file import LoRAFile
-from zimage_ref.memory import FAST
+from zimage_ref.memory import FAST, LEAN, Footprint
 from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
@@ -33,7 +33,6 @@ class ZImagePipeline(Pipeline):
     """
 
     dtypes = tuple(DTYPES)
-    footprint = FAST
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
@@ -43,6 +42,10 @@ class ZImagePipeline(Pipeline):
         self.dtype = DTYPES[dtype or default]
         if mx.metal.is_available():  # keeps weights from being paged out between steps
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+    @property
+    def footprint(self) -> Footprint:
+        return LEAN if self.lean else FAST
 
     @property
     def precision(self) -> str:

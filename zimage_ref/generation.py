@@ -44,7 +44,6 @@ class Pipeline(ABC):
     """A Z-Image model that makes pictures."""
 
     dtypes: tuple[str, ...]  # precisions that the backend offers
-    footprint: Footprint  # how it uses memory
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
@@ -86,6 +85,11 @@ class Pipeline(ABC):
     @abstractmethod
     def precision(self) -> str:
         """The dtype that the networks compute in, by name."""
+
+    @property
+    @abstractmethod
+    def footprint(self) -> Footprint:
+        """How it uses memory, as it is set now."""
 
     @abstractmethod
     def encode_prompt(self, text: str) -> Any:

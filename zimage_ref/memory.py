@@ -22,10 +22,10 @@ from .tokenizer import MAX_TOKENS
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
 # Values of one block that live at once, in widths of the stream and of the feed-forward for each token
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
-# Blocks' values that live at once beside what is kept for the gradient. Measured with this project's training, official
-# transformer in bfloat16, rank 16, AdamW, inputs of blocks kept only: 2.4 GB over the base at 512 x 512, 8.4 GB at
-# 1024 x 1024, LoRA and optimizer included; this makes 2.6 and 8.1
-_TRAIN_BLOCKS = 6.2
+# Blocks' values that live at once beside what is kept for the gradient. Measured with this project's training on an
+# H100, official transformer in bfloat16, rank 16, AdamW, inputs of blocks kept only: 2.6 GB over the base at 512 x 512,
+# 12.0 GB at 1024 x 1024, LoRA and optimizer included; this makes 3.3 and 11.1: rather too much where memory is short
+_TRAIN_BLOCKS = 8.8
 _SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -40,12 +40,12 @@ class Footprint:
     whole_scores: bool  # the autoencoder's attention makes all its scores at once
 
 
-# MLX, official model in bfloat16: one block computed while the next is queued, 0.34 GB at 1088 tokens and 1.31 GB at
-# 4160, where this makes 0.34 and 1.31. FAST: layers of the autoencoder whole, 2.3 GB at 512 x 512 and 9.5 GB at 1024 x
-# 1024, where this makes 2.1 and 9.1. LEAN: some rows of them at a time; a layer's input, its output and what is kept
-# for the shortcut are whole
-FAST = Footprint(mapped=False, blocks=1.28, pixel_widths=30, whole_scores=True)
-LEAN = Footprint(mapped=False, blocks=1.28, pixel_widths=6, whole_scores=False)
+# MLX, official model in bfloat16 on an H100: one block computed while the next is queued, 0.9 GB at 1088 tokens and 1.9
+# GB at 4160, where this makes 0.5 and 1.9. FAST: layers of the autoencoder whole, 2.3 GB at 512 x 512 and 9.5 GB at
+# 1024 x 1024, where this makes 2.1 and 9.1. LEAN: some rows of them at a time; a layer's input, its output and what is
+# kept for the shortcut are whole
+FAST = Footprint(mapped=False, blocks=1.9, pixel_widths=30, whole_scores=True)
+LEAN = Footprint(mapped=False, blocks=1.9, pixel_widths=6, whole_scores=False)
 # NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, pixel_widths=11, whole_scores=False)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .generation import Pipeline
 from .lora_file import LoRAFile
-from .memory import NUMPY
+from .memory import NUMPY, Footprint
 from .model_folder import ModelFolder
 from .quantize import quantize_all
 from .schedule import model_time
@@ -24,7 +24,6 @@ class ZImagePipeline(Pipeline):
     """A Z-Image model that makes pictures, in float32 or float64. Weights stay on disk, memory-mapped."""
 
     dtypes = ("float32", "float64")
-    footprint = NUMPY
 
     def __init__(
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
@@ -35,6 +34,10 @@ class ZImagePipeline(Pipeline):
     @property
     def precision(self) -> str:
         return str(self.dtype)
+
+    @property
+    def footprint(self) -> Footprint:
+        return NUMPY
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
