@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from zimage_ref.memory import residual_values
 from zimage_ref.schedule import add_noise, model_time
 
 from .compiled import PerBlock, Settle, substituted
@@ -63,7 +64,7 @@ def backward(
     d_out: mx.array,
     time_too: bool = False,
 ) -> tuple[mx.array, mx.array | None, Parameters]:
-    """Parameters of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block."""
+    """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block."""
     x, q, k, v, o, a, u, w, f = residuals
     attention, feed_forward = block.attention, block.feed_forward
     scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
@@ -108,7 +109,7 @@ def pull_back(
     inputs: Sequence[mx.array | None],
     cotangents: Sequence[Any],
 ) -> tuple[list[Any], Parameters]:
-    """Parameters of `inputs` (None for None) and of the trainable parameters of `module` below `owners`.
+    """Gradients of `inputs` (None for None) and of the trainable parameters of `module` below `owners`.
 
     `function` takes the inputs and uses those parameters; it returns one array a cotangent.
     """
@@ -176,25 +177,17 @@ class LossAndGradients:
         keep = self._keep(batch, layout)
         left = keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
         refiner = _Chain(self, "noise_refiner", left, (layout.image_rotation, None, adaln), time_too)
-        context = _Chain(
-            self,
-            "context_refiner",
-            left - len(model.noise_refiner),
-            (layout.caption_rotation, layout.caption_mask, None),
-            False,
-        )
+        left -= len(model.noise_refiner)
+        context = _Chain(self, "context_refiner", left, (layout.caption_rotation, layout.caption_mask, None), False)
         layers = _Chain(self, "layers", keep, (layout.rotation, layout.mask, adaln), time_too)
         image, caption = refiner.forward(roots["all_x_embedder"]()), context.forward(roots["cap_embedder"]())
         tokens = layers.forward(mx.concatenate([image, caption], axis=1))
-        loss = flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
 
-        (d, d_time), gradients = pull_back(
-            model,
-            ["all_final_layer"],
-            lambda tokens, adaln: flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch),
-            [tokens, adaln],
-            [mx.array(1.0)],
-        )
+        def error(tokens: mx.array, adaln: mx.array) -> mx.array:
+            return flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
+
+        loss = error(tokens, adaln)
+        (d, d_time), gradients = pull_back(model, ["all_final_layer"], error, [tokens, adaln], [mx.array(1.0)])
         image_too, caption_too = trains["all_x_embedder"] or time_too, trains["cap_embedder"]
         d = layers.backward(d, gradients, image_too or caption_too or refiner.trains or context.trains)
         d_image, d_caption = (None, None) if d is None else mx.split(d, [image.shape[1]], axis=1)
@@ -212,7 +205,7 @@ class LossAndGradients:
         """How many blocks may keep their residuals."""
         config = self.model.config
         tokens = len(batch.x_0) * layout.rotation[0].shape[1]
-        each = tokens * (7 * config.dim + 2 * config.ffn_dim) * self.model.dtype.size  # of a Residuals
+        each = tokens * residual_values(config) * self.model.dtype.size
         return int(min(self.budget / each, len(self.model.layers) + 2 * config.n_refiner_layers))
 
 

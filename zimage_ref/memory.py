@@ -116,7 +116,7 @@ def training(
     base = weight_bytes(folder.weights["transformer"], itemsize, quantization)
     encoder, vae = (weight_bytes(folder.weights[name], itemsize) for name in ("text_encoder", "vae"))
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
-    kept = config.dim if lean else 7 * config.dim + 2 * config.ffn_dim  # for each block: its input, or its residuals
+    kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
     blocks = len(list(names.transformer_blocks(config)))
     activations = tokens * (kept * blocks + _TRAIN_BLOCKS * _block_values(config))
     pixels = _pixel_values(folder, image_tokens * folder.size_multiple**2, footprint)
@@ -126,6 +126,11 @@ def training(
         Stage("pictures", vae, itemsize * pixels),
         Stage("train", base, round(itemsize * activations), lora=4 * copies * trainable),
     ]
+
+
+def residual_values(config: TransformerConfig) -> int:
+    """Values for each token that a block keeps for its gradient, all that its matrix products made."""
+    return 7 * config.dim + 2 * config.ffn_dim
 
 
 def weight_bytes(
