@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-
 from zimage_ref.quantize import Quantization
 from zimage_ref.train_config import TrainConfig
+
+from .compiled import on_gpu
 
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
@@ -14,5 +14,5 @@ def base_precision(config: TrainConfig) -> tuple[str, Quantization | None]:
     """The dtype of the networks by name, and how the base is quantized, if it is."""
     asked = config.base_precision
     bits = int(asked) if asked in ("8", "4") else None
-    default = "bf16" if mx.default_device().type == mx.gpu else "f32"
+    default = "bf16" if on_gpu() else "f32"
     return _DTYPES.get(asked, _DTYPES[default]), Quantization(bits) if bits else None

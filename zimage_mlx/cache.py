@@ -10,18 +10,18 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from zimage_ref.buckets import Size
 from zimage_ref.dataset import Example
 from zimage_ref.errors import FormatError, TrainingError
 from zimage_ref.files import disk_is_full, remove_stale
-from zimage_ref.tensors import BFLOAT16, Array
+from zimage_ref.tensors import Array
 from zimage_ref.train_cache import TrainCache, is_entry, read_entry, write_entry
 from zimage_ref.train_plan import TrainPlan
 
 from .events import Encoded
 from .pipeline import ZImagePipeline
+from .weights import from_stored, to_stored
 
 _Work = tuple[Path, Callable[[], mx.array]]  # an entry, and what computes it
 
@@ -47,7 +47,7 @@ class EncodedDataset:
             first = rank * len(work) // ranks
             for done, (path, compute) in enumerate(work[first:] + work[:first], start=1):
                 if not is_entry(path):
-                    self._write(path, _to_numpy(compute()), len(work) - done + 1)
+                    self._write(path, to_stored(compute()), len(work) - done + 1)
                 yield Encoded(done, len(work), what)
             self._pipeline.release(network)
 
@@ -97,15 +97,6 @@ class EncodedDataset:
 
 def _read(path: Path) -> mx.array:
     try:
-        value = read_entry(path)
+        return from_stored(read_entry(path))
     except FormatError as error:
         raise TrainingError(f"{path}: the cache was changed during the run: go on with --resume: {error}") from error
-    if value.dtype == BFLOAT16:
-        return mx.array(value.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(value)
-
-
-def _to_numpy(array: mx.array) -> Array:
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(BFLOAT16)
-    return np.array(array)

@@ -6,7 +6,6 @@ together. Here a program is traced once for each structure of a block (plain, qu
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,26 +129,20 @@ def substituted(module: nn.Module, parameters: Any) -> Iterator[None]:
 
 
 class Settle:
-    """Computes what it is called with, in the background, at most `ahead` calls ahead of what is done.
+    """Computes what it is called with, in the background, one call ahead of what is done.
 
     Left lazy, a network's buffers all live at once. Evaluated block by block, the GPU waits for the next block to be
     queued. Between the two, one block is being computed while the next is queued.
     """
 
-    def __init__(self, ahead: int = 1) -> None:
-        self._ahead = ahead
-        self._pending: deque[Any] = deque()
+    def __init__(self) -> None:
+        self._queued: tuple[Any, ...] = ()
 
     def __call__(self, *arrays: Any) -> None:
         mx.async_eval(*arrays)
-        self._pending.append(arrays)
-        while len(self._pending) > self._ahead:
-            mx.eval(*self._pending.popleft())
-
-    def finish(self) -> None:
-        """Waits for all."""
-        while self._pending:
-            mx.eval(*self._pending.popleft())
+        before, self._queued = self._queued, arrays
+        if before:
+            mx.eval(*before)
 
 
 class BlockRunner:

@@ -72,7 +72,7 @@ def backward(
     gradients: Parameters = {}
 
     def back(owners: Sequence[str], function: Callable[..., Any], inputs: Sequence[Any], *d: mx.array) -> list[Any]:
-        d_inputs, d_parameters = pull_back(block, owners, function, inputs, d)
+        _, d_inputs, d_parameters = pull_back(block, owners, function, inputs, d)
         gradients.update(d_parameters)
         return d_inputs
 
@@ -108,13 +108,13 @@ def pull_back(
     function: Callable[..., Any],
     inputs: Sequence[mx.array | None],
     cotangents: Sequence[Any],
-) -> tuple[list[Any], Parameters]:
-    """Gradients of `inputs` (None for None) and of the trainable parameters of `module` below `owners`.
+) -> tuple[list[mx.array], list[Any], Parameters]:
+    """What `function` returns; gradients of `inputs` (None for None) and of the parameters of `module` below `owners`.
 
-    `function` takes the inputs and uses those parameters; it returns one array a cotangent.
+    `function` takes the inputs and uses those parameters that train; it returns one array a cotangent.
     """
-    names = trainable(module, owners)
-    flat = dict(_flat(module))
+    own = {name: array for name, array in _flat(module) if _below(name, owners)}
+    names = list(own)
     given = [i for i, array in enumerate(inputs) if array is not None]
 
     def outputs(*arrays: mx.array) -> list[mx.array]:
@@ -125,20 +125,23 @@ def pull_back(
             result = function(*filled)
         return [result] if isinstance(result, mx.array) else list(result)
 
-    primals: list[Any] = [flat[name] for name in names] + [inputs[i] for i in given]
+    primals: list[Any] = [*own.values(), *(inputs[i] for i in given)]
     if not primals:
-        return list(inputs), {}
-    _, d = mx.vjp(outputs, primals, list(cotangents))
+        return outputs(), list(inputs), {}
+    returned, d = mx.vjp(outputs, primals, list(cotangents))
     d_inputs: list[Any] = [None] * len(inputs)
     for i, gradient in zip(given, d[len(names) :], strict=True):
         d_inputs[i] = gradient
-    return d_inputs, dict(zip(names, d, strict=False))
+    return returned, d_inputs, dict(zip(names, d, strict=False))
 
 
-def trainable(module: nn.Module, owners: Sequence[str]) -> list[str]:
-    """Names of the trainable parameters of `module` that lie below one of `owners`."""
-    below = tuple(f"{owner}." for owner in owners)
-    return [name for name in dict(_flat(module)) if name.startswith(below)]
+def trainable(module: nn.Module, owners: Sequence[str]) -> bool:
+    """Whether any parameter of `module` below one of `owners` trains."""
+    return any(_below(name, owners) for name, _ in _flat(module))
+
+
+def _below(name: str, owners: Sequence[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
 
 
 def _flat(module: nn.Module) -> list[tuple[str, mx.array]]:
@@ -171,7 +174,7 @@ class LossAndGradients:
             "all_x_embedder": lambda: model.embed_image(x),
             "cap_embedder": lambda: model.embed_captions(captions),
         }
-        trains = {name: bool(trainable(model, [name])) for name in roots}
+        trains = {name: trainable(model, [name]) for name in roots}
         time_too = trains["t_embedder"]
 
         keep = self._keep(batch, layout)
@@ -186,8 +189,7 @@ class LossAndGradients:
         def error(tokens: mx.array, adaln: mx.array) -> mx.array:
             return flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
 
-        loss = error(tokens, adaln)
-        (d, d_time), gradients = pull_back(model, ["all_final_layer"], error, [tokens, adaln], [mx.array(1.0)])
+        (loss,), (d, d_time), gradients = pull_back(model, ["all_final_layer"], error, [tokens, adaln], [mx.array(1.0)])
         image_too, caption_too = trains["all_x_embedder"] or time_too, trains["cap_embedder"]
         d = layers.backward(d, gradients, image_too or caption_too or refiner.trains or context.trains)
         d_image, d_caption = (None, None) if d is None else mx.split(d, [image.shape[1]], axis=1)
@@ -197,7 +199,7 @@ class LossAndGradients:
             d_time = sum(chain.d_time for chain in (layers, refiner)) + d_time
         for name, cotangent in (("t_embedder", d_time), ("all_x_embedder", d_image), ("cap_embedder", d_caption)):
             if trains[name]:
-                gradients |= pull_back(model, [name], roots[name], [], [cotangent])[1]
+                gradients |= pull_back(model, [name], roots[name], [], [cotangent])[2]
         mx.eval(loss, gradients)
         return loss, gradients
 

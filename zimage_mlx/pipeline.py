@@ -16,7 +16,7 @@ from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
 
-from .compiled import BlockRunner
+from .compiled import BlockRunner, on_gpu
 from .lora import Adapters
 from .text_encoder import TextEncoder
 from .transformer import Conditioning, Transformer
@@ -38,7 +38,7 @@ class ZImagePipeline(Pipeline):
         self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
     ) -> None:
         super().__init__(folder, dtype, lean, quantize)
-        default = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
+        default = "bfloat16" if on_gpu() else "float32"
         self.dtype = DTYPES[dtype or default]
         if mx.metal.is_available():  # keeps weights from being paged out between steps
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
@@ -101,7 +101,7 @@ class ZImagePipeline(Pipeline):
         return mx.array(array)
 
     def memory_limit(self) -> int | None:
-        if mx.default_device().type != mx.gpu:
+        if not on_gpu():
             return super().memory_limit()
         info = mx.device_info()  # Metal recommends three quarters of the machine's memory
         limit = info.get("max_recommended_working_set_size") or info.get("total_memory")

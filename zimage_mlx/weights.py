@@ -64,14 +64,24 @@ def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
 
     Convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I).
     """
-    stored = tensor.read()
-    if stored.dtype == BFLOAT16:
-        array = mx.array(np.ascontiguousarray(stored).view(np.uint16)).view(mx.bfloat16)
-    else:
-        array = mx.array(stored)
+    array = from_stored(tensor.read())
     if array.ndim == 4:
         array = mx.contiguous(array.transpose(0, 2, 3, 1))
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def from_stored(stored: Array) -> mx.array:
+    """An array as files hold it, bfloat16 included, as MLX's own."""
+    if stored.dtype == BFLOAT16:
+        return mx.array(np.ascontiguousarray(stored).view(np.uint16)).view(mx.bfloat16)
+    return mx.array(stored)
+
+
+def to_stored(array: mx.array) -> Array:
+    """The way back from `from_stored`."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(BFLOAT16)
+    return np.array(array)
 
 
 def to_numpy(array: mx.array) -> Array:
