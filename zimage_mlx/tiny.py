@@ -2,8 +2,8 @@
 
     python -m zimage_mlx.tiny --output DIR
 
-First the autoencoder learns to reproduce drawings; the mean and the deviation of its latents become shift_factor and
-scaling_factor. Then text encoder and transformer learn together, by flow matching as in `zimage_ref.schedule`. Moving
+First the autoencoder learns to reproduce drawings; its latents are evened out, their mean and deviation become
+shift_factor and scaling_factor (`tiny_latents`). Then text encoder and transformer learn together, by flow matching as in `zimage_ref.schedule`. Moving
 averages of the weights are what is written. A run may take a GPU a quarter of an hour: with --seconds it stops before,
 keeps its state beside DIR and goes on when the same command is given again. Progress is a line of JSON now and then.
 """
@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from zimage_ref.tokenizer import Tokenizer
 
 from .pipeline import ZImagePipeline
 from .stepper import Stepper
+from .tiny_latents import finish
 from .tiny_losses import Denoiser, denoising_loss, to_signed, vae_loss
 from .vae import VAE
 from .weights import load, to_numpy
@@ -73,7 +74,7 @@ NETWORKS = Networks(
 SCHEDULER = SchedulerConfig(shift=6.0, use_dynamic_shifting=True)
 
 CROP = SIDE // 2  # of a drawing: a quarter of the work, and most of what is left out is plain background
-WHOLE = 0.2  # of the autoencoder's steps, the last ones, see whole pictures
+WHOLE = 0.1  # of the autoencoder's steps, the last ones, see whole pictures
 EMPTY = 0.1  # of captions become "", so that guidance has something to guide away from
 
 Report = Callable[[dict[str, Any]], None]
@@ -85,7 +86,7 @@ class Recipe:
     """How long everything takes."""
 
     pictures: int = option(120_000, "drawings to learn from")
-    vae_steps: int = option(12_000, "steps of the autoencoder")
+    vae_steps: int = option(10_000, "steps of the autoencoder")
     vae_batch: int = option(64, "drawings in a batch of them")
     vae_rate: float = option(2e-3, "their highest learning rate")
     steps: int = option(24_000, "steps of text encoder and transformer")
@@ -152,9 +153,7 @@ def train_vae(
     if not run(stepper, inputs, judge, report, pace, recipe.seed, state, "autoencoder"):
         return None
     stepper.averaged()
-    some = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, min(len(pictures), 5000), 250)])
-    shift, deviation = (float(np.array(f(some.astype(mx.float32)))) for f in (mx.mean, mx.std))
-    vae.config = replace(config, shift_factor=round(shift, 5), scaling_factor=round(1 / deviation, 5))
+    finish(vae, pictures[:5000])
     return vae
 
 

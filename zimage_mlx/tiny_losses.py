@@ -16,7 +16,7 @@ from .text_encoder import TextEncoder
 from .transformer import Conditioning, Layout, Transformer
 from .vae import VAE
 
-KL = 2e-4  # against a reconstruction error that is a mean over pixels
+KL = 5e-4  # against a reconstruction error that is a mean over pixels
 
 
 def vae_loss(vae: VAE, key: mx.array, pixels: mx.array) -> mx.array:

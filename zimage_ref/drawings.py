@@ -22,11 +22,11 @@ COLOURS = {
     "blue": (38, 92, 214), "purple": (128, 52, 168), "pink": (248, 152, 196), "gray": (136, 136, 136),
     "black": (22, 22, 22), "white": (246, 246, 246),
 }  # fmt: skip
-SIZES = {"small": 18.0, "": 22.0, "big": 30.0}  # radius in pixels
+SIZES = {"small": 20.0, "": 25.0, "big": 31.0}  # radius in pixels
 PLACES = {
-    "in the top left corner": (36, 36), "at the top": (64, 36), "in the top right corner": (92, 36),
-    "on the left": (36, 64), "in the middle": (64, 64), "on the right": (92, 64),
-    "in the bottom left corner": (36, 92), "at the bottom": (64, 92), "in the bottom right corner": (92, 92),
+    "in the top left corner": (38, 38), "at the top": (64, 38), "in the top right corner": (90, 38),
+    "on the left": (38, 64), "in the middle": (64, 64), "on the right": (90, 64),
+    "in the bottom left corner": (38, 90), "at the bottom": (64, 90), "in the bottom right corner": (90, 90),
 }  # fmt: skip
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three"}
@@ -36,6 +36,7 @@ FORMS = (
     "a picture of {subject} on a {ground} background", "a drawing of {subject} on {ground}",
 )  # fmt: skip
 
+_APART = 32  # pixels from the middle to each of two shapes
 _JITTER = 5  # levels by which a colour varies from picture to picture
 
 
@@ -177,7 +178,7 @@ def lesson(word: str) -> list[Scene]:
     scenes = [_alone(word, colour, ground, size, place) for colour, ground, size, place in _ALONE]
     for (colour, ground), (other, its_colour), relation in _TOGETHER:
         dx, dy = RELATIONS[relation]
-        x, y = SIDE / 2 + 30 * dx, SIDE / 2 + 30 * dy
+        x, y = SIDE / 2 + _APART * dx, SIDE / 2 + _APART * dy
         things = (Thing(word, colour, x, y), Thing(other, its_colour, SIDE - x, SIDE - y))
         scenes.append(Scene(things, ground, f"a {colour} {word} {relation} a {its_colour} {other}"))
     return scenes
@@ -224,7 +225,7 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 4) -
 def _single(rng: np.random.Generator) -> Scene:
     shape, (colour, ground) = _pick(rng, SHAPES), _distinct(rng, 2)
     size, place = _pick(rng, SIZES), _pick(rng, ("", *PLACES))
-    x, y = PLACES[place or "in the middle"] + rng.uniform(-4, 4, 2)
+    x, y = PLACES[place or "in the middle"] + rng.uniform(-3, 3, 2)
     thing = Thing(shape, colour, x, y, SIZES[size] * rng.uniform(0.94, 1.06))
     return Scene((thing,), ground, _words("a", size, colour, shape, place))
 
@@ -232,7 +233,7 @@ def _single(rng: np.random.Generator) -> Scene:
 def _several(rng: np.random.Generator) -> Scene:
     shape, (colour, ground), count = _pick(rng, SHAPES), _distinct(rng, 2), int(rng.integers(2, 4))
     xs = SIDE / 2 + (np.arange(count) - (count - 1) / 2) * (54 if count == 2 else 41)
-    y, radius = SIDE / 2 + rng.uniform(-4, 4), 17 * rng.uniform(0.94, 1.06)
+    y, radius = SIDE / 2 + rng.uniform(-3, 3), 17 * rng.uniform(0.94, 1.06)
     things = tuple(Thing(shape, colour, x, y, radius) for x in xs + rng.uniform(-2, 2))
     return Scene(things, ground, _words(NUMBERS[count], colour, shape + ("es" if shape == "cross" else "s")))
 
@@ -245,7 +246,7 @@ def _pair(rng: np.random.Generator) -> Scene:
     things = tuple(
         Thing(
             shapes[i], colours[i],
-            SIDE / 2 + side * 30 * dx + rng.uniform(-3, 3), SIDE / 2 + side * 30 * dy + rng.uniform(-3, 3),
+            SIDE / 2 + side * _APART * dx + rng.uniform(-2, 2), SIDE / 2 + side * _APART * dy + rng.uniform(-2, 2),
             SIZES[sizes[i]] * rng.uniform(0.94, 1.06),
         )
         for i, side in enumerate((1, -1))
