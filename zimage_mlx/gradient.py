@@ -193,7 +193,8 @@ class LossAndGradients:
         wrap: Callable[[Any], Any] = PerBlock if compiled else lambda function: function
         self.forward, self.backward = wrap(forward), wrap(backward)
         pieces = Pieces(compiled)
-        self.run, self.rerun = partial(Block.__call__, run=pieces), partial(rerun, run=pieces)
+        self.run: Callable[..., Any] = partial(Block.__call__, run=pieces)
+        self.rerun: Callable[..., Any] = partial(rerun, run=pieces)
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""

@@ -60,7 +60,8 @@ class ZImagePipeline(Pipeline):
     def transformer(self) -> Transformer:
         """The denoiser."""
         model: Transformer = self._loaded(Transformer(self.folder.transformer), "transformer")
-        model.run = partial(Block.__call__, run=Pieces(on_gpu())) if self.lean else BlockRunner()
+        in_pieces: Any = partial(Block.__call__, run=Pieces(on_gpu()))
+        model.run = in_pieces if self.lean else BlockRunner()
         return model
 
     @cached_property
