@@ -76,10 +76,12 @@ def backward(
         _feed_forward_back, block, (x, a, u, w, f), gate_a, scale_f, gate_f, d_out
     )
     del residuals, u, w, f  # in pieces they are gone by the time that attention needs the room
-    ready, do, d_gate_a, more = run(_output_back, block, (q, k, v, o, a), rotation, gate_a, d_middle)
+    (ready_q, ready_k, ready_v), do, d_gate_a, more = run(
+        _output_back, block, (q, k, v, o, a), rotation, gate_a, d_middle
+    )
     gradients = gradients | more
     heads = block.attention.heads
-    d_ready = attention_gradient(*ready, heads(do), heads(o), mask, run)
+    d_ready = attention_gradient(ready_q, ready_k, ready_v, heads(do), heads(o), mask, run)
     d, d_scale_a, more = run(_projections_back, block, (x, q, k, v), rotation, scale_a, d_ready)
     gradients = gradients | more
 
