@@ -78,6 +78,33 @@ def test_gradients_are_those_of_the_whole_network(trains: str, keep: int, monkey
         assert mx.abs(array).max() > 0
 
 
+@pytest.mark.parametrize("keep", [0, 2])
+def test_compiled_pieces_and_blocks_have_the_same_gradients(keep: int) -> None:
+    model = model_with_loras(LAYERS["every linear layer"])
+    expected = LossAndGradients(model, bytes_kept(keep), compiled=False)(batch())[1]
+    actual = LossAndGradients(model, bytes_kept(keep), compiled=True)(batch())[1]
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert_parity(actual[name], array, "same", name=name)
+
+
+def test_pieces_hold_less_than_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_QUERY_ROWS", 64)
+    model, x = model_with_loras(LAYERS["main blocks"]), mx.random.normal((1, 16, 40, 40))
+    large = Batch(x, x + 1, mx.array([0.3]), [mx.ones((3, 40))])
+    peaks = []
+    for in_pieces in (True, False):
+        differentiate = LossAndGradients(model, 0, compiled=False)
+        if not in_pieces:
+            differentiate.run, differentiate.rerun = Block.__call__, gradient.rerun
+        mx.eval(large.x_0, large.noise)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        differentiate(large)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < 0.75 * peaks[1]
+
+
 def test_compiled_blocks_give_the_same_and_share_their_program() -> None:
     model = model_with_loras(LAYERS["main blocks"])
     run = PerBlock(Block.__call__)

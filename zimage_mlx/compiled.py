@@ -19,6 +19,11 @@ from mlx.utils import tree_flatten
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args): the plain way to run one part of a computation. For the frugal way see `Pieces`."""
+    return function(*args)
+
+
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU, Metal or CUDA."""
     return bool(mx.default_device().type == mx.gpu)
@@ -143,6 +148,27 @@ class Settle:
         before, self._queued = self._queued, arrays
         if before:
             mx.eval(*before)
+
+
+class Pieces:
+    """Runs the parts of a block each as a program of its own, computed one ahead of what is done.
+
+    All that one evaluation makes on its way may live until it ends. So memory holds what two parts make on their way,
+    not two blocks. Stands where `call` does.
+    """
+
+    def __init__(self, compiled: bool) -> None:
+        self._compiled, self._settle = compiled, Settle()
+        self._programs: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args), on its way; `function` is one of the same few each time."""
+        if function not in self._programs:
+            wrap: Callable[[Any], Any] = PerBlock if args and isinstance(args[0], nn.Module) else mx.compile
+            self._programs[function] = wrap(function) if self._compiled else function
+        result = self._programs[function](*args)
+        self._settle(result)
+        return result
 
 
 class BlockRunner:

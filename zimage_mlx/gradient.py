@@ -12,6 +12,7 @@ Source: gradient checkpointing, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from zimage_ref.memory import residual_values
 from zimage_ref.schedule import add_noise, model_time
 
-from .compiled import PerBlock, Settle, substituted
+from .compiled import PerBlock, Pieces, Settle, call, substituted
 from .loss import Batch, Parameters, flow_matching_error
 from .ops import Rotation, attention_gradient
 from .transformer import Block, Layout, Transformer, normed
@@ -63,43 +64,74 @@ def backward(
     adaln: mx.array | None,
     d_out: mx.array,
     time_too: bool = False,
+    run: Callable[..., Any] = call,
 ) -> tuple[mx.array, mx.array | None, Parameters]:
-    """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block."""
+    """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block.
+
+    run: how each part is run; see `compiled.Pieces`.
+    """
     x, q, k, v, o, a, u, w, f = residuals
-    attention, feed_forward = block.attention, block.feed_forward
     scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
-    middle = x + normed(block.attention_norm2, a, gate_a)
-    gradients: Parameters = {}
-
-    def back(owners: Sequence[str], function: Callable[..., Any], inputs: Sequence[Any], *d: mx.array) -> list[Any]:
-        _, d_inputs, d_parameters = pull_back(block, owners, function, inputs, d)
-        gradients.update(d_parameters)
-        return d_inputs
-
-    df, d_gate_f = back((), lambda f, gate: normed(block.ffn_norm2, f, gate), [f, gate_f], d_out)
-    du, dw = back(["feed_forward.w2"], feed_forward.contract, [u, w], df)
-    d, d_scale_f = back(
-        ["feed_forward.w1", "feed_forward.w3"],
-        lambda x, scale: feed_forward.expand(normed(block.ffn_norm1, x, scale)),
-        [middle, scale_f], du, dw,
-    )  # fmt: skip
-    d_middle = d_out + d
-
-    da, d_gate_a = back((), lambda a, gate: normed(block.attention_norm2, a, gate), [a, gate_a], d_middle)
-    (do,) = back(["attention.to_out"], lambda o: attention.to_out[0](o), [o], da)
-    ready_q, ready_k, ready_v = attention.prepare(q, k, v, rotation)
-    d_ready = attention_gradient(ready_q, ready_k, ready_v, attention.heads(do), attention.heads(o), mask)
-    dq, dk, dv = back((), lambda q, k, v: attention.prepare(q, k, v, rotation), [q, k, v], *d_ready)
-    d, d_scale_a = back(
-        ["attention.to_q", "attention.to_k", "attention.to_v"],
-        lambda x, scale: attention.project(normed(block.attention_norm1, x, scale)),
-        [x, scale_a], dq, dk, dv,
-    )  # fmt: skip
+    d_middle, d_scale_f, d_gate_f, gradients = run(
+        _feed_forward_back, block, (x, a, u, w, f), gate_a, scale_f, gate_f, d_out
+    )
+    del residuals, u, w, f  # in pieces they are gone by the time that attention needs the room
+    (ready_q, ready_k, ready_v), do, d_gate_a, more = run(
+        _output_back, block, (q, k, v, o, a), rotation, gate_a, d_middle
+    )
+    gradients = gradients | more
+    heads = block.attention.heads
+    d_ready = attention_gradient(ready_q, ready_k, ready_v, heads(do), heads(o), mask, run)
+    d, d_scale_a, more = run(_projections_back, block, (x, q, k, v), rotation, scale_a, d_ready)
+    gradients = gradients | more
 
     d_adaln = None
     if adaln is not None and (time_too or trainable(block, ["adaLN_modulation"])):
-        (d_adaln,) = back(["adaLN_modulation"], block.modulation, [adaln], d_scale_a, d_gate_a, d_scale_f, d_gate_f)
+        d_scales = [d_scale_a, d_gate_a, d_scale_f, d_gate_f]
+        _, (d_adaln,), more = pull_back(block, ["adaLN_modulation"], block.modulation, [adaln], d_scales)
+        gradients = gradients | more
     return d_middle + d, d_adaln if time_too else None, gradients
+
+
+def _feed_forward_back(block: Block, residuals: Any, gate_a: Any, scale: Any, gate: Any, d_out: mx.array) -> Any:
+    """Gradients of the half with the feed-forward: of its input, scale, gate, parameters."""
+    x, a, u, w, f = residuals
+    feed_forward = block.feed_forward
+    middle = x + normed(block.attention_norm2, a, gate_a)
+    _, (df, d_gate), _ = pull_back(block, (), lambda f, g: normed(block.ffn_norm2, f, g), [f, gate], [d_out])
+    _, d_hidden, gradients = pull_back(block, ["feed_forward.w2"], feed_forward.contract, [u, w], [df])
+    _, (d, d_scale), more = pull_back(
+        block,
+        ["feed_forward.w1", "feed_forward.w3"],
+        lambda x, scale: feed_forward.expand(normed(block.ffn_norm1, x, scale)),
+        [middle, scale],
+        d_hidden,
+    )
+    return d_out + d, d_scale, d_gate, gradients | more
+
+
+def _output_back(block: Block, residuals: Any, rotation: Rotation, gate: Any, d: mx.array) -> Any:
+    """Queries, keys, values as attention takes them; gradients of its output (B, S, D), the gate, parameters."""
+    q, k, v, o, a = residuals
+    attention = block.attention
+    _, (da, d_gate), _ = pull_back(block, (), lambda a, g: normed(block.attention_norm2, a, g), [a, gate], [d])
+    _, (do,), gradients = pull_back(block, ["attention.to_out"], lambda o: attention.to_out[0](o), [o], [da])
+    return attention.prepare(q, k, v, rotation), do, d_gate, gradients
+
+
+def _projections_back(block: Block, residuals: Any, rotation: Rotation, scale: Any, d_ready: Any) -> Any:
+    """Gradients of the input of attention, its scale and its projections' parameters."""
+    x, *projected = residuals
+    attention = block.attention
+    _, d, _ = pull_back(block, (), lambda q, k, v: attention.prepare(q, k, v, rotation), projected, d_ready)
+    _, (dx, d_scale), gradients = pull_back(
+        block,
+        ["attention.to_q", "attention.to_k", "attention.to_v"],
+        lambda x, scale: attention.project(normed(block.attention_norm1, x, scale)),
+        [x, scale],
+        d,
+    )
+    return dx, d_scale, gradients
 
 
 def pull_back(
@@ -153,15 +185,18 @@ def _flat(module: nn.Module) -> list[tuple[str, mx.array]]:
 class LossAndGradients:
     """(loss, gradients) of a batch, for one model and one way of trading memory for time.
 
-    budget: bytes for the residuals of as many blocks as fit; the others keep their input and run twice. Blocks are
-    computed one ahead of what is done, so that memory stays bounded. compiled: for GPUs, whose kernels it fuses.
+    budget: bytes for the residuals of as many blocks as fit; the others keep their input and run twice, in pieces.
+    Blocks and pieces are computed one ahead of what is done, so that memory stays bounded. compiled: for GPUs, whose
+    kernels it fuses.
     """
 
     def __init__(self, model: Transformer, budget: float, compiled: bool) -> None:
         self.model, self.budget, self.settle = model, budget, Settle()
         wrap: Callable[[Any], Any] = PerBlock if compiled else lambda function: function
-        self.run, self.forward = wrap(Block.__call__), wrap(forward)
-        self.backward, self.rerun = wrap(backward), wrap(_rerun)
+        self.forward, self.backward = wrap(forward), wrap(backward)
+        pieces = Pieces(compiled)
+        self.run: Callable[..., Any] = partial(Block.__call__, run=pieces)
+        self.rerun: Callable[..., Any] = partial(rerun, run=pieces)
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
@@ -254,6 +289,20 @@ class _Chain:
         return d
 
 
-def _rerun(block: Block, x: mx.array, rotation: Rotation, mask: Any, adaln: Any, *rest: Any) -> Any:
+def rerun(
+    block: Block,
+    x: mx.array,
+    rotation: Rotation,
+    mask: mx.array | None,
+    adaln: mx.array | None,
+    d_out: mx.array,
+    time_too: bool = False,
+    run: Callable[..., Any] = call,
+) -> tuple[mx.array, mx.array | None, Parameters]:
     """`backward` for a block that kept its input only."""
-    return backward(block, forward(block, x, rotation, mask, adaln)[1], rotation, mask, adaln, *rest)
+    residuals = run(_residuals, block, x, rotation, mask, adaln)
+    return backward(block, residuals, rotation, mask, adaln, d_out, time_too, run)
+
+
+def _residuals(block: Block, *args: Any) -> Residuals:
+    return forward(block, *args)[1]

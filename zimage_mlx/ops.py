@@ -7,13 +7,14 @@ here that is left to lazy evaluation. Source: FlashAttention-2, arXiv 2307.08691
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .compiled import fused
+from .compiled import call, fused
 
 Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
@@ -40,35 +41,58 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
 
 
 def attention_gradient(
-    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, out: mx.array, mask: mx.array | None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    d_out: mx.array,
+    out: mx.array,
+    mask: mx.array | None,
+    run: Callable[..., Any] = call,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of q, k, v (B, H, S, K) where `attention` gave `out` and its gradient is `d_out`."""
-    scale = q.shape[-1] ** -0.5
+    """Gradients of q, k, v (B, H, S, K) where `attention` gave `out` and its gradient is `d_out`.
+
+    run: how a chunk is run; see `compiled.Pieces`.
+    """
     S = q.shape[2]
     chunks = -(-S // _QUERY_ROWS)
     rows = -(-S // chunks)  # as equal as can be
-    # p * (dO v^T - delta): delta goes into the product as two more columns, coarse and fine, to save a pass; there are
-    # eight of them because products are slow on widths that are not a multiple of that
-    delta = -mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
-    coarse = delta.astype(v.dtype)
-    columns = [coarse, (delta - coarse).astype(v.dtype), mx.zeros((*delta.shape[:-1], 6), v.dtype)]
-    d_wide = mx.concatenate([d_out, *columns], axis=-1)  # (B, H, S, K + 8)
-    k_t = k.swapaxes(-1, -2)
-    v_wide_t = mx.concatenate([v, mx.ones((*v.shape[:-1], 8), v.dtype)], axis=-1).swapaxes(-1, -2)
+    d_wide, v_wide_t = run(_widened, d_out, out, v)
     dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
     for start in range(0, S, rows):
         part = slice(start, start + rows)
-        q_rows, d_rows = q[:, :, part] * scale, d_out[:, :, part]
-        scores = q_rows @ k_t  # (B, H, rows, S)
-        if mask is not None:
-            allowed = mask[:, :, part] if mask.shape[2] > 1 else mask
-            scores = mx.where(allowed, scores, mx.array(-mx.inf, scores.dtype))
-        p = mx.softmax(scores, axis=-1, precise=True)
-        d_scores = p * (d_wide[:, :, part] @ v_wide_t)
-        dq.append((d_scores @ k) * scale)
-        dk = dk + d_scores.swapaxes(-1, -2) @ q_rows
-        dv = dv + p.swapaxes(-1, -2) @ d_rows
+        allowed = mask[:, :, part] if mask is not None and mask.shape[2] > 1 else mask
+        rows_dq, dk, dv = run(_chunk_gradient, q[:, :, part], k, v_wide_t, d_wide[:, :, part], allowed, dk, dv)
+        dq.append(rows_dq)
     return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _widened(d_out: mx.array, out: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    """d_out (B, H, S, K + 8) and v^T (B, H, K + 8, S) whose product is d_out v^T - sum(d_out * out).
+
+    The sum goes into the product as two more columns, coarse and fine, to save a pass over the scores; there are eight
+    of them because products are slow on widths that are not a multiple of that.
+    """
+    delta = -mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
+    coarse = delta.astype(v.dtype)
+    columns = [coarse, (delta - coarse).astype(v.dtype), mx.zeros((*delta.shape[:-1], 6), v.dtype)]
+    d_wide = mx.concatenate([d_out, *columns], axis=-1)
+    return d_wide, mx.concatenate([v, mx.ones((*v.shape[:-1], 8), v.dtype)], axis=-1).swapaxes(-1, -2)
+
+
+def _chunk_gradient(
+    q: mx.array, k: mx.array, v_wide_t: mx.array, d_wide: mx.array, mask: mx.array | None, dk: mx.array, dv: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradient of some rows of q; dk and dv with what these rows add. For the other inputs see `_widened`."""
+    scale = q.shape[-1] ** -0.5
+    q_scaled = q * scale
+    scores = q_scaled @ k.swapaxes(-1, -2)  # (B, H, rows, S)
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
+    p = mx.softmax(scores, axis=-1, precise=True)
+    d_scores = p * (d_wide @ v_wide_t)
+    dk = dk + d_scores.swapaxes(-1, -2) @ q_scaled
+    dv = dv + p.swapaxes(-1, -2) @ d_wide[..., : q.shape[-1]]
+    return (d_scores @ k) * scale, dk, dv
 
 
 def rotation_tables(angles: mx.array) -> Rotation:

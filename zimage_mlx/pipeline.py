@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +16,10 @@ from zimage_ref.model_folder import ModelFolder
 from zimage_ref.schedule import model_time
 from zimage_ref.tensors import Array
 
-from .compiled import BlockRunner, on_gpu
+from .compiled import BlockRunner, Pieces, on_gpu
 from .lora import Adapters
 from .text_encoder import TextEncoder
-from .transformer import Conditioning, Transformer
+from .transformer import Block, Conditioning, Transformer
 from .vae import VAE, Strips
 from .weights import DTYPES, load, to_mlx
 
@@ -60,7 +60,8 @@ class ZImagePipeline(Pipeline):
     def transformer(self) -> Transformer:
         """The denoiser."""
         model: Transformer = self._loaded(Transformer(self.folder.transformer), "transformer")
-        model.run = BlockRunner()
+        in_pieces: Any = partial(Block.__call__, run=Pieces(on_gpu()))
+        model.run = in_pieces if self.lean else BlockRunner()
         return model
 
     @cached_property

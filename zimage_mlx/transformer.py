@@ -19,6 +19,7 @@ import mlx.nn as nn
 from zimage_ref.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.positions import caption_ids, image_ids, padded, rope_angles
 
+from .compiled import call
 from .ops import Rotation, SiLU, attention, rms_norm, rotate, rotation_tables, silu
 
 
@@ -139,13 +140,28 @@ class Block(nn.Module):
             self.adaLN_modulation = [nn.Linear(config.adaln_dim, 4 * config.dim)]
 
     def __call__(
-        self, x: mx.array, rotation: Rotation, mask: mx.array | None, adaln: mx.array | None = None
+        self,
+        x: mx.array,
+        rotation: Rotation,
+        mask: mx.array | None,
+        adaln: mx.array | None = None,
+        run: Callable[..., Any] = call,
     ) -> mx.array:
+        """The output (B, S, D). run: how each half is run; see `compiled.Pieces`."""
         scale_a, gate_a, scale_f, gate_f = self.modulation(adaln)  # (B, 1, D) each
-        a = self.attention(normed(self.attention_norm1, x, scale_a), rotation, mask)
-        x = x + normed(self.attention_norm2, a, gate_a)
-        f = self.feed_forward(normed(self.ffn_norm1, x, scale_f))
-        return x + normed(self.ffn_norm2, f, gate_f)
+        x = run(Block.attend, self, x, rotation, mask, scale_a, gate_a)
+        y: mx.array = run(Block.feed, self, x, scale_f, gate_f)
+        return y
+
+    def attend(self, x: mx.array, rotation: Rotation, mask: mx.array | None, scale: Any, gate: Any) -> mx.array:
+        """The half with attention: (B, S, D) -> the same."""
+        a = self.attention(normed(self.attention_norm1, x, scale), rotation, mask)
+        return x + normed(self.attention_norm2, a, gate)
+
+    def feed(self, x: mx.array, scale: Any, gate: Any) -> mx.array:
+        """The half with the feed-forward: (B, S, D) -> the same."""
+        f = self.feed_forward(normed(self.ffn_norm1, x, scale))
+        return x + normed(self.ffn_norm2, f, gate)
 
     def modulation(self, adaln: mx.array | None) -> Sequence[mx.array | None]:
         """Scales and gates (B, 1, D) of attention and feed-forward; None for a block without modulation."""

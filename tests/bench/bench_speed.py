@@ -5,107 +5,47 @@
     python tests/bench/bench_speed.py --small                 # a small model, to try the script anywhere
 
 ms is the median of several runs after two warm-ups; over_gb the peak over the weights that lie in memory; mfu the share
-of this machine's own bfloat16 matrix product (8192 x 8192 x 8192). Where diffusers or mflux is installed, its forward
-pass is measured beside ours, in the same process and on the same number of tokens.
+of this machine's own bfloat16 matrix product (8192 x 8192 x 8192). Where mflux is installed, it is measured beside
+ours, in the same process and on the same number of tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from measure import CAPTION, Bench, random_, random_caption, table
+from mlx.utils import tree_flatten, tree_unflatten
+from peers import mflux
 
 from zimage_mlx import lora
-from zimage_mlx.compiled import BlockRunner, on_gpu
+from zimage_mlx.compiled import BlockRunner, Pieces, on_gpu
 from zimage_mlx.gradient import LossAndGradients
 from zimage_mlx.loss import Batch
+from zimage_mlx.optimizer import Optimizer
 from zimage_mlx.packing import Packing
 from zimage_mlx.pipeline import FAST_ROWS, LEAN_ROWS
 from zimage_mlx.quantized import QuantizedLinear
 from zimage_mlx.text_encoder import TextEncoder
-from zimage_mlx.transformer import Transformer
+from zimage_mlx.transformer import Block, Transformer
 from zimage_mlx.vae import VAE, Strips
 from zimage_ref import config, names
 from zimage_ref.quantize import Quantization
+from zimage_ref.train_config import TrainConfig
 
-CAPTION = 64  # tokens
-CASES = ("forward", "quantized", "step", "decode", "text", "picture", "peers")
+CASES = ("forward", "quantized", "step", "decode", "text", "picture", "scaling", "peers")
+SCALING_SIDES = (256, 512, 768, 1024, 1536, 2048)
 SMALL = replace(config.OFFICIAL_TRANSFORMER, dim=384, n_heads=3, n_layers=3)
-
-
-class Bench:
-    """Measures cases and keeps their rows."""
-
-    def __init__(self, transformer: config.TransformerConfig, sides: list[int]) -> None:
-        self.config, self.sides, self.rows = transformer, sides, list[dict[str, Any]]()
-        a, b = (mx.random.normal((8192, 8192)).astype(mx.bfloat16) for _ in range(2))
-        mx.eval(a, b)
-        self.peak = 2 * 8192**3 / self._median(lambda: mx.eval(a @ b), 8) if on_gpu() else math.nan
-
-    def measure(self, case: str, run: Callable[[], Any], flops: float = math.nan, runs: int = 6) -> float:
-        """One row: milliseconds, TFLOP/s, utilisation, peak over what is in memory before."""
-        gc.collect()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        try:
-            run()
-            run()
-            mx.reset_peak_memory()
-            seconds = self._median(run, runs)
-        except (RuntimeError, ValueError) as error:
-            self.rows.append({"case": case, "error": str(error)[:120]})
-            print(json.dumps(self.rows[-1]), flush=True)
-            return math.nan
-        row = {"case": case, "ms": seconds * 1e3, "over_gb": (mx.get_peak_memory() - before) / 1e9}
-        if not math.isnan(flops):
-            row["tflops"] = flops / seconds / 1e12
-        if not math.isnan(flops / self.peak):
-            row["mfu"] = flops / seconds / self.peak
-        self.rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-        print(json.dumps(self.rows[-1]), flush=True)
-        return seconds
-
-    def _median(self, run: Callable[[], Any], runs: int) -> float:
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    def flops(self, side: int, batch: int = 1) -> float:
-        """Of one forward pass: matrix products and attention."""
-        c, image = self.config, (side // 16) ** 2
-
-        def blocks(count: int, tokens: int) -> float:
-            weights = 4 * c.dim**2 + 3 * c.dim * c.ffn_dim
-            return count * (2 * tokens * weights + 4 * tokens**2 * c.dim)
-
-        return batch * (
-            blocks(c.n_layers, image + CAPTION)
-            + blocks(c.n_refiner_layers, image)
-            + blocks(c.n_refiner_layers, CAPTION)
-        )
-
-
-def random_(model: Any) -> Any:
-    """`model` with small random bfloat16 weights."""
-    model.update(tree_map(lambda p: (mx.random.normal(p.shape) * 0.02).astype(mx.bfloat16), model.parameters()))
-    mx.eval(model.parameters())
-    return model
 
 
 @contextmanager
@@ -130,14 +70,31 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
 
 
 def forward(bench: Bench, label: str, bits: int | None = None) -> None:
-    """The transformer's forward pass."""
+    """The transformer's forward pass, by blocks as when memory is plenty, and by pieces of them."""
     with transformer(bench, bits) as model:
+        by_pieces: Any = partial(Block.__call__, run=Pieces(on_gpu()))
         for side in bench.sides:
-            x, caption = mx.random.normal((1, 16, side // 8, side // 8)), random_caption(bench)
-            given, t = model.condition([caption], side // 8, side // 8), mx.array([0.3])
-            mx.eval(given.caption, x)
-            run = lambda model=model, x=x, t=t, given=given: mx.eval(model.denoise(x, t, given))  # noqa: E731
-            bench.measure(f"{label} {side}", run, bench.flops(side), 8)
+            bench.measure(f"{label} {side}", forward_of(bench, model, side), bench.flops(side), 8)
+            model.run, by_blocks = by_pieces, model.run
+            bench.measure(f"{label} lean {side}", forward_of(bench, model, side), bench.flops(side), 8)
+            model.run = by_blocks
+
+
+def forward_of(bench: Bench, model: Transformer, side: int, batch: int = 1) -> Callable[[], None]:
+    """Computes the forward pass of `batch` pictures of this side; all that is the same in each step is done before."""
+    x, captions = mx.random.normal((batch, 16, side // 8, side // 8)), [random_caption(bench.config)] * batch
+    given, t = model.condition(captions, side // 8, side // 8), mx.array([0.3])
+    mx.eval(given.caption, x)
+    return lambda: mx.eval(model.denoise(x, t, given))
+
+
+def scaling(bench: Bench) -> None:
+    """The forward pass from small pictures to large ones, and of several at once."""
+    with transformer(bench) as model:
+        for side, batch in [*((side, 1) for side in SCALING_SIDES), *((bench.sides[0], n) for n in (2, 4, 8))]:
+            bench.measure(
+                f"scaling {side} x {batch}", forward_of(bench, model, side, batch), bench.flops(side, batch), 3
+            )
 
 
 def step(bench: Bench, bits: int | None = None) -> None:
@@ -148,26 +105,24 @@ def step(bench: Bench, bits: int | None = None) -> None:
         lora.start(model, layers, 16, 16.0, np.random.default_rng(0))
         packing = Packing(dict(tree_flatten(model.trainable_parameters())))
         vectors = packing.pack(dict(tree_flatten(model.trainable_parameters())))
-        optimizer = optim.AdamW(1e-4)
-        optimizer.init(vectors)
-        mx.eval(vectors, optimizer.state)
+        optimizer = Optimizer(TrainConfig(model_dir=Path(), dataset=Path()), packing, vectors)
+        mx.eval(vectors)
         for side in bench.sides:
             shape = (1, 16, side // 8, side // 8)
-            batch = Batch(mx.random.normal(shape), mx.random.normal(shape), mx.array([0.6]), [random_caption(bench)])
+            batch = Batch(
+                mx.random.normal(shape), mx.random.normal(shape), mx.array([0.6]), [random_caption(bench.config)]
+            )
             for mode, budget in (("fast", math.inf), ("lean", 0)):
                 differentiate = LossAndGradients(model, budget, compiled=on_gpu())
 
                 def run(differentiate: Any = differentiate, batch: Batch = batch) -> None:
                     nonlocal vectors
                     model.update(tree_unflatten(list(packing.unpack(vectors, model.dtype).items())))
-                    _, gradients = differentiate(batch)
-                    vectors = optimizer.apply_gradients(packing.pack(gradients), vectors)
-                    mx.eval(vectors, optimizer.state)
+                    vectors = optimizer.apply(vectors, packing.pack(differentiate(batch)[1]), 1e-4)
 
                 name = f"step {mode} {side}" + (f" {bits} bits" if bits else "")
-                bench.measure(name, run, (2 if mode == "fast" else 3) * bench.flops(side), 4)
-                if "over_gb" in bench.rows[-1]:
-                    bench.rows[-1]["over_gb"] = round((mx.get_peak_memory() - weights) / 1e9, 3)  # with the LoRA
+                passes = 2 if mode == "fast" else 3
+                bench.measure(name, run, passes * bench.flops(side), 4, before=weights)  # so the LoRA counts
 
 
 def decode(bench: Bench) -> None:
@@ -189,48 +144,21 @@ def text(bench: Bench) -> None:
 def picture(bench: Bench) -> None:
     """Eight steps and decoding, against eight forward passes and decoding measured alone."""
     vae, side = random_(VAE(config.OFFICIAL_VAE)), bench.sides[-1]
+    latents = mx.random.normal((1, 16, side // 8, side // 8))
     with transformer(bench) as model:
+        step_alone = bench.measure(f"picture, one step {side}", forward_of(bench, model, side), bench.flops(side))
+        end_alone = bench.measure(f"picture, end {side}", lambda: mx.eval(vae.decode(latents, Strips(FAST_ROWS))))
 
         def whole() -> None:
             x = mx.random.normal((1, 16, side // 8, side // 8))
-            given = model.condition([random_caption(bench)], side // 8, side // 8)
+            given = model.condition([random_caption(bench.config)], side // 8, side // 8)
             for i in range(8):
                 x = x + model.denoise(x, mx.array([i / 8]), given).astype(mx.float32) / 8
                 mx.eval(x)
             mx.eval(vae.decode(x, Strips(FAST_ROWS)))
 
-        bench.measure(f"picture, 8 steps {side}", whole, 8 * bench.flops(side), 3)
-
-
-def peers(bench: Bench) -> None:
-    """mflux's forward pass, where it is installed."""
-    try:
-        mflux = importlib.import_module("mflux.models.z_image.model.z_image_transformer.transformer")
-    except ImportError as error:
-        print(json.dumps({"case": "mflux", "skipped": f"not installed: {error}"}))
-        return
-    model = random_(mflux.ZImageTransformer())
-    for side in bench.sides:
-        x = mx.random.normal((16, 1, side // 8, side // 8)).astype(mx.bfloat16)
-        caption, t = random_caption(bench), mx.array([0.3])
-        call = mx.compile(lambda x, caption=caption, t=t: model(x=x, timestep=t, sigmas=None, cap_feats=caption))
-        bench.measure(f"mflux forward {side}", lambda x=x, call=call: mx.eval(call(x)), bench.flops(side), 8)
-
-
-def random_caption(bench: Bench) -> mx.array:
-    """(CAPTION, cap_feat_dim) bfloat16."""
-    return mx.random.normal((CAPTION, bench.config.cap_feat_dim)).astype(mx.bfloat16)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, with the ratio to mflux where it was measured."""
-    peers = {r["case"].removeprefix("mflux "): r["ms"] for r in rows if r["case"].startswith("mflux") and "ms" in r}
-    lines = ["| case | ms | TFLOP/s | MFU | over GB | of mflux |", "|---|--:|--:|--:|--:|--:|"]
-    for row in rows:
-        ratio = f"{row['ms'] / peers[row['case']]:.2f}" if row["case"] in peers and "ms" in row else ""
-        cells = [row.get("ms", row.get("error", "")), row.get("tflops", ""), row.get("mfu", ""), row.get("over_gb", "")]
-        lines.append(f"| {row['case']} | " + " | ".join(map(str, cells)) + f" | {ratio} |")
-    return "\n".join(lines)
+        seconds = bench.measure(f"picture, 8 steps {side}", whole, 8 * bench.flops(side), 3)
+        print(json.dumps({"case": f"picture {side}, of its parts", "ratio": seconds / (8 * step_alone + end_alone)}))
 
 
 def main() -> None:
@@ -250,7 +178,8 @@ def main() -> None:
         "decode": [lambda: decode(bench)],
         "text": [lambda: text(bench)],
         "picture": [lambda: picture(bench)],
-        "peers": [lambda: peers(bench)],
+        "scaling": [lambda: scaling(bench)],
+        "peers": [lambda: mflux(bench)],
     }
     for case in args.cases.split(","):
         for run in runs[case]:
