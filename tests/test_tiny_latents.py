@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the recipe needs MLX")
+pytest.importorskip("mlx.core", reason="the recipe needs MLX", exc_type=ImportError)
+
+import mlx.core as mx
 
 from zimage_mlx.tiny import NETWORKS
 from zimage_mlx.tiny_latents import evening, finish, moments
