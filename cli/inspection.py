@@ -10,7 +10,7 @@ from typing import Any
 
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.errors import ConfigError, ZImageError
-from zimage_ref.hub import is_repository, local_folder
+from zimage_ref.hub import is_name, local_folder
 from zimage_ref.images import PICTURE_SUFFIXES
 from zimage_ref.inspection import (
     Description,
@@ -36,7 +36,7 @@ _LONGEST = 300  # characters of a metadata value that the table shows
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage inspect`."""
-    parser.add_argument("--input", type=Path, required=True, help="file or folder to look into")
+    parser.add_argument("--input", type=Path, required=True, help="file or folder to look into, or the name of a model")
     parser.add_argument("--limit", type=int, default=20, help="tensors to list, 0 for all (default: 20)")
     parser.add_argument(
         "--filter", metavar="GLOB", default="*", help="list only tensors whose names match, as '*norm*'"
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Prints what there is. Returns 1 if --verify finds a fault."""
-    path = local_folder(args.input) if is_repository(args.input) else args.input
+    path = local_folder(args.input) if is_name(args.input) else args.input
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
     if path.suffix.lower() in PICTURE_SUFFIXES:

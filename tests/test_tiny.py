@@ -13,6 +13,7 @@ from parity import assert_parity
 
 import zimage_ref
 from zimage_ref import ModelFolder, drawings
+from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.hub import TINY
 from zimage_ref.images import to_array
 from zimage_ref.judge import look, shows
@@ -179,3 +180,14 @@ def test_a_mistake_in_training_shows(
     (after,) = shares(reference, lora, 1.0, drawings.examination("zorp"))
     assert loss > START  # the base no longer knows what it is shown
     assert after <= LEARNED or mistake == FORGIVEN
+
+
+def test_its_name_is_taken_wherever_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = pytest.importorskip("zimage_cli.app").main
+    assert main(["inspect", "--input", TINY]) == 0
+    output = tmp_path / "t.npz"
+    assert main(["convert", "--model-type", "transformer", "--input", TINY, "--output", str(output)]) == 0
+    assert Checkpoint.open(output).tensors.keys() == ModelFolder.open(Path(TINY)).weights["transformer"].keys()
+    asked = ["--prompt", "a red ring on white", "--width=128", "--height=128", "--steps=1"]
+    assert main(["generate", "--model-dir", TINY, *asked, "--backend=numpy", f"--output={tmp_path / 'x.png'}"]) == 0
+    assert zimage_ref.ZImagePipeline.from_pretrained(TINY).folder.path == ModelFolder.open(Path(TINY)).path

@@ -25,6 +25,7 @@ from .components import COMPONENTS, config_of, identify, official_weights
 from .dialects import NAMINGS, OFFICIAL
 from .errors import ConfigError, listing
 from .files import atomic_write, check_writable, existing_parent
+from .hub import is_name, local_folder
 from .model_folder import find_component
 from .quantize import Quantization, QuantizedTensor, quantize_all, unfold, without_quantization
 from .tensors import BFLOAT16, Array, Tensor, Tensors, cast, float_dtype, row_blocks
@@ -121,10 +122,11 @@ class Report:
 
 
 def open_source(path: Path, component: str) -> Source:
-    """The weights of `component` in `path`: a file, a folder of shards, or a whole model's folder.
+    """The weights of `component` in `path`: a file, a folder of shards, a whole model's folder, or a model's name.
 
     Raises FormatError, ConfigError or WeightError; a file of another component is told what it looks like.
     """
+    path = local_folder(path) if is_name(path) else path
     if path.is_dir() and (path / "model_index.json").is_file():
         path = find_component(path, component)
     file = Checkpoint.open(path)

@@ -14,9 +14,10 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
-def is_repository(model: Path) -> bool:
-    """Whether `model` is no path that exists, and may be the id of a repository."""
-    return not model.exists() and _REPOSITORY.fullmatch(model.as_posix()) is not None
+def is_name(model: Path) -> bool:
+    """Whether `model` is no path that exists, and names the built-in model or may be the id of a repository."""
+    name = model.as_posix()
+    return not model.exists() and (name == TINY or _REPOSITORY.fullmatch(name) is not None)
 
 
 def local_folder(model: str | Path) -> Path:
@@ -36,7 +37,7 @@ def local_folder(model: str | Path) -> Path:
                 f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give --model-dir DIR"
             )
         return built_in
-    if not is_repository(path):
+    if not is_name(path):
         raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
     name = path.as_posix()
     try:
