@@ -23,7 +23,7 @@ from .transformer import Block, Conditioning, Transformer
 from .vae import VAE, Strips
 from .weights import DTYPES, load, to_mlx
 
-LEAN_ROWS, FAST_ROWS = 128, 512  # of an autoencoder layer made at a time
+LEAN_STRIPS, FAST_STRIPS = 750_000_000, 2_420_000_000  # bytes; see `vae.Strips`
 
 
 class ZImagePipeline(Pipeline):
@@ -119,4 +119,4 @@ class ZImagePipeline(Pipeline):
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:
-        return Strips(LEAN_ROWS if self.lean else FAST_ROWS)
+        return Strips(LEAN_STRIPS if self.lean else FAST_STRIPS)
