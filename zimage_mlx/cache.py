@@ -91,8 +91,7 @@ class EncodedDataset:
         return self._pipeline.encode_prompt(text)
 
     def _encode_picture(self, example: Example, size: Size, flip: bool) -> mx.array:
-        pixels = mx.array(example.pixels(*size, flip))[None]  # (1, 3, H, W)
-        return self._pipeline.vae.encode(pixels)[0].astype(mx.float32)
+        return self._pipeline.encode(example.pixels(*size, flip)[None])[0]  # of (1, 3, H, W)
 
 
 def _read(path: Path) -> mx.array:

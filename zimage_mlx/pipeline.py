@@ -23,8 +23,6 @@ from .transformer import Block, Conditioning, Transformer
 from .vae import VAE, Strips
 from .weights import DTYPES, load, to_mlx
 
-LEAN_STRIPS, FAST_STRIPS = 750_000_000, 2_420_000_000  # bytes; see `vae.Strips`
-
 
 class ZImagePipeline(Pipeline):
     """A Z-Image model that makes pictures, in bfloat16 on a GPU, float32 on a CPU, or as asked.
@@ -119,4 +117,4 @@ class ZImagePipeline(Pipeline):
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:
-        return Strips(LEAN_STRIPS if self.lean else FAST_STRIPS)
+        return Strips(self.footprint.strips)
