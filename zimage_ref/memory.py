@@ -29,6 +29,7 @@ _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LAYERS_MAKE = 16  # two layers of the autoencoder, on the way, in widths as of `Footprint.pixel_widths`
 _SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
+_SIDES = "--width and --height"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -58,7 +59,7 @@ NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 class Stage:
     """Bytes that one stage of making a picture, or of training, takes. Stages follow one another."""
 
-    name: str  # encode, denoise, decode; captions, pictures, train
+    name: str  # encode, denoise, decode; encode captions, encode pictures, train
     weights: int
     activations: int
     lora: int = 0  # matrices, gradients, optimizer state, average
@@ -113,12 +114,12 @@ def training(
 ) -> list[Stage]:
     """The memory of each stage of training on batches of at most `batch` pictures of `image_tokens` tokens.
 
-    precision, quantization: of the frozen base. trainable: LoRA parameters. lean: blocks keep only their input for the
+    precision, quantization: of the frozen base, and of the text encoder. trainable: LoRA parameters. lean: blocks keep only their input for the
     gradient and run twice; else they keep all that it needs.
     """
     itemsize, config = _ITEMSIZES[precision], folder.transformer
     base = weight_bytes(folder.weights["transformer"], itemsize, quantization)
-    encoder, vae = (weight_bytes(folder.weights[name], itemsize) for name in ("text_encoder", "vae"))
+    encoder, vae = (weight_bytes(folder.weights[name], itemsize, quantization) for name in ("text_encoder", "vae"))
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
     kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
     blocks = len(list(names.transformer_blocks(config)))
@@ -126,8 +127,8 @@ def training(
     pixels = image_tokens * folder.size_multiple**2
     copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)  # matrices and gradients, and what the optimizer keeps of them
     return [
-        Stage("captions", encoder, round(itemsize * _encode_values(folder, LEAN))),
-        Stage("pictures", vae, _autoencoder_bytes(folder, pixels, LEAN, itemsize)),
+        Stage("encode captions", encoder, round(itemsize * _encode_values(folder, LEAN))),
+        Stage("encode pictures", vae, _autoencoder_bytes(folder, pixels, LEAN, itemsize)),
         Stage("train", base, round(itemsize * activations), lora=4 * copies * trainable),
     ]
 
@@ -168,15 +169,18 @@ def physical_memory() -> int | None:
         return None
 
 
-def require_memory(stages: Sequence[Stage], limit: int | None) -> None:
-    """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit."""
+def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "--quantize", sides: str = _SIDES) -> None:
+    """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit.
+
+    bits, sides: the options that make weights and pictures smaller.
+    """
     most = peak(stages)
     if limit is None or most.total <= limit:
         return
     if most.weights > most.activations:
-        way_out = "--quantize 8 or 4 makes the weights smaller"
+        way_out = f"{bits} 8 or 4 makes the weights smaller"
     else:
-        way_out = "take a smaller --width and --height, or --batch-size 1"
+        way_out = f"take a smaller {sides}, or --batch-size 1"
     raise ConfigError(
         f"this takes about {most.total / 1e9:.1f} GB to {most.name}, {most.weights / 1e9:.1f} of it weights, and there "
         f"are {limit / 1e9:.1f} GB: {way_out}; --force tries it all the same"
