@@ -67,7 +67,9 @@ def test_the_estimate_of_training_follows_the_options() -> None:
         return training(official(), precision, how, **{"trainable": 36_000_000, "image_tokens": 1024, **options})[-1]
 
     plain, four, whole = last(), last(how=Quantization(4)), last(lean=False)
-    assert four.weights == pytest.approx(3.6e9, rel=0.05) and four.activations == plain.activations
+    assert four.weights == pytest.approx(3.6e9, rel=0.05)
+    unpacked = 2 * 3840 * (2 * 3 * 10240 + 4 * 3840)  # feed-forwards of two pieces, attention of one
+    assert four.activations - plain.activations == pytest.approx(unpacked, rel=0.02)
     assert last("float32").weights == 2 * plain.weights
     assert whole.activations - plain.activations > 2 * (1024 + 128) * 34 * (6 * 3840 + 2 * 10240)
     assert last(ema=True).lora == 36_000_000 * 20 and last(optimizer="sgd").lora == 36_000_000 * 8

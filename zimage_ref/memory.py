@@ -41,6 +41,7 @@ class Footprint:
     blocks: float  # how many blocks' values live at once
     text_blocks: float  # the same of the text encoder
     pixel_widths: int  # values for each pixel on its way through the autoencoder, in widths of its first level
+    unpacked: float = 0.0  # how many blocks' matrices live unpacked at once, where they are stored in 4 or 8 bits
     strips: int = 0  # bytes besides, that strips of the autoencoder's large layers make on their way
 
 
@@ -49,8 +50,9 @@ class Footprint:
 # this makes, too. The text encoder, as one: 0.8 GB at 512 tokens. The autoencoder's largest layer has an input of twice
 # its width, one array between, and its output; the rest is strips: computed from their sizes, and counted on a CPU with
 # the arrays that a GPU's kernels make, 3.2 and 1.9 GB at 1024 x 1024
-FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, strips=2_420_000_000)
-LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, strips=750_000_000)
+# Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: a feed-forward, an attention, a feed-forward
+FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=2_420_000_000)
+LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=1.7, strips=750_000_000)
 # NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 
@@ -93,6 +95,7 @@ def generation(
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = batch * (1 + guided) * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
     denoise = tokens * _block_values(folder.transformer) * footprint.blocks
+    denoise += _unpacked_values(folder, quantization, footprint)
     return [
         Stage("encode", weights["text_encoder"], round(itemsize * _encode_values(folder, footprint))),
         Stage("denoise", weights["transformer"], round(itemsize * denoise)),
@@ -124,6 +127,7 @@ def training(
     kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
     blocks = len(list(names.transformer_blocks(config)))
     activations = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
+    activations += _unpacked_values(folder, quantization, LEAN if lean else FAST)
     pixels = image_tokens * folder.size_multiple**2
     copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)  # matrices and gradients, and what the optimizer keeps of them
     return [
@@ -189,6 +193,12 @@ def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "--qu
 
 def _block_values(config: TransformerConfig) -> int:
     return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
+
+
+def _unpacked_values(folder: ModelFolder, how: Quantization | None, footprint: Footprint) -> float:
+    config, tensors = folder.transformer, folder.weights["transformer"].values()
+    quantized = how is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
+    return quantized * footprint.unpacked * config.dim * (4 * config.dim + 3 * config.ffn_dim)
 
 
 def _encode_values(folder: ModelFolder, footprint: Footprint) -> float:
