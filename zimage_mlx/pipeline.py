@@ -18,9 +18,10 @@ from zimage_ref.tensors import Array
 
 from .compiled import BlockRunner, Pieces, on_gpu
 from .lora import Adapters
+from .strips import Strips
 from .text_encoder import TextEncoder
 from .transformer import Block, Conditioning, Transformer
-from .vae import VAE, Strips
+from .vae import VAE
 from .weights import DTYPES, load, to_mlx
 
 

@@ -108,16 +108,18 @@ class _Run:
                     return
         if self._plan.turbo and not config.training_adapter:
             yield Notice(TURBO_WARNING)
-        dtype, how = base_precision(config)
-        bits = how.bits if how else None
-        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=bits)
-        self._plan.require_memory(dtype, how, self._pipeline.memory_limit())
         self._facts = {**self._plan.facts(), "environment": environment()}
         if self._group.size() > 1:
             machines.agree(self._group, self._facts, free_options())
         saved, notices = self._earlier_run() if self._first else (None, [])
         yield from map(Notice, notices)
 
+        dtype, how = base_precision(config)
+        bits = how.bits if how else None
+        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=bits)
+        self._plan.require_memory(dtype, how, self._pipeline.memory_limit())
+        if self._first and not config.resume:
+            self._run.clear()
         self._data = EncodedDataset(self._plan, ZImagePipeline(self._plan.model, dtype, lean=True, quantize=bits))
         for encoded in self._data.build(self._group.rank(), self._group.size()):
             yield encoded
@@ -138,7 +140,6 @@ class _Run:
             if config.output.exists() and not config.overwrite:
                 raise ConfigError(f"{config.output}: exists: give --overwrite to replace it, or another --output")
             check_writable(config.output)
-            run.clear()
             return None, []
         saved, notices = run.latest()
         if not saved:

@@ -35,9 +35,10 @@ from zimage_mlx.loss import Batch
 from zimage_mlx.optimizer import Optimizer
 from zimage_mlx.packing import Packing
 from zimage_mlx.quantized import QuantizedLinear
+from zimage_mlx.strips import Strips
 from zimage_mlx.text_encoder import TextEncoder
 from zimage_mlx.transformer import Block, Transformer
-from zimage_mlx.vae import VAE, Strips
+from zimage_mlx.vae import VAE
 from zimage_ref import config, names
 from zimage_ref.memory import FAST, LEAN
 from zimage_ref.quantize import Quantization
