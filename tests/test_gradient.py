@@ -146,3 +146,19 @@ def test_the_norm_has_gradients_of_input_and_weight() -> None:
     theirs = mx.vjp(lambda x, w: [mx.fast.rms_norm(x, w, 1e-3)], [x, weight], [d])[1]
     for name, a, b in zip(("x", "weight"), ours, theirs, strict=True):
         assert_parity(a, b, "same", name=name)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: bool) -> None:
+    model = model_with_loras(LAYERS["main blocks"])
+    layout, made = model.layout([3], 12, 20), []
+    x = mx.random.normal((1, layout.rotation[0].shape[1], tiny.TRANSFORMER.dim))
+
+    def run(function: Any, *args: Any) -> Any:
+        result = function(*args)
+        if function is not gradient._residuals:
+            made.extend(array.shape for _, array in tree_flatten(result) if isinstance(array, mx.array))
+        return result
+
+    gradient.rerun(model.layers[0], x, layout.rotation, None, model.embed_time(mx.array([0.4])), x, wanted, run)
+    assert made.count((1, 1, tiny.TRANSFORMER.dim)) == (4 if wanted else 0)

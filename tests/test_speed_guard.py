@@ -18,7 +18,7 @@ if HAS_MLX:
     import mlx.core as mx
 
     import zimage_mlx.compiled
-    from zimage_mlx import lora
+    from zimage_mlx import gradient, lora
 
 pytestmark = mlx_only
 WEIGHTS = tiny.random_weights(names.transformer_parameters(tiny.TRANSFORMER))
@@ -81,3 +81,17 @@ def test_every_block_is_computed_once_and_one_ahead(monkeypatch: pytest.MonkeyPa
     for _ in range(3):
         x = run(block, x, *inputs[1:])
     assert events == ["queue", "queue", "wait", "queue", "wait"]
+
+
+def test_the_gradient_of_a_block_makes_no_more_products_than_it_needs(tmp_path: Path) -> None:
+    block, (x, *context) = block_and_inputs()
+    layers = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    lora.start(block, [*layers, *(f"feed_forward.w{i}" for i in (1, 2, 3))], 2, 2.0, np.random.default_rng(0))
+    y, residuals = gradient.forward(block, x, *context)
+    mx.eval(y, *residuals[:-1], *residuals.modulation)
+    d, _, gradients = gradient.backward(block, residuals, *context, mx.ones_like(y))
+    count = operations([d, *gradients.values()], tmp_path / "gradient.dot")
+    # of seven Linear layers: input; hidden, its gradient, A, B of their LoRAs; attention; rotations, again and back
+    assert count["Matmul"] == 7 + 4 * 7 + 5 + 2 + 2
+    assert count["AddMM"] == 7  # the input's gradient through the LoRA, added to that through the layer
+    assert count["Select"] == 0

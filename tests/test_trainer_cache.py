@@ -22,6 +22,7 @@ from zimage_mlx.cache import EncodedDataset
 from zimage_ref import FormatError, TrainingError
 from zimage_ref.files import atomic_write, remove_stale
 from zimage_ref.model_folder import ModelFolder
+from zimage_ref.quantize import Quantization
 from zimage_ref.tensors import BFLOAT16
 from zimage_ref.train_cache import TrainCache, is_entry, read_entry, write_entry
 
@@ -96,6 +97,8 @@ def test_an_entry_belongs_to_pixels_size_caption_and_model(tmp_path: Path, shop:
     other = tiny.write_model_folder(tmp_path / "other", dtype="bf16")
     cache, elsewhere = TrainCache(tmp_path, model, "cpu"), TrainCache(tmp_path, ModelFolder.open(other), "cpu")
     gpu = TrainCache(tmp_path, model, "gpu")
+    four, eight = (TrainCache(tmp_path, model, "cpu", Quantization(bits)) for bits in (4, 8))
+    assert len({entries.caption("a fox") for entries in (cache, four, eight)}) == 3
     entries = [
         cache.latents(example, (32, 32), False), cache.latents(example, (32, 32), True),
         cache.latents(example, (48, 32), False), cache.latents(repainted, (32, 32), False),

@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "vae": Path("v.npz"), "tokenizer": Path("t.json"), "save_every": 6, "resume_every": 12, "keep_last": 2,
     "preview_prompt": ("a fox, in snow", "an owl"), "preview_every": 13, "preview_size": 256, "preview_steps": 4,
     "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,
+    "force": True,
 }  # fmt: skip
 
 

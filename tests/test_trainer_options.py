@@ -21,7 +21,7 @@ from zimage_mlx.gradient import LossAndGradients
 from zimage_mlx.loss import Batch
 from zimage_mlx.optimizer import averaged, clipped
 from zimage_mlx.weights import to_mlx
-from zimage_ref import SchedulerConfig, TrainingError
+from zimage_ref import ConfigError, SchedulerConfig, TrainingError
 from zimage_ref.config_file import to_json
 from zimage_ref.lora import LowRank
 from zimage_ref.lora_file import write_lora
@@ -365,4 +365,19 @@ def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, mon
     np.testing.assert_allclose(lean.vector("B"), fast.vector("B"), atol=1e-6)
     tight = shop.train("roomy", steps=1, memory="auto")
     monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 0)
-    assert shop.train("nothing", steps=1, memory="auto").losses == pytest.approx(tight.losses, rel=1e-6)
+    forced = shop.train("nothing", steps=1, memory="auto", force=True)
+    assert forced.losses == pytest.approx(tight.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("memory", "way_out"), [("auto", "--resolution, or"), ("fast", "--resolution, --memory lean, or")]
+)
+def test_a_run_that_does_not_fit_into_memory_is_refused(
+    memory: str, way_out: str, shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 1000)
+    monkeypatch.setattr(zimage_mlx.training, "EncodedDataset", lambda *args: pytest.fail("went on"))
+    with pytest.raises(ConfigError, match=f"there are 0.0 GB: .*{way_out}.*--force") as caught:
+        shop.train("refused", steps=1, memory=memory)
+    assert "\n" not in str(caught.value)
+    assert not shop.config("refused").output.exists()

@@ -32,7 +32,8 @@ class EncodedDataset:
     def __init__(self, plan: TrainPlan, pipeline: ZImagePipeline) -> None:
         folder = plan.config.cache or plan.config.output.parent / "zimage-cache"
         engine = f"mlx {mx.default_device().type} {pipeline.dtype}"
-        self._plan, self._pipeline, self._cache = plan, pipeline, TrainCache(folder, plan.model, engine)
+        self._plan, self._pipeline = plan, pipeline
+        self._cache = TrainCache(folder, plan.model, engine, pipeline.quantization)
 
     def build(self, rank: int = 0, ranks: int = 1) -> Iterator[Encoded]:
         """Computes every entry that is missing or damaged; the networks are freed when their part is done.
@@ -91,8 +92,7 @@ class EncodedDataset:
         return self._pipeline.encode_prompt(text)
 
     def _encode_picture(self, example: Example, size: Size, flip: bool) -> mx.array:
-        pixels = mx.array(example.pixels(*size, flip))[None]  # (1, 3, H, W)
-        return self._pipeline.vae.encode(pixels)[0].astype(mx.float32)
+        return self._pipeline.encode(example.pixels(*size, flip)[None])[0]  # of (1, 3, H, W)
 
 
 def _read(path: Path) -> mx.array:

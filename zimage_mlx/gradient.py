@@ -40,20 +40,21 @@ class Residuals(NamedTuple):
     u: mx.array  # (B, S, F), the feed-forward's gate
     w: mx.array  # (B, S, F), its value
     f: mx.array  # (B, S, D), its output
+    modulation: Sequence[mx.array | None]  # four (B, 1, D)
 
 
 def forward(
     block: Block, x: mx.array, rotation: Rotation, mask: mx.array | None, adaln: mx.array | None
 ) -> tuple[mx.array, Residuals]:
     """The output of `block`, and the residuals."""
-    scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
+    modulation = scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
     q, k, v = block.attention.project(normed(block.attention_norm1, x, scale_a))
     o = block.attention.attend(q, k, v, rotation, mask)
     a = block.attention.to_out[0](o)
     middle = x + normed(block.attention_norm2, a, gate_a)
     u, w = block.feed_forward.expand(normed(block.ffn_norm1, middle, scale_f))
     f = block.feed_forward.contract(u, w)
-    return middle + normed(block.ffn_norm2, f, gate_f), Residuals(x, q, k, v, o, a, u, w, f)
+    return middle + normed(block.ffn_norm2, f, gate_f), Residuals(x, q, k, v, o, a, u, w, f, modulation)
 
 
 def backward(
@@ -70,31 +71,36 @@ def backward(
 
     run: how each part is run; see `compiled.Pieces`.
     """
-    x, q, k, v, o, a, u, w, f = residuals
-    scale_a, gate_a, scale_f, gate_f = block.modulation(adaln)
-    d_middle, d_scale_f, d_gate_f, gradients = run(
-        _feed_forward_back, block, (x, a, u, w, f), gate_a, scale_f, gate_f, d_out
+    x, q, k, v, o, a, u, w, f, (scale_a, gate_a, scale_f, gate_f) = residuals
+    scales_too = adaln is not None and (time_too or trainable(block, ["adaLN_modulation"]))
+    d_middle, d_scales_f, gradients = run(
+        _feed_forward_back, block, (x, a, u, w, f), gate_a, scale_f, gate_f, d_out, scales_too
     )
     del residuals, u, w, f  # in pieces they are gone by the time that attention needs the room
     (ready_q, ready_k, ready_v), do, d_gate_a, more = run(
-        _output_back, block, (q, k, v, o, a), rotation, gate_a, d_middle
+        _output_back, block, (q, k, v, o, a), rotation, gate_a, d_middle, scales_too
     )
     gradients = gradients | more
     heads = block.attention.heads
     d_ready = attention_gradient(ready_q, ready_k, ready_v, heads(do), heads(o), mask, run)
-    d, d_scale_a, more = run(_projections_back, block, (x, q, k, v), rotation, scale_a, d_ready)
+    d, d_scale_a, more = run(_projections_back, block, (x, q, k, v), rotation, scale_a, d_ready, scales_too)
     gradients = gradients | more
 
     d_adaln = None
-    if adaln is not None and (time_too or trainable(block, ["adaLN_modulation"])):
-        d_scales = [d_scale_a, d_gate_a, d_scale_f, d_gate_f]
+    if scales_too:
+        d_scales = [d_scale_a, d_gate_a, *d_scales_f]
         _, (d_adaln,), more = pull_back(block, ["adaLN_modulation"], block.modulation, [adaln], d_scales)
         gradients = gradients | more
     return d_middle + d, d_adaln if time_too else None, gradients
 
 
-def _feed_forward_back(block: Block, residuals: Any, gate_a: Any, scale: Any, gate: Any, d_out: mx.array) -> Any:
-    """Gradients of the half with the feed-forward: of its input, scale, gate, parameters."""
+def _feed_forward_back(
+    block: Block, residuals: Any, gate_a: Any, scale: Any, gate: Any, d_out: mx.array, scales_too: bool
+) -> Any:
+    """Gradients of the half with the feed-forward: of its input, (scale, gate) if `scales_too`, parameters.
+
+    What a piece returns is computed, and a scale's gradient takes passes over wide float32 arrays.
+    """
     x, a, u, w, f = residuals
     feed_forward = block.feed_forward
     middle = x + normed(block.attention_norm2, a, gate_a)
@@ -107,19 +113,21 @@ def _feed_forward_back(block: Block, residuals: Any, gate_a: Any, scale: Any, ga
         [middle, scale],
         d_hidden,
     )
-    return d_out + d, d_scale, d_gate, gradients | more
+    return d_out + d, (d_scale, d_gate) if scales_too else None, gradients | more
 
 
-def _output_back(block: Block, residuals: Any, rotation: Rotation, gate: Any, d: mx.array) -> Any:
+def _output_back(block: Block, residuals: Any, rotation: Rotation, gate: Any, d: mx.array, scales_too: bool) -> Any:
     """Queries, keys, values as attention takes them; gradients of its output (B, S, D), the gate, parameters."""
     q, k, v, o, a = residuals
     attention = block.attention
     _, (da, d_gate), _ = pull_back(block, (), lambda a, g: normed(block.attention_norm2, a, g), [a, gate], [d])
     _, (do,), gradients = pull_back(block, ["attention.to_out"], lambda o: attention.to_out[0](o), [o], [da])
-    return attention.prepare(q, k, v, rotation), do, d_gate, gradients
+    return attention.prepare(q, k, v, rotation), do, d_gate if scales_too else None, gradients
 
 
-def _projections_back(block: Block, residuals: Any, rotation: Rotation, scale: Any, d_ready: Any) -> Any:
+def _projections_back(
+    block: Block, residuals: Any, rotation: Rotation, scale: Any, d_ready: Any, scales_too: bool
+) -> Any:
     """Gradients of the input of attention, its scale and its projections' parameters."""
     x, *projected = residuals
     attention = block.attention
@@ -131,7 +139,7 @@ def _projections_back(block: Block, residuals: Any, rotation: Rotation, scale: A
         [x, scale],
         d,
     )
-    return dx, d_scale, gradients
+    return dx, d_scale if scales_too else None, gradients
 
 
 def pull_back(

@@ -40,9 +40,11 @@ class LoRALinear(nn.Module):
             """Of the branch; the base is frozen. Adding to what is there saves passes over the wide arrays."""
             x, A, B = primals
             (dx,) = mx.vjp(lambda x: [self.base(x)], [x], [d])[1]
-            inner = (d @ B) * self._scale  # (..., rank)
+            inner, hidden = d @ B, x @ A.T  # (..., rank)
+            if self._scale != 1:
+                inner, hidden = inner * self._scale, hidden * self._scale
             d_A = inner.flatten(0, -2).T @ x.flatten(0, -2)
-            d_B = d.flatten(0, -2).T @ ((x @ A.T) * self._scale).flatten(0, -2)
+            d_B = d.flatten(0, -2).T @ hidden.flatten(0, -2)
             return mx.addmm(dx, inner, A), d_A, d_B
 
         function: Any = mx.custom_function(branched)

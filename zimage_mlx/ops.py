@@ -18,7 +18,7 @@ from .compiled import call, fused
 
 Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
-_QUERY_ROWS = 1024  # scores held at once by the backward pass: B x H x these x S
+_QUERY_ROWS = 1536  # scores held at once by the backward pass: B x H x these x S
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
@@ -57,11 +57,14 @@ def attention_gradient(
     chunks = -(-S // _QUERY_ROWS)
     rows = -(-S // chunks)  # as equal as can be
     d_wide, v_wide_t = run(_widened, d_out, out, v)
+    if chunks == 1:
+        whole: tuple[mx.array, mx.array, mx.array] = run(_chunk_gradient, q, k, v_wide_t, d_wide, mask)
+        return whole
     dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
     for start in range(0, S, rows):
         part = slice(start, start + rows)
         allowed = mask[:, :, part] if mask is not None and mask.shape[2] > 1 else mask
-        rows_dq, dk, dv = run(_chunk_gradient, q[:, :, part], k, v_wide_t, d_wide[:, :, part], allowed, dk, dv)
+        rows_dq, dk, dv = run(_chunk_added, q[:, :, part], k, v_wide_t, d_wide[:, :, part], allowed, dk, dv)
         dq.append(rows_dq)
     return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
@@ -79,10 +82,18 @@ def _widened(d_out: mx.array, out: mx.array, v: mx.array) -> tuple[mx.array, mx.
     return d_wide, mx.concatenate([v, mx.ones((*v.shape[:-1], 8), v.dtype)], axis=-1).swapaxes(-1, -2)
 
 
-def _chunk_gradient(
+def _chunk_added(
     q: mx.array, k: mx.array, v_wide_t: mx.array, d_wide: mx.array, mask: mx.array | None, dk: mx.array, dv: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The gradient of some rows of q; dk and dv with what these rows add. For the other inputs see `_widened`."""
+    """The gradient of some rows of q; dk and dv, float32, with what these rows add."""
+    dq, more_dk, more_dv = _chunk_gradient(q, k, v_wide_t, d_wide, mask)
+    return dq, dk + more_dk, dv + more_dv
+
+
+def _chunk_gradient(
+    q: mx.array, k: mx.array, v_wide_t: mx.array, d_wide: mx.array, mask: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradients that come from some rows of q, of these and of all k and v. For the other inputs see `_widened`."""
     scale = q.shape[-1] ** -0.5
     q_scaled = q * scale
     scores = q_scaled @ k.swapaxes(-1, -2)  # (B, H, rows, S)
@@ -90,9 +101,8 @@ def _chunk_gradient(
         scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
     p = mx.softmax(scores, axis=-1, precise=True)
     d_scores = p * (d_wide @ v_wide_t)
-    dk = dk + d_scores.swapaxes(-1, -2) @ q_scaled
-    dv = dv + p.swapaxes(-1, -2) @ d_wide[..., : q.shape[-1]]
-    return (d_scores @ k) * scale, dk, dv
+    dv = p.swapaxes(-1, -2) @ d_wide[..., : q.shape[-1]]
+    return (d_scores @ k) * scale, d_scores.swapaxes(-1, -2) @ q_scaled, dv
 
 
 def rotation_tables(angles: mx.array) -> Rotation:
@@ -126,7 +136,7 @@ def _turn(x: mx.array, cos: mx.array, sin: mx.array, quarter: mx.array) -> Any:
 def _turn_back(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
     """A rotation's transpose is the rotation the other way; the tables are constants."""
     _, cos, sin, quarter = primals
-    return _turn(cotangent, cos, -sin, quarter), *(mx.zeros_like(table) for table in (cos, sin, quarter))
+    return _turn(cotangent, cos, sin, quarter.T), *(mx.zeros_like(table) for table in (cos, sin, quarter))
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:

@@ -18,12 +18,11 @@ from zimage_ref.tensors import Array
 
 from .compiled import BlockRunner, Pieces, on_gpu
 from .lora import Adapters
+from .strips import Strips
 from .text_encoder import TextEncoder
 from .transformer import Block, Conditioning, Transformer
-from .vae import VAE, Strips
+from .vae import VAE
 from .weights import DTYPES, load, to_mlx
-
-LEAN_ROWS, FAST_ROWS = 128, 512  # of an autoencoder layer made at a time
 
 
 class ZImagePipeline(Pipeline):
@@ -119,4 +118,4 @@ class ZImagePipeline(Pipeline):
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:
-        return Strips(LEAN_ROWS if self.lean else FAST_ROWS)
+        return Strips(self.footprint.strips)

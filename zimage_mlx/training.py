@@ -115,8 +115,12 @@ class _Run:
         yield from map(Notice, notices)
 
         dtype, how = base_precision(config)
-        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=how.bits if how else None)
-        self._data = EncodedDataset(self._plan, ZImagePipeline(self._plan.model, dtype))  # captions stay exact
+        bits = how.bits if how else None
+        self._pipeline = ZImagePipeline(self._plan.model, dtype, quantize=bits)
+        self._plan.require_memory(dtype, how, self._pipeline.memory_limit())
+        if self._first and not config.resume:
+            self._run.clear()
+        self._data = EncodedDataset(self._plan, ZImagePipeline(self._plan.model, dtype, lean=True, quantize=bits))
         for encoded in self._data.build(self._group.rank(), self._group.size()):
             yield encoded
             if self._asked_to_stop():
@@ -136,7 +140,6 @@ class _Run:
             if config.output.exists() and not config.overwrite:
                 raise ConfigError(f"{config.output}: exists: give --overwrite to replace it, or another --output")
             check_writable(config.output)
-            run.clear()
             return None, []
         saved, notices = run.latest()
         if not saved:

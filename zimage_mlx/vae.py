@@ -5,30 +5,26 @@
 Channels are last inside, second at the door. Source: AutoencoderKL, vae.py and unet_2d_blocks.py of diffusers; latent
 scaling as in pipeline_z_image.py. Attribute names are the checkpoint's.
 
-Memory: in `Strips`, every layer makes so many rows of its output at a time, each group norm keeping the statistics of
-the whole picture. That is the same result, not an approximation by tiles, so there are no seams.
+Memory: in `Strips`, a large layer makes some rows of its output at a time and takes the statistics for the next group
+norm, those of the whole picture, on the way. That is the same result, not an approximation by tiles, so there are no
+seams.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_ref.config import VAEConfig
 
-from .compiled import Settle, fused
+from .compiled import fused
+from .strips import MEASURED, Moments, Strips
 
 NORM_EPS = 1e-6  # of every group norm; resnet_eps in the official code
 _SCORES_AT_ONCE = 1 << 24  # of the mid block's attention, in strips
-
-
-class Strips:
-    """How many rows of a layer are made at a time; each strip is computed while the next is queued."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.settle = rows, Settle()
+Step = Callable[[mx.array, "Strips | None"], mx.array]
 
 
 class GroupNorm(nn.Module):
@@ -40,36 +36,24 @@ class GroupNorm(nn.Module):
         self.weight = mx.ones(width)
         self.bias = mx.zeros(width)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return affine(x, *self.coefficients(x, None))
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
+        return affine(x, *self.coefficients(x, strips))
 
     def coefficients(self, x: mx.array, strips: Strips | None) -> tuple[mx.array, mx.array]:
         """Scale and shift (B, 1, 1, C) float32 that norm x."""
-        B, H, W, C = x.shape
-        count, rows = H * W * C // self._groups, strips.rows if strips else H
-        pivot = self._groupwise(mx.mean(x[:, :1].astype(mx.float32), axis=1)) / (count // H)  # close to the mean
-        sums: list[Any] = [0.0, 0.0]
-        for top in range(0, H, rows):
-            parts = _deviations(x[:, top : top + rows], mx.repeat(pivot, C // self._groups, axis=-1))
-            sums = [total + self._groupwise(mx.sum(part, axis=1)) for total, part in zip(sums, parts, strict=True)]
-            if strips:
-                strips.settle(sums)
-        deviation, square = (total / count for total in sums)
-        scale = mx.rsqrt(square - mx.square(deviation) + NORM_EPS)
-        scale, mean = (mx.repeat(a, C // self._groups, axis=-1) for a in (scale, pivot + deviation))
-        scale = scale * self.weight
+        moments = strips.take(x) if strips else None
+        if not moments:
+            moments = Moments()
+            moments.add(x)
+        means, variances = moments.result()
+        mean = self._group_means(means)
+        scale = mx.rsqrt(self._group_means(variances + mx.square(means - mean)) + NORM_EPS) * self.weight
         return scale, self.bias - mean * scale
 
-    def _groupwise(self, x: mx.array) -> mx.array:
-        """(B, W, C) -> sums over each group of channels, (B, 1, 1, groups)."""
-        return mx.sum(x.reshape(*x.shape[:2], self._groups, -1), axis=(1, 3))[:, None, None]
-
-
-@fused
-def _deviations(x: mx.array, pivot: mx.array) -> tuple[mx.array, mx.array]:
-    """x - pivot and its square, float32: sums of these lose nothing to a large mean."""
-    deviation = x.astype(mx.float32) - pivot
-    return deviation, mx.square(deviation)
+    def _group_means(self, x: mx.array) -> mx.array:
+        """(B, 1, 1, C) -> the mean over each group of channels, for all of them."""
+        means = mx.mean(x.reshape(*x.shape[:3], self._groups, -1), axis=-1)
+        return mx.repeat(means, x.shape[-1] // self._groups, axis=-1)
 
 
 class Resnet(nn.Module):
@@ -115,7 +99,7 @@ class MidAttention(nn.Module):
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         B, h, w, C = x.shape
-        tokens = self.group_norm(x).reshape(B, 1, h * w, C)
+        tokens = self.group_norm(x, strips).reshape(B, 1, h * w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # (B, 1, hw, C)
         return x + self.to_out[0](attention(q, k, v, strips)).reshape(B, h, w, C)
 
@@ -128,16 +112,33 @@ class MidBlock(nn.Module):
         self.resnets = [Resnet(width, width, config) for _ in range(2)]
         self.attentions = [MidAttention(width, config)]
 
-    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, strips), strips), strips)
+    @property
+    def steps(self) -> list[Step]:
+        """What a picture goes through, one after the other."""
+        return [self.resnets[0], self.attentions[0], self.resnets[1]]
 
 
-class Sampler(nn.Module):
-    """The convolution beside which a picture is halved or doubled."""
+class Downsampler(nn.Module):
+    """A convolution that halves a picture, padded on the right and below only."""
 
-    def __init__(self, width: int, stride: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=0 if stride == 2 else 1)
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
+        y: mx.array = self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+        return y
+
+
+class Upsampler(nn.Module):
+    """A picture at double size, and a convolution of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(width, width)
+
+    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
+        return convolve(self.conv, x, strips, double=True)
 
 
 class Level(nn.Module):
@@ -147,18 +148,14 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = [Resnet(outputs if j else inputs, outputs, config) for j in range(count)]
         if sampler == "down":
-            self.downsamplers = [Sampler(outputs, stride=2)]
+            self.downsamplers = [Downsampler(outputs)]
         elif sampler == "up":
-            self.upsamplers = [Sampler(outputs, stride=1)]
+            self.upsamplers = [Upsampler(outputs)]
 
-    def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        for resnet in self.resnets:
-            x = resnet(x, strips)
-        if "downsamplers" in self:  # padded on the right and below only
-            x = self.downsamplers[0].conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
-        elif "upsamplers" in self:
-            x = convolve(self.upsamplers[0].conv, x, strips, double=True)
-        return x
+    @property
+    def steps(self) -> list[Step]:
+        """What a picture goes through, one after the other."""
+        return [*self.resnets, *self.get("downsamplers", []), *self.get("upsamplers", [])]
 
 
 class Encoder(nn.Module):
@@ -178,10 +175,10 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x, strips)
-        return convolve(self.conv_out, self.mid_block(x, strips), strips, self.conv_norm_out)
+        x = convolve(self.conv_in, x, strips)
+        for step in steps(*self.down_blocks, self.mid_block):
+            x = step(x, strips)
+        return convolve(self.conv_out, x, strips, self.conv_norm_out, last=True)
 
 
 class Decoder(nn.Module):
@@ -201,10 +198,10 @@ class Decoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], config.in_channels)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        x = self.mid_block(self.conv_in(x), strips)
-        for block in self.up_blocks:
-            x = block(x, strips)
-        return convolve(self.conv_out, x, strips, self.conv_norm_out)
+        x = convolve(self.conv_in, x, strips)
+        for step in steps(self.mid_block, *self.up_blocks):
+            x = step(x, strips)
+        return convolve(self.conv_out, x, strips, self.conv_norm_out, last=True)
 
 
 class VAE(nn.Module):
@@ -225,7 +222,7 @@ class VAE(nn.Module):
     def encode(self, image: mx.array, strips: Strips | None = None) -> mx.array:
         """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mode of the posterior, shifted and scaled.
 
-        strips: how many rows of a layer's output are made at a time, to save memory; None is all, left lazy.
+        strips: to save memory; None is everything at once, left lazy.
         """
         moments = self.encoder(mx.array(image).astype(self.dtype).transpose(0, 2, 3, 1), strips)
         mean = moments[..., : self.config.latent_channels].transpose(0, 3, 1, 2)
@@ -243,6 +240,11 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
+def steps(*blocks: MidBlock | Level) -> list[Step]:
+    """The steps of all blocks. One loop goes through them, so that nothing else holds what was made before."""
+    return [step for block in blocks for step in block.steps]
+
+
 def convolve(
     conv: nn.Conv2d,
     x: mx.array,
@@ -250,18 +252,19 @@ def convolve(
     norm: GroupNorm | None = None,
     double: bool = False,
     beside: tuple[mx.array, nn.Module | None] | None = None,
+    last: bool = False,
 ) -> mx.array:
     """The 3x3 convolution of silu(norm(x)), or of x at double size, in strips of the output.
 
-    beside: an array to add to the result, and the layer it goes through first.
+    beside: an array to add to the result, and the layer it goes through first. last: no norm follows.
     """
     factor = 2 if double else 1
     coefficients = norm.coefficients(x, strips) if norm else ()
-    H = x.shape[1] * factor
+    B, H, W, C = x.shape[0], factor * x.shape[1], factor * x.shape[2], len(conv.weight)
 
     def prepared(part: mx.array) -> mx.array:
         if double:
-            return mx.repeat(mx.repeat(part, 2, axis=1), 2, axis=2)
+            return doubled(part)
         return activate(part, *coefficients) if coefficients else part
 
     def finished(y: mx.array, top: int, bottom: int) -> mx.array:
@@ -270,22 +273,32 @@ def convolve(
         side, layer = beside[0][:, top:bottom], beside[1]
         return y + (layer(side) if layer else side)
 
-    if strips is None or strips.rows >= H:
-        y = finished(conv(prepared(x)), 0, H)
-        if strips:
-            strips.settle(y)
-        return y
-    parts = []
-    for top in range(0, H, strips.rows):
-        bottom = min(top + strips.rows, H)
+    if strips is None:
+        return finished(conv(prepared(x)), 0, H)
+    made = x.itemsize * (x.shape[3] + C) + (0 if last else MEASURED * C)  # bytes for each pixel, on the way
+    parts, moments = [], Moments()
+    for top, bottom in strips.spans(H, B * W * made):
         low, high = max(top - 1, 0), min(bottom + 1, H)  # the kernel reaches one row beyond
         part = prepared(x[:, low // factor : -(-high // factor)])
         part = part[:, low % factor :][:, : high - low]
-        part = mx.pad(part, [(0, 0), (int(top == 0), int(bottom == H)), (0, 0), (0, 0)])
-        y = mx.conv2d(part, conv.weight, padding=(0, 1)) + conv.bias
+        above, below = int(top == 0), int(bottom == H)
+        if above != below:
+            part = mx.pad(part, [(0, 0), (above, below), (0, 0), (0, 0)])
+        y = mx.conv2d(part, conv.weight, padding=(above * below, 1)) + conv.bias
         parts.append(finished(y, top, bottom))
-        strips.settle(parts[-1])
-    return mx.concatenate(parts, axis=1)
+        if not last:
+            moments.add(parts[-1])
+        strips.settle(parts[-1], moments.sums)
+    whole = mx.concatenate(parts, axis=1)  # lazy: what this layer was made of is gone by then
+    if not last:
+        strips.keep(whole, moments)
+    return whole
+
+
+def doubled(x: mx.array) -> mx.array:
+    """Each pixel of (B, H, W, C) four times: (B, 2 H, 2 W, C)."""
+    B, H, W, C = x.shape
+    return mx.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, strips: Strips | None) -> mx.array:

@@ -22,11 +22,14 @@ from .tokenizer import MAX_TOKENS
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
 # Values of one block that live at once, in widths of the stream and of the feed-forward for each token
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
-# Blocks' values that live at once beside what is kept for the gradient. Measured with this project's training on an
-# H100, official transformer in bfloat16, rank 16, AdamW, inputs of blocks kept only: 2.6 GB over the base at 512 x 512,
-# 12.0 GB at 1024 x 1024, LoRA and optimizer included; this makes 3.3 and 11.1: rather too much where memory is short
-_TRAIN_BLOCKS = 8.8
+# Blocks' values that live at once beside what is kept for the gradient, lean (in pieces) and fast. Measured with this
+# project's training on an H100, official transformer in bfloat16, rank 16, AdamW, over the base, LoRA and optimizer
+# included, at 512 x 512 and 1024 x 1024: lean 1.4 and 4.5 GB, where this makes 1.6 and 4.5; fast 4.7 and 22.3 GB, where
+# this makes 6.7 and 22.7
+_LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
+_LAYERS_MAKE = 16  # two layers of the autoencoder, on the way, in widths as of `Footprint.pixel_widths`
 _SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
+_SIDES = "--width and --height"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -36,25 +39,29 @@ class Footprint:
 
     mapped: bool  # weights stay on disk but for the one in use
     blocks: float  # how many blocks' values live at once
+    text_blocks: float  # the same of the text encoder
     pixel_widths: int  # values for each pixel on its way through the autoencoder, in widths of its first level
-    whole_scores: bool  # the autoencoder's attention makes all its scores at once
+    unpacked: float = 0.0  # how many blocks' matrices live unpacked at once, where they are stored in 4 or 8 bits
+    strips: int = 0  # bytes besides, that strips of the autoencoder's large layers make on their way
 
 
-# MLX, official model in bfloat16 on an H100: one block computed while the next is queued, 0.9 GB at 1088 tokens and 1.9
-# GB at 4160, where this makes 0.5 and 1.9. FAST: layers of the autoencoder whole, 2.3 GB at 512 x 512 and 9.5 GB at
-# 1024 x 1024, where this makes 2.1 and 9.1. LEAN: some rows of them at a time; a layer's input, its output and what is
-# kept for the shortcut are whole
-FAST = Footprint(mapped=False, blocks=1.9, pixel_widths=30, whole_scores=True)
-LEAN = Footprint(mapped=False, blocks=1.9, pixel_widths=6, whole_scores=False)
+# MLX, official model in bfloat16 on an H100. FAST: one block computed while the next is queued, 0.4 GB at 1088 tokens,
+# 1.3 GB at 4160, 5.2 GB at 16,448, where this makes 0.4, 1.5 and 5.7. LEAN: pieces of blocks, 0.2 and 0.7 GB, which
+# this makes, too. The text encoder, as one: 0.8 GB at 512 tokens. The autoencoder's largest layer has an input of twice
+# its width, one array between, and its output; the rest is strips: computed from their sizes, and counted on a CPU with
+# the arrays that a GPU's kernels make, 3.2 and 1.9 GB at 1024 x 1024
+# Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: a feed-forward, an attention, a feed-forward
+FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=2_420_000_000)
+LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=1.7, strips=750_000_000)
 # NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
-NUMPY = Footprint(mapped=True, blocks=0.5, pixel_widths=11, whole_scores=False)
+NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 
 
 @dataclass(frozen=True)
 class Stage:
     """Bytes that one stage of making a picture, or of training, takes. Stages follow one another."""
 
-    name: str  # encode, denoise, decode; captions, pictures, train
+    name: str  # encode, denoise, decode; encode captions, encode pictures, train
     weights: int
     activations: int
     lora: int = 0  # matrices, gradients, optimizer state, average
@@ -88,10 +95,11 @@ def generation(
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = batch * (1 + guided) * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
     denoise = tokens * _block_values(folder.transformer) * footprint.blocks
+    denoise += _unpacked_values(folder, quantization, footprint)
     return [
         Stage("encode", weights["text_encoder"], round(itemsize * _encode_values(folder, footprint))),
         Stage("denoise", weights["transformer"], round(itemsize * denoise)),
-        Stage("decode", weights["vae"], itemsize * _pixel_values(folder, width * height, footprint)),
+        Stage("decode", weights["vae"], _autoencoder_bytes(folder, width * height, footprint, itemsize)),
     ]
 
 
@@ -109,21 +117,22 @@ def training(
 ) -> list[Stage]:
     """The memory of each stage of training on batches of at most `batch` pictures of `image_tokens` tokens.
 
-    precision, quantization: of the frozen base. trainable: LoRA parameters. lean: blocks keep only their input for the
+    precision, quantization: of the frozen base, and of the text encoder. trainable: LoRA parameters. lean: blocks keep only their input for the
     gradient and run twice; else they keep all that it needs.
     """
-    itemsize, config, footprint = _ITEMSIZES[precision], folder.transformer, LEAN if lean else FAST
+    itemsize, config = _ITEMSIZES[precision], folder.transformer
     base = weight_bytes(folder.weights["transformer"], itemsize, quantization)
-    encoder, vae = (weight_bytes(folder.weights[name], itemsize) for name in ("text_encoder", "vae"))
+    encoder, vae = (weight_bytes(folder.weights[name], itemsize, quantization) for name in ("text_encoder", "vae"))
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
     kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
     blocks = len(list(names.transformer_blocks(config)))
-    activations = tokens * (kept * blocks + _TRAIN_BLOCKS * _block_values(config))
-    pixels = _pixel_values(folder, image_tokens * folder.size_multiple**2, footprint)
+    activations = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
+    activations += _unpacked_values(folder, quantization, LEAN if lean else FAST)
+    pixels = image_tokens * folder.size_multiple**2
     copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)  # matrices and gradients, and what the optimizer keeps of them
     return [
-        Stage("captions", encoder, round(itemsize * _encode_values(folder, footprint))),
-        Stage("pictures", vae, itemsize * pixels),
+        Stage("encode captions", encoder, round(itemsize * _encode_values(folder, LEAN))),
+        Stage("encode pictures", vae, _autoencoder_bytes(folder, pixels, LEAN, itemsize)),
         Stage("train", base, round(itemsize * activations), lora=4 * copies * trainable),
     ]
 
@@ -164,15 +173,18 @@ def physical_memory() -> int | None:
         return None
 
 
-def require_memory(stages: Sequence[Stage], limit: int | None) -> None:
-    """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit."""
+def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "--quantize", sides: str = _SIDES) -> None:
+    """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit.
+
+    bits, sides: the options that make weights and pictures smaller.
+    """
     most = peak(stages)
     if limit is None or most.total <= limit:
         return
     if most.weights > most.activations:
-        way_out = "--quantize 8 or 4 makes the weights smaller"
+        way_out = f"{bits} 8 or 4 makes the weights smaller"
     else:
-        way_out = "take a smaller --width and --height, or --batch-size 1"
+        way_out = f"take a smaller {sides}, or --batch-size 1"
     raise ConfigError(
         f"this takes about {most.total / 1e9:.1f} GB to {most.name}, {most.weights / 1e9:.1f} of it weights, and there "
         f"are {limit / 1e9:.1f} GB: {way_out}; --force tries it all the same"
@@ -183,15 +195,22 @@ def _block_values(config: TransformerConfig) -> int:
     return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
 
 
+def _unpacked_values(folder: ModelFolder, how: Quantization | None, footprint: Footprint) -> float:
+    config, tensors = folder.transformer, folder.weights["transformer"].values()
+    quantized = how is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
+    return quantized * footprint.unpacked * config.dim * (4 * config.dim + 3 * config.ffn_dim)
+
+
 def _encode_values(folder: ModelFolder, footprint: Footprint) -> float:
     config = folder.text_encoder
     widths = _STREAM_WIDTHS * config.hidden_size + _FFN_WIDTHS * config.intermediate_size
-    return MAX_TOKENS * widths * footprint.blocks
+    return MAX_TOKENS * widths * footprint.text_blocks
 
 
-def _pixel_values(folder: ModelFolder, pixels: int, footprint: Footprint) -> int:
-    scores = (pixels // folder.vae.factor**2) ** 2 if footprint.whole_scores else 0
-    return pixels * footprint.pixel_widths * folder.vae.block_out_channels[0] + 2 * scores
+def _autoencoder_bytes(folder: ModelFolder, pixels: int, footprint: Footprint, itemsize: int) -> int:
+    """Whole arrays and strips, which in a small picture are no more than its largest layers make."""
+    width = pixels * folder.vae.block_out_channels[0] * itemsize
+    return width * footprint.pixel_widths + min(footprint.strips, _LAYERS_MAKE * width)
 
 
 def _nbytes(name: str, tensor: Tensor, itemsize: int, how: Quantization | None) -> int:

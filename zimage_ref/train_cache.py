@@ -21,7 +21,7 @@ from .buckets import Size
 from .dataset import Example
 from .errors import FormatError
 from .model_folder import ModelFolder
-from .quantize import unfold
+from .quantize import Quantization, unfold
 from .tensors import Array, Tensor, Tensors
 
 VERSION = 1  # of the keys: raise it when the same inputs give other values
@@ -31,12 +31,14 @@ _EDGE = 1024  # elements at either end of a tensor that tell it from another
 class TrainCache:
     """A folder of entries made by one model on one engine."""
 
-    def __init__(self, folder: Path, model: ModelFolder, engine: str) -> None:
-        """engine: what computes the values, and in which precision."""
+    def __init__(self, folder: Path, model: ModelFolder, engine: str, quantization: Quantization | None = None) -> None:
+        """engine: what computes the values, and in which precision. quantization: of the text encoder."""
         self.folder = folder
         digests = model_digests(model)
         self._vae = [engine, digests["vae"]]
         self._text_encoder = [engine, digests["text_encoder"], digests["tokenizer"]]
+        if quantization:
+            self._text_encoder.append(f"{quantization.bits} bits in groups of {quantization.group_size}")
 
     def latents(self, example: Example, size: Size, flip: bool) -> Path:
         """Where the latents of a picture at a size are, mirrored with `flip`."""

@@ -72,7 +72,9 @@ class TrainConfig:
     timesteps: str = option(
         "auto", "how noise levels are drawn: auto, uniform, logit-normal, sigmoid, weighted, shift=S"
     )
-    base_precision: str = option("auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU)")
+    base_precision: str = option(
+        "auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU); 8 and 4 for captions, too"
+    )
     memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
     transformer: Path | None = option(None, PARTS["transformer"], free=True)
@@ -93,6 +95,7 @@ class TrainConfig:
     resume: bool = option(False, "go on from where an earlier run into --output stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
     overwrite: bool = option(False, "replace --output, and an unfinished run into it", free=True)
+    force: bool = option(False, "go on where memory seems too small", free=True)
 
     def __post_init__(self) -> None:
         for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):

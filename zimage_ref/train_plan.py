@@ -16,7 +16,7 @@ from .dataset import Example, fingerprint, hold_out, list_dataset
 from .errors import ConfigError
 from .lora import LoRA
 from .lora_file import read_lora
-from .memory import Stage, trainable_parameters, training
+from .memory import Stage, require_memory, trainable_parameters, training
 from .model_folder import ModelFolder
 from .names import lora_modules, transformer_parameters
 from .options import flag
@@ -86,6 +86,14 @@ class TrainPlan:
             ema=self.config.ema > 0,
             lean=lean,
         )
+
+    def require_memory(self, precision: str, quantization: Quantization | None, limit: int | None) -> None:
+        """Raises ConfigError where the run takes more than `limit` bytes and --force does not say to try."""
+        if not self.config.force:
+            lean = self.config.memory != "fast"
+            stages = self.memory(precision, quantization, lean)
+            sides = "--resolution" if lean else "--resolution, --memory lean"
+            require_memory(stages, limit, "--base-precision", sides)
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed bit for bit, and the whole config for the record."""

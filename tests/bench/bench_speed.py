@@ -34,12 +34,13 @@ from zimage_mlx.gradient import LossAndGradients
 from zimage_mlx.loss import Batch
 from zimage_mlx.optimizer import Optimizer
 from zimage_mlx.packing import Packing
-from zimage_mlx.pipeline import FAST_ROWS, LEAN_ROWS
 from zimage_mlx.quantized import QuantizedLinear
+from zimage_mlx.strips import Strips
 from zimage_mlx.text_encoder import TextEncoder
 from zimage_mlx.transformer import Block, Transformer
-from zimage_mlx.vae import VAE, Strips
+from zimage_mlx.vae import VAE
 from zimage_ref import config, names
+from zimage_ref.memory import FAST, LEAN
 from zimage_ref.quantize import Quantization
 from zimage_ref.train_config import TrainConfig
 
@@ -130,8 +131,8 @@ def decode(bench: Bench) -> None:
     vae = random_(VAE(config.OFFICIAL_VAE))
     for side in bench.sides:
         latents = mx.random.normal((1, 16, side // 8, side // 8))
-        for mode, rows in (("fast", FAST_ROWS), ("lean", LEAN_ROWS)):
-            run = lambda z=latents, rows=rows: mx.eval(vae.decode(z, Strips(rows)))  # noqa: E731
+        for mode, nbytes in (("fast", FAST.strips), ("lean", LEAN.strips)):
+            run = lambda z=latents, nbytes=nbytes: mx.eval(vae.decode(z, Strips(nbytes)))  # noqa: E731
             bench.measure(f"decode {mode} {side}", run, runs=4)
 
 
@@ -147,7 +148,7 @@ def picture(bench: Bench) -> None:
     latents = mx.random.normal((1, 16, side // 8, side // 8))
     with transformer(bench) as model:
         step_alone = bench.measure(f"picture, one step {side}", forward_of(bench, model, side), bench.flops(side))
-        end_alone = bench.measure(f"picture, end {side}", lambda: mx.eval(vae.decode(latents, Strips(FAST_ROWS))))
+        end_alone = bench.measure(f"picture, end {side}", lambda: mx.eval(vae.decode(latents, Strips(FAST.strips))))
 
         def whole() -> None:
             x = mx.random.normal((1, 16, side // 8, side // 8))
@@ -155,7 +156,7 @@ def picture(bench: Bench) -> None:
             for i in range(8):
                 x = x + model.denoise(x, mx.array([i / 8]), given).astype(mx.float32) / 8
                 mx.eval(x)
-            mx.eval(vae.decode(x, Strips(FAST_ROWS)))
+            mx.eval(vae.decode(x, Strips(FAST.strips)))
 
         seconds = bench.measure(f"picture, 8 steps {side}", whole, 8 * bench.flops(side), 3)
         print(json.dumps({"case": f"picture {side}, of its parts", "ratio": seconds / (8 * step_alone + end_alone)}))
