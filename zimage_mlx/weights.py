@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,6 +18,9 @@ from zimage_ref.tensors import BFLOAT16, Array, Tensor, Tensors
 
 from .quantized import QuantizedLinear
 
+_PIECE = 1 << 20  # bytes
+_COPIERS = 2  # threads; more were not faster
+_COPIES_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -20,18 +28,23 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
     Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
-    WeightError where names or shapes differ. Only one tensor is in flight: loading never holds two copies of a model.
+    WeightError where names or shapes differ. Three tensors at most are in flight: loading never holds two copies.
     """
     expected = dict(tree_flatten(model.parameters()))
     if expected.keys() != tensors.keys():
         raise WeightError(f"weights differ from the model in {listing(sorted(expected.keys() ^ tensors.keys()))}")
     loaded, layers = [], []
-    for name, tensor in tensors.items():
-        how = _quantization(name, tensor, quantization)
-        if how:
-            layers.append((name.removesuffix(".weight"), _quantized_linear(tensor, dtype, how)))
+    plain = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, QuantizedTensor)}
+    for name in (name for name in tensors if name not in plain):
+        tensor: Any = tensors[name]
+        parts = {part: to_mlx(stored, dtype) for part, stored in tensor.parts.items()}
+        layers.append(_quantized_linear(name, tensor.shape, tensor.quantization, parts))
+    for name, array in read_ahead(plain, dtype):
+        if quantization and quantization.covers(name, plain[name].shape):
+            made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
+            parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
+            layers.append(_quantized_linear(name, plain[name].shape, quantization, parts))
             continue
-        array = to_mlx(tensor, dtype)
         if array.shape != expected[name].shape:
             raise WeightError(f"{name} has shape {array.shape}, the model needs {expected[name].shape}")
         mx.eval(array)
@@ -40,23 +53,49 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
     model.update(tree_unflatten(loaded))
 
 
-def _quantization(name: str, tensor: Tensor, asked: Quantization | None) -> Quantization | None:
-    if isinstance(tensor, QuantizedTensor):
-        return tensor.quantization
-    return asked if asked and asked.covers(name, tensor.shape) else None
-
-
-def _quantized_linear(tensor: Tensor, dtype: mx.Dtype, how: Quantization) -> QuantizedLinear:
-    outputs, inputs = tensor.shape
+def _quantized_linear(
+    name: str, shape: Sequence[int], how: Quantization, parts: dict[str, mx.array]
+) -> tuple[str, QuantizedLinear]:
+    outputs, inputs = shape
     layer = QuantizedLinear(inputs, outputs, bias=False, group_size=how.group_size, bits=how.bits)
-    if isinstance(tensor, QuantizedTensor):
-        parts = {name: to_mlx(part, dtype) for name, part in tensor.parts.items()}
-    else:
-        arrays = mx.quantize(to_mlx(tensor, dtype), group_size=how.group_size, bits=how.bits)
-        parts = dict(zip(("weight", "scales", "biases"), arrays, strict=True))
     mx.eval(parts)
     layer.update(parts)
-    return layer
+    return name.removesuffix(".weight"), layer
+
+
+def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """Each of `tensors` by name, as `to_mlx` makes it, the next two being copied meanwhile.
+
+    Most of the time goes into memory that is touched for the first time, one thread at a time, so two are faster.
+    """
+    if not _COPIES_ON_CPU:
+        yield from ((name, to_mlx(tensor, dtype)) for name, tensor in tensors.items())
+        return
+    with ThreadPoolExecutor(_COPIERS) as pool:
+        waiting: deque[tuple[str, Future[mx.array]]] = deque()
+        for name, tensor in tensors.items():
+            waiting.append((name, pool.submit(_copied, tensor)))
+            if len(waiting) > _COPIERS:
+                first, copied = waiting.popleft()
+                yield first, _in_layout(copied.result(), dtype)
+        for last, copied in waiting:
+            yield last, _in_layout(copied.result(), dtype)
+
+
+def _copied(tensor: Tensor) -> mx.array:
+    """`from_stored` of a tensor, which leaves Python to other threads for most of the time.
+
+    Small pieces, whose memory is used again and again, are copied by Python; MLX joins them in memory that is new.
+    """
+    stored = tensor.read()
+    rows = max(1, _PIECE * len(stored) // stored.nbytes) if stored.nbytes > _PIECE else 0
+    with mx.stream(mx.cpu):  # streams are a thread's own: what is made here must be done here
+        if rows:
+            whole = mx.concatenate([from_stored(stored[i : i + rows]) for i in range(0, len(stored), rows)])
+        else:
+            whole = from_stored(stored)
+        mx.eval(whole)
+    return whole
 
 
 def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
@@ -64,7 +103,10 @@ def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
 
     Convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I).
     """
-    array = from_stored(tensor.read())
+    return _in_layout(from_stored(tensor.read()), dtype)
+
+
+def _in_layout(array: mx.array, dtype: mx.Dtype) -> mx.array:
     if array.ndim == 4:
         array = mx.contiguous(array.transpose(0, 2, 3, 1))
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

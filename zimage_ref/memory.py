@@ -117,8 +117,8 @@ def training(
 ) -> list[Stage]:
     """The memory of each stage of training on batches of at most `batch` pictures of `image_tokens` tokens.
 
-    precision, quantization: of the frozen base, and of the text encoder. trainable: LoRA parameters. lean: blocks keep only their input for the
-    gradient and run twice; else they keep all that it needs.
+    precision, quantization: of the frozen base, and of the text encoder. trainable: LoRA parameters. lean: blocks keep
+    only their input for the gradient and run twice; else they keep all that it needs.
     """
     itemsize, config = _ITEMSIZES[precision], folder.transformer
     base = weight_bytes(folder.weights["transformer"], itemsize, quantization)

@@ -1,0 +1,70 @@
+"""Tensors read ahead by two threads arrive as they are stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parity import to_float64
+
+from zimage_ref import FormatError, npz
+from zimage_ref.checkpoint import Checkpoint
+from zimage_ref.tensors import Tensor
+
+pytest.importorskip("mlx.core", reason="MLX is not installed", exc_type=ImportError)
+
+import mlx.core as mx
+
+from zimage_mlx import weights
+
+SHAPES = {
+    "a": (37, 5, 3),
+    "scalar": (),
+    "empty": (0, 4),
+    "b": (1001, 3),
+    "row": (1, 5000),
+    "conv": (8, 4, 3, 3),
+    "c": (7,),
+}
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
+    npz.write(tmp_path / "w.npz", {name: Tensor.of(array) for name, array in arrays.items()})
+    return arrays
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 64])  # bytes: nothing is cut, nearly everything is
+def test_what_is_read_ahead_is_what_is_stored_in_its_order(
+    stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(weights, "_PIECE", piece)
+    read = list(weights.read_ahead(Checkpoint.open(tmp_path / "w.npz").tensors, mx.float32))
+    assert [name for name, _ in read] == list(SHAPES)
+    for name, array in read:
+        expected = stored[name].transpose(0, 2, 3, 1) if name == "conv" else stored[name]
+        assert array.dtype == mx.float32 and array.shape == expected.shape
+        np.testing.assert_array_equal(np.array(array), expected)
+
+
+def test_bfloat16_survives_being_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_PIECE", 64)
+    values = np.arange(-300, 300, dtype=np.float32).reshape(60, 10)
+    npz.write(tmp_path / "w.npz", {"w": Tensor.of(values).cast("bf16")})
+    ((_, array),) = weights.read_ahead(Checkpoint.open(tmp_path / "w.npz").tensors, mx.bfloat16)
+    assert array.dtype == mx.bfloat16
+    np.testing.assert_array_equal(to_float64(array), to_float64(mx.array(values).astype(mx.bfloat16)))
+
+
+def test_what_a_reading_thread_finds_wrong_is_raised(stored: dict[str, np.ndarray], tmp_path: Path) -> None:
+    tensors = dict(Checkpoint.open(tmp_path / "w.npz").tensors)
+
+    def broken() -> np.ndarray:
+        raise FormatError("w.npz: is damaged")
+
+    tensors["b"] = Tensor((1001, 3), np.dtype(np.float32), broken)
+    with pytest.raises(FormatError, match="is damaged"):
+        list(weights.read_ahead(tensors, mx.float32))
