@@ -133,12 +133,12 @@ def shares(reference: zimage_ref.ZImagePipeline, lora: Path, scale: float, *exam
     return shown
 
 
-def learn(folder: Path) -> tuple[Path, float]:
+def learn(folder: Path, **changes: Any) -> tuple[Path, float]:
     """The LoRA that the demo trains, in `folder`, and the mean loss of its first two epochs, when it does little."""
     demo = pytest.importorskip("zimage_cli.demo")
     zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
     config = zimage_mlx.TrainConfig(
-        Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors", **demo.SETTINGS
+        Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors", **demo.SETTINGS | changes
     )
     losses = [event.loss for event in zimage_mlx.train(config) if isinstance(event, zimage_mlx.Step)]
     return Path(config.output), float(np.mean(losses[:16]))
@@ -165,21 +165,17 @@ MISTAKES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # what, where, and
     "velocity towards the noise": ("loss", "training_target", lambda real, x_0, noise: -real(x_0, noise)),
     "zeros for padding": ("transformer", "fill", lambda real, tokens, pad, length: real(tokens, 0 * pad, length)),
 }
-FORGIVEN = "zeros for padding"  # it costs loss, but a LoRA can learn around it
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_training_shows(
-    reference: zimage_ref.ZImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+def test_a_mistake_in_training_shows_in_the_loss_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
+    """On random weights none of them would: this base knows what it is shown, and no longer recognises it."""
     where, name, instead = MISTAKES[mistake]
     module = pytest.importorskip(f"zimage_mlx.{where}", reason="training needs MLX", exc_type=ImportError)
     monkeypatch.setattr(module, name, partial(instead, getattr(module, name)))
-    lora, loss = learn(tmp_path)
-    (after,) = shares(reference, lora, 1.0, drawings.examination("zorp"))
-    assert loss > START  # the base no longer knows what it is shown
-    assert after <= LEARNED or mistake == FORGIVEN
+    assert learn(tmp_path, epochs=2)[1] > START
 
 
 def test_its_name_is_taken_wherever_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
