@@ -252,7 +252,7 @@ def train_denoiser(
 
 
 def judge_model(folder: Path, count: int) -> Shares:
-    """The share of held-out captions, of which the model in `folder` draws just what they say."""
+    """The share of held-out captions from which the model in `folder` draws just what they say, for each guidance."""
     scenes = take(count, seed=1, held_out=True)
     captions = [caption for _, caption in illustrated(scenes, seed=1)]
     pipeline = ZImagePipeline.from_pretrained(folder)
