@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_a_state_of_another_recipe_or_of_mixed_steps_is_refused(
     with pytest.raises(ConfigError, match=r"of steps \[1, 2\]"):
         recipe.make(model, SHORT, lambda facts: None, PACE, MINIATURE)
     (state / "m.safetensors").write_bytes(kept)
+
+
+@pytest.mark.parametrize("other", [{"vae_rate": 1.0}, {"seed": 1}])
+def test_an_autoencoder_of_another_rate_or_seed_is_not_gone_on_with(tmp_path: Path, other: dict[str, Any]) -> None:
+    pictures, short = recipe.drawings(SHORT.pictures, SHORT.seed)[0], replace(SHORT, vae_steps=1)
+    given = (lambda facts: None, PACE, MINIATURE.vae, tmp_path / "autoencoder")
+    assert recipe.train_vae(pictures, short, *given)
+    with pytest.raises(ConfigError, match="made with .*: delete"):
+        recipe.train_vae(pictures, replace(short, **other), *given)
+
+
+def test_a_tokenizer_written_only_in_part_is_written_again(
+    made: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    shutil.copytree(made[0].parent, tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / "tokenizer" / name).unlink()
+    assert recipe.make(tmp_path / "model", SHORT, lambda facts: None, PACE, MINIATURE)
+    assert files(tmp_path / "model") == files(made[0])
 
 
 def test_both_engines_draw_the_same_with_it(made: tuple[Path, list[dict[str, Any]]]) -> None:
