@@ -209,6 +209,15 @@ def test_steps_lower_the_loss_and_the_average_follows(stage: str) -> None:
     assert 0 < followed < moved
 
 
+def test_the_demo_says_before_it_draws_that_it_has_nowhere_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["demo", f"--output={tmp_path / 'file'}"]) == 1
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "is a file, not a folder" in said and "denoise" not in said
+
+
 def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
