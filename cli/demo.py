@@ -9,6 +9,7 @@ from typing import Any
 
 from zimage_ref import TrainConfig
 from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
+from zimage_ref.files import check_writable
 from zimage_ref.hub import TINY
 from zimage_ref.images import Picture, save_picture
 from zimage_ref.judge import look, shows
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if note := blas.advice():
         console.note(note)
     folder: Path = args.model_dir
+    check_writable(args.output / "before-after.png")
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
     if mlx is None:
         pictures = generate(folder, known, [], console, "generate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,13 @@ def stored(tmp_path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-@pytest.mark.parametrize("piece", [1 << 20, 64])  # bytes: nothing is cut, nearly everything is
+# bytes: nothing is cut, nearly everything is; and as for CUDA, where nothing is read ahead
+@pytest.mark.parametrize("piece, threads", [(1 << 20, True), (64, True), (1 << 20, False)])
 def test_what_is_read_ahead_is_what_is_stored_in_its_order(
-    stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+    stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, threads: bool
 ) -> None:
     monkeypatch.setattr(weights, "_PIECE", piece)
+    monkeypatch.setattr(weights, "_COPIES_ON_CPU", threads)
     read = list(weights.read_ahead(Checkpoint.open(tmp_path / "w.npz").tensors, mx.float32))
     assert [name for name, _ in read] == list(SHAPES)
     for name, array in read:
@@ -68,3 +71,16 @@ def test_what_a_reading_thread_finds_wrong_is_raised(stored: dict[str, np.ndarra
     tensors["b"] = Tensor((1001, 3), np.dtype(np.float32), broken)
     with pytest.raises(FormatError, match="is damaged"):
         list(weights.read_ahead(tensors, mx.float32))
+
+
+def test_loading_again_and_again_takes_no_further_threads() -> None:
+    readers = set()
+
+    def read() -> np.ndarray:
+        readers.add(threading.current_thread())
+        return np.ones((3, 2), np.float32)
+
+    tensors = {name: Tensor((3, 2), np.dtype(np.float32), read) for name in "abcd"}
+    for _ in range(4):
+        assert len(list(weights.read_ahead(tensors, mx.float32))) == 4
+    assert 0 < len(readers) <= 2 and threading.current_thread() not in readers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,25 @@ def test_a_state_of_another_recipe_or_of_mixed_steps_is_refused(
     (state / "m.safetensors").write_bytes(kept)
 
 
+@pytest.mark.parametrize("other", [{"vae_rate": 1.0}, {"seed": 1}])
+def test_an_autoencoder_of_another_rate_or_seed_is_not_gone_on_with(tmp_path: Path, other: dict[str, Any]) -> None:
+    pictures, short = recipe.drawings(SHORT.pictures, SHORT.seed)[0], replace(SHORT, vae_steps=1)
+    given = (lambda facts: None, PACE, MINIATURE.vae, tmp_path / "autoencoder")
+    assert recipe.train_vae(pictures, short, *given)
+    with pytest.raises(ConfigError, match="made with .*: delete"):
+        recipe.train_vae(pictures, replace(short, **other), *given)
+
+
+def test_a_tokenizer_written_only_in_part_is_written_again(
+    made: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    shutil.copytree(made[0].parent, tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / "tokenizer" / name).unlink()
+    assert recipe.make(tmp_path / "model", SHORT, lambda facts: None, PACE, MINIATURE)
+    assert files(tmp_path / "model") == files(made[0])
+
+
 def test_both_engines_draw_the_same_with_it(made: tuple[Path, list[dict[str, Any]]]) -> None:
     caption = "a red circle on a blue background"
     options = {"width": 128, "height": 128, "steps": 2, "guidance": 3.0, "output": "array"}
@@ -187,6 +207,15 @@ def test_steps_lower_the_loss_and_the_average_follows(stage: str) -> None:
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     moved, followed = (float(mx.linalg.norm(stepper.vectors[n] - start)) for n in ("weights", "average"))
     assert 0 < followed < moved
+
+
+def test_the_demo_says_before_it_draws_that_it_has_nowhere_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["demo", f"--output={tmp_path / 'file'}"]) == 1
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "is a file, not a folder" in said and "denoise" not in said
 
 
 def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(

@@ -97,9 +97,10 @@ def backward(
 def _feed_forward_back(
     block: Block, residuals: Any, gate_a: Any, scale: Any, gate: Any, d_out: mx.array, scales_too: bool
 ) -> Any:
-    """Gradients of the half with the feed-forward: of its input, (scale, gate) if `scales_too`, parameters.
+    """Gradients of the half with the feed-forward: of its input, (scale, gate), parameters.
 
-    What a piece returns is computed, and a scale's gradient takes passes over wide float32 arrays.
+    scales_too: whether scale and gate are wanted. All that a piece returns is computed, and their gradients take passes
+    over wide float32 arrays.
     """
     x, a, u, w, f = residuals
     feed_forward = block.feed_forward

@@ -116,7 +116,7 @@ def make(output: Path, recipe: Recipe, report: Report, pace: Pace = Pace(), netw
     state = output.with_name(output.name + ".training")
     pictures, captions = drawings(recipe.pictures, recipe.seed)
     report({"stage": "drawings", "drawings": len(captions), "such as": captions[:3]})
-    if not (output / "tokenizer").is_dir():
+    if not (output / "tokenizer" / "tokenizer_config.json").is_file():  # the last of them to be written
         write_surroundings(output, captions, networks.text_encoder.vocab_size, SCHEDULER)
     if not (output / "vae" / "config.json").is_file():
         trained = train_vae(pictures, recipe, report, pace, networks.vae, state / "autoencoder")
@@ -139,7 +139,9 @@ def train_vae(
     """
     mx.random.seed(recipe.seed)
     vae = VAE(config)
-    made = json.dumps(asdict(config) | {"pictures": recipe.pictures, "vae_batch": recipe.vae_batch})
+    made = json.dumps(
+        asdict(config) | {name: getattr(recipe, name) for name in ("pictures", "vae_batch", "vae_rate", "seed")}
+    )
     stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made, pace.compiled, pace.dtype)
 
     def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
@@ -179,8 +181,8 @@ def run(
                 "stage": stage, "step": stepper.done, "of": stepper.steps, "loss": loss, **judge(),
                 "seconds": round(seconds, 2), "ms a step": round(1000 * seconds / count, 2),
             })  # fmt: skip
-            losses, since = [], time.monotonic()
             stepper.save(state)
+            losses, since = [], time.monotonic()
     if losses:
         stepper.save(state)
     finished = stepper.done >= stepper.steps
@@ -252,7 +254,7 @@ def train_denoiser(
 
 
 def judge_model(folder: Path, count: int) -> Shares:
-    """The share of held-out captions, of which the model in `folder` draws just what they say."""
+    """The share of held-out captions from which the model in `folder` draws just what they say, for each guidance."""
     scenes = take(count, seed=1, held_out=True)
     captions = [caption for _, caption in illustrated(scenes, seed=1)]
     pipeline = ZImagePipeline.from_pretrained(folder)

@@ -20,6 +20,8 @@ from .quantized import QuantizedLinear
 
 _PIECE = 1 << 20  # bytes
 _COPIERS = 2  # threads; more were not faster
+# one for the life of the process: what MLX keeps for the stream of a thread outlives the thread
+_POOL = ThreadPoolExecutor(_COPIERS, "weights")
 _COPIES_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -28,7 +30,8 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
     Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
-    WeightError where names or shapes differ. Three tensors at most are in flight: loading never holds two copies.
+    WeightError where names or shapes differ. Beside what is loaded, memory holds three tensors on their way, those
+    being copied twice for a moment: never a second copy of the model.
     """
     expected = dict(tree_flatten(model.parameters()))
     if expected.keys() != tensors.keys():
@@ -71,15 +74,18 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
     if not _COPIES_ON_CPU:
         yield from ((name, to_mlx(tensor, dtype)) for name, tensor in tensors.items())
         return
-    with ThreadPoolExecutor(_COPIERS) as pool:
-        waiting: deque[tuple[str, Future[mx.array]]] = deque()
-        for name, tensor in tensors.items():
-            waiting.append((name, pool.submit(_copied, tensor)))
-            if len(waiting) > _COPIERS:
-                first, copied = waiting.popleft()
-                yield first, _in_layout(copied.result(), dtype)
-        for last, copied in waiting:
-            yield last, _in_layout(copied.result(), dtype)
+    waiting: deque[tuple[str, Future[mx.array]]] = deque()
+
+    def first() -> tuple[str, mx.array]:
+        name, copied = waiting.popleft()
+        return name, _in_layout(copied.result(), dtype)
+
+    for name, tensor in tensors.items():
+        waiting.append((name, _POOL.submit(_copied, tensor)))
+        if len(waiting) > _COPIERS:
+            yield first()
+    while waiting:
+        yield first()
 
 
 def _copied(tensor: Tensor) -> mx.array:

@@ -71,9 +71,9 @@ class Identity:
 
 
 def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:
-    """The component and dialect whose names `tensors` share most; None if they share few with all.
+    """The component and dialect of whose names `tensors` hold the largest share; None if a quarter at most.
 
-    In a file of several components it is `wanted` that is looked at, where that is one of them.
+    In a file of several components it is `wanted`, if that is one of them.
     """
     best, share = None, 0.25
     for component in sorted(COMPONENTS, key=lambda name: name != wanted):

@@ -32,9 +32,9 @@ class Home:
     """Where and how a dialect keeps one official tensor."""
 
     name: str
-    part: int = 0  # of a fused matrix: which of its
-    parts: int = 1  # equal blocks of rows
-    transposed: bool = False  # (in, out)
+    part: int = 0  # which block of rows of a fused matrix it is,
+    parts: int = 1  # of how many, all of one size
+    transposed: bool = False  # stored as (in, out)
     spatial: bool = False  # a matrix as a 1x1 convolution, (out, in, 1, 1)
 
     @property
@@ -74,7 +74,7 @@ class Dialect:
         return layout
 
     def write(self, tensors: Tensors, config: Any) -> dict[str, Tensor]:
-        """Official tensors, each whole model's or at least whole fused groups, as this dialect has them."""
+        """Official tensors as this dialect has them: a whole model's, or some, with all parts of each fused matrix."""
         layout = self.layout({name: tensor.shape for name, tensor in tensors.items()}, config)
         return {name: _joined([(tensors[part], home) for part, home in group]) for name, group in layout.items()}
 
@@ -226,7 +226,7 @@ DIALECTS = {
 }
 OFFICIAL = {component: Dialect("diffusers", component, _official) for component in DIALECTS}
 
-# --naming: component -> what it is called -> how it is written
+# component -> value of --naming -> the dialect that is written
 NAMINGS = {
     "transformer": {"diffusers": OFFICIAL["transformer"], "comfy": DIALECTS["transformer"]["comfy"]},
     "text_encoder": {"diffusers": OFFICIAL["text_encoder"], "comfy": OFFICIAL["text_encoder"]},

@@ -1,8 +1,8 @@
-"""Captioned pictures of coloured shapes, and a judge of such pictures: what the tiny model is trained and tested on.
+"""Captioned pictures of coloured shapes: what the tiny model is trained and tested on. `judge` reads such pictures.
 
-A scene is one to three shapes on a plain background. `draw` paints it, `describe` says it in words, `look` reads the
-shapes, colours and background off the pixels of any picture, and `shows` compares. One combination in ten of shape,
-colour and background is held out of training. Glyphs are shapes under made-up words that no training scene holds.
+A scene is one to three shapes on a plain background. `draw` paints it, `describe` says it in words. One combination in
+ten of shape, colour and background is held out of training. Glyphs are shapes under made-up words that no training
+scene holds.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _PART = 1000  # drawings of one stream of scenes, and of one call of a worker pr
 
 
 def drawings(count: int, seed: int) -> tuple[Array, list[str]]:
-    """`count` pictures (N, SIDE, SIDE, 3) uint8 and their captions, drawn by all processors."""
+    """`count` pictures (N, SIDE, SIDE, 3) uint8 and their captions, drawn by up to 16 processes."""
     sizes = [min(_PART, count - start) for start in range(0, count, _PART)]
     work = [(seed, i, size) for i, size in enumerate(sizes)]
     if len(work) == 1:
