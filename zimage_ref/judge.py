@@ -35,7 +35,8 @@ def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: fl
     alike: intersection over union with a drawn shape from which a patch is one.
     """
     pixels = np.asarray(picture.convert("RGB"), np.float32)  # (SIDE, SIDE, 3)
-    frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3)])
+    sides = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
+    frame = np.concatenate([side.reshape(-1, 3) for side in sides])
     ground = np.median(frame, axis=0)
     distance = np.linalg.norm(pixels - ground, axis=-1)
     labels = _patches(distance > contrast)
