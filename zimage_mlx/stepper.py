@@ -32,7 +32,7 @@ class Stepper:
 
     loss: (model, key, *inputs) -> scalar; key is all the randomness it may use.
     recipe: what a saved state must have been made with to be gone on from; the number of steps may differ.
-    compiled: None for a GPU, where the kernels of a whole step take a minute or two to build, once.
+    compiled: None for a GPU, where the kernels of a whole step take minutes to build, once.
     dtype: of forward and backward; None is bfloat16 on a GPU, float32 elsewhere.
     """
 

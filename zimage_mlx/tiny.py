@@ -4,10 +4,11 @@
 
 First the autoencoder learns to reproduce drawings; its latents are evened out, their mean and deviation become
 shift_factor and scaling_factor (`tiny_latents`). Then text encoder and transformer learn together, by flow matching as
-in `zimage_ref.schedule`. Moving averages of the weights are what is written. On an H100 a step of the autoencoder takes
-75 ms, its kernels launched one by one (--eager), and a step of the others 30 ms, compiled, after the 3 minutes that
-building their kernels takes. With --seconds a run stops before the end, keeps its state beside DIR and goes on when the
-same command is given again. Progress is a line of JSON now and then.
+in `zimage_ref.schedule`. Moving averages of the weights are what is written. On an H100 with --eager, kernels launched
+one by one, a step of the autoencoder takes 75 ms and a step of the others about 60; compiled, without it, those take
+30 ms after 3 minutes in which kernels are built, and the autoencoder has not been measured. With --seconds a run stops
+before the end, keeps its state beside DIR and goes on when the same command is given again, with --eager or without.
+Progress is a line of JSON now and then.
 """
 
 from __future__ import annotations
