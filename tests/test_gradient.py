@@ -96,7 +96,7 @@ def test_pieces_hold_less_than_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     for in_pieces in (True, False):
         differentiate = LossAndGradients(model, 0, compiled=False)
         if not in_pieces:
-            differentiate.run, differentiate.rerun = Block.__call__, gradient.rerun
+            differentiate.run, differentiate.rerun = Block.__call__, gradient.backward
         mx.eval(large.x_0, large.noise)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -160,5 +160,5 @@ def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: boo
             made.extend(array.shape for _, array in tree_flatten(result) if isinstance(array, mx.array))
         return result
 
-    gradient.rerun(model.layers[0], x, layout.rotation, None, model.embed_time(mx.array([0.4])), x, wanted, run)
+    gradient.backward(model.layers[0], x, layout.rotation, None, model.embed_time(mx.array([0.4])), x, wanted, run)
     assert made.count((1, 1, tiny.TRANSFORMER.dim)) == (4 if wanted else 0)

@@ -356,7 +356,7 @@ def test_the_result_of_the_defaults_is_complete(shop: Workshop, tmp_path: Path) 
 def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, forward = [], zimage_mlx.gradient.forward
     monkeypatch.setattr(zimage_mlx.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
-    monkeypatch.setattr(zimage_mlx.gradient, "rerun", lambda *args: pytest.fail("kept nothing"))
+    monkeypatch.setattr(zimage_mlx.gradient, "_residuals", lambda *args: pytest.fail("kept nothing"))
     fast = shop.train("fast", steps=2, memory="fast")
     assert len(kept) == 2 * 4  # two steps, four blocks
     monkeypatch.undo()

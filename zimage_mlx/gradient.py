@@ -59,7 +59,7 @@ def forward(
 
 def backward(
     block: Block,
-    residuals: Residuals,
+    kept: Residuals | mx.array,
     rotation: Rotation,
     mask: mx.array | None,
     adaln: mx.array | None,
@@ -69,14 +69,17 @@ def backward(
 ) -> tuple[mx.array, mx.array | None, Parameters]:
     """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block.
 
-    run: how each part is run; see `compiled.Pieces`.
+    kept: the residuals, or only the input, of which they are made again. run: how each part is run; see
+    `compiled.Pieces`.
     """
-    x, q, k, v, o, a, u, w, f, (scale_a, gate_a, scale_f, gate_f) = residuals
+    if isinstance(kept, mx.array):
+        kept = run(_residuals, block, kept, rotation, mask, adaln)
+    x, q, k, v, o, a, u, w, f, (scale_a, gate_a, scale_f, gate_f) = kept
     scales_too = adaln is not None and (time_too or trainable(block, ["adaLN_modulation"]))
     d_middle, d_scales_f, gradients = run(
         _feed_forward_back, block, (x, a, u, w, f), gate_a, scale_f, gate_f, d_out, scales_too
     )
-    del residuals, u, w, f  # in pieces they are gone by the time that attention needs the room
+    del kept, u, w, f  # in pieces they are gone by the time that attention needs the room
     (ready_q, ready_k, ready_v), do, d_gate_a, more = run(
         _output_back, block, (q, k, v, o, a), rotation, gate_a, d_middle, scales_too
     )
@@ -205,7 +208,7 @@ class LossAndGradients:
         self.forward, self.backward = wrap(forward), wrap(backward)
         pieces = Pieces(compiled)
         self.run: Callable[..., Any] = partial(Block.__call__, run=pieces)
-        self.rerun: Callable[..., Any] = partial(rerun, run=pieces)
+        self.rerun: Callable[..., Any] = partial(backward, run=pieces)
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
@@ -296,21 +299,6 @@ class _Chain:
             if d_time is not None:
                 self.d_time = self.d_time + d_time
         return d
-
-
-def rerun(
-    block: Block,
-    x: mx.array,
-    rotation: Rotation,
-    mask: mx.array | None,
-    adaln: mx.array | None,
-    d_out: mx.array,
-    time_too: bool = False,
-    run: Callable[..., Any] = call,
-) -> tuple[mx.array, mx.array | None, Parameters]:
-    """`backward` for a block that kept its input only."""
-    residuals = run(_residuals, block, x, rotation, mask, adaln)
-    return backward(block, residuals, rotation, mask, adaln, d_out, time_too, run)
 
 
 def _residuals(block: Block, *args: Any) -> Residuals:
