@@ -10,7 +10,7 @@ from typing import Any
 
 from zimage_ref.checkpoint import Checkpoint
 from zimage_ref.errors import ConfigError, ZImageError
-from zimage_ref.hub import is_name, local_folder
+from zimage_ref.hub import resolved
 from zimage_ref.images import PICTURE_SUFFIXES
 from zimage_ref.inspection import (
     Description,
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Prints what there is. Returns 1 if --verify finds a fault."""
-    path = local_folder(args.input) if is_name(args.input) else args.input
+    path = resolved(args.input)
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
     if path.suffix.lower() in PICTURE_SUFFIXES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,16 +36,15 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
     if expected.keys() != tensors.keys():
         raise WeightError(f"weights differ from the model in {listing(sorted(expected.keys() ^ tensors.keys()))}")
     loaded, layers = [], []
-    plain = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, QuantizedTensor)}
-    for name in (name for name in tensors if name not in plain):
-        tensor: Any = tensors[name]
-        parts = {part: to_mlx(stored, dtype) for part, stored in tensor.parts.items()}
+    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
+    for name, tensor in stored.items():
+        parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
         layers.append(_quantized_linear(name, tensor.shape, tensor.quantization, parts))
-    for name, array in read_ahead(plain, dtype):
-        if quantization and quantization.covers(name, plain[name].shape):
+    for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
+        if quantization and quantization.covers(name, tensors[name].shape):
             made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
             parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
-            layers.append(_quantized_linear(name, plain[name].shape, quantization, parts))
+            layers.append(_quantized_linear(name, tensors[name].shape, quantization, parts))
             continue
         if array.shape != expected[name].shape:
             raise WeightError(f"{name} has shape {array.shape}, the model needs {expected[name].shape}")

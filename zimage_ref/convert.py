@@ -25,7 +25,7 @@ from .components import COMPONENTS, config_of, identify, official_weights
 from .dialects import NAMINGS, OFFICIAL
 from .errors import ConfigError, listing
 from .files import atomic_write, check_writable, existing_parent
-from .hub import is_name, local_folder
+from .hub import resolved
 from .model_folder import find_component
 from .quantize import Quantization, QuantizedTensor, quantize_all, unfold, without_quantization
 from .tensors import BFLOAT16, Array, Tensor, Tensors, cast, float_dtype, row_blocks
@@ -126,7 +126,7 @@ def open_source(path: Path, component: str) -> Source:
 
     Raises FormatError, ConfigError or WeightError; a file of another component is told what it looks like.
     """
-    path = local_folder(path) if is_name(path) else path
+    path = resolved(path)
     if path.is_dir() and (path / "model_index.json").is_file():
         path = find_component(path, component)
     file = Checkpoint.open(path)

@@ -14,10 +14,9 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
-def is_name(model: Path) -> bool:
-    """Whether `model` is no path that exists, and names the built-in model or may be the id of a repository."""
-    name = model.as_posix()
-    return not model.exists() and (name == TINY or _REPOSITORY.fullmatch(name) is not None)
+def resolved(path: Path) -> Path:
+    """`path`, or the folder of the model that it names where there is no such path. Raises as `local_folder` does."""
+    return local_folder(path) if _is_name(path) else path
 
 
 def local_folder(model: str | Path) -> Path:
@@ -37,7 +36,7 @@ def local_folder(model: str | Path) -> Path:
                 f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give --model-dir DIR"
             )
         return built_in
-    if not is_name(path):
+    if not _is_name(path):
         raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
     name = path.as_posix()
     try:
@@ -55,3 +54,8 @@ def local_folder(model: str | Path) -> Path:
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         fact = str(error).strip().split("\n")[0]
         raise ConfigError(f"{name}: is neither a folder nor a repository that can be downloaded: {fact}") from error
+
+
+def _is_name(model: Path) -> bool:
+    name = model.as_posix()
+    return not model.exists() and (name == TINY or _REPOSITORY.fullmatch(name) is not None)
