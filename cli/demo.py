@@ -43,13 +43,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if note := blas.advice():
         console.note(note)
     folder: Path = args.model_dir
-    check_writable(args.output / "before-after.png")
+    sheet = args.output / ("before-after.png" if mlx else "pictures.png")
+    check_writable(sheet)
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
     if mlx is None:
         pictures = generate(folder, known, [], console, "generate")
         console.picture(contact_sheet(pictures, PICTURES))
         compare(console, known, {"by NumPy": pictures})
-        keep(console, args.output / "pictures.png", pictures, PICTURES)
+        keep(console, sheet, pictures, PICTURES)
         console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
         return 0
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.curve("loss", losses)
     console.picture(contact_sheet(before + after, 2 * PICTURES))
     compare(console, new + known, {"before": before, "after": after})
-    keep(console, args.output / "before-after.png", before + after, 2 * PICTURES)
+    keep(console, sheet, before + after, 2 * PICTURES)
     console.wrote(lora)
     console.print(_NEXT)
     return 0

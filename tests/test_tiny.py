@@ -104,16 +104,12 @@ def test_samplers_agree_on_a_trained_model_when_steps_are_many(
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
 def test_diffusers_draws_the_same(reference: zimage_ref.ZImagePipeline) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra `oracle`)")
-    torch = pytest.importorskip("torch", reason="torch is not installed (extra `oracle`)")
-    pipe = diffusers.ZImagePipeline.from_pretrained(reference.folder.path, torch_dtype=torch.float32)
+    official = pytest.importorskip("official", reason="torch and diffusers are not installed (extra `oracle`)")
+    pipe = official.pipeline(reference.folder.path)
     noise = np.random.default_rng(1).standard_normal((1, 16, 16, 16), np.float32)
     caption = "a small purple heart above a green ring on a white background"
     for guidance in (0.0, GUIDANCE):
-        expected = pipe(
-            [caption], width=SIDE, height=SIDE, num_inference_steps=STEPS, guidance_scale=guidance,
-            negative_prompt=[""], latents=torch.from_numpy(noise), output_type="np",
-        ).images[0]  # fmt: skip
+        expected = official.generate(pipe, caption, noise, STEPS, "np", guidance, "")
         actual = reference(
             caption, width=SIDE, height=SIDE, steps=STEPS, guidance=guidance, latents=noise, output="array"
         )[0]

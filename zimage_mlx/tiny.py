@@ -44,7 +44,7 @@ from zimage_ref.tokenizer import Tokenizer
 
 from .pipeline import ZImagePipeline
 from .stepper import Stepper
-from .tiny_latents import finish
+from .tiny_latents import finish, in_batches
 from .tiny_losses import Denoiser, denoising_loss, to_signed, vae_loss
 from .vae import VAE
 from .weights import load, to_numpy
@@ -126,7 +126,7 @@ def make(output: Path, recipe: Recipe, report: Report, pace: Pace = Pace(), netw
         write_component(output / "vae", trained.config, parameters(trained))
         shutil.rmtree(state / "autoencoder")
     vae = read_vae(output)  # as it is written: what the denoiser learns is what users decode
-    latents = mx.concatenate([encode(vae, pictures[i : i + 250]) for i in range(0, len(pictures), 250)])
+    latents = mx.concatenate([encode(vae, batch) for batch in in_batches(pictures)])
     texts = tokenized(Tokenizer(output / "tokenizer" / "tokenizer.json"), captions)
     return train_denoiser(latents, texts, recipe, report, pace, networks, output, state / "denoiser")
 

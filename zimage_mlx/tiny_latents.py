@@ -7,6 +7,7 @@ directions their square roots. It is folded into the convolutions on both sides 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
@@ -31,11 +32,16 @@ def finish(vae: VAE, pictures: Array) -> None:
     )
 
 
+def in_batches(pictures: Array) -> Iterator[Array]:
+    """`pictures` as many at a time as the autoencoder takes without strain."""
+    yield from (pictures[i : i + _BATCH] for i in range(0, len(pictures), _BATCH))
+
+
 def moments(vae: VAE, pictures: Array) -> tuple[Array, Array]:
     """The posterior's mean of every cell (cells, C), and its variance (C,) over all of them."""
     means, variances = [], []
-    for i in range(0, len(pictures), _BATCH):
-        h = vae.encoder(to_signed(mx.array(pictures[i : i + _BATCH])))  # (B, h, w, 2C)
+    for batch in in_batches(pictures):
+        h = vae.encoder(to_signed(mx.array(batch)))  # (B, h, w, 2C)
         mean, log_variance = (np.array(part, np.float64).reshape(-1, part.shape[-1]) for part in mx.split(h, 2, -1))
         means.append(mean)
         variances.append(np.exp(log_variance).mean(0))
