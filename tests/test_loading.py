@@ -38,13 +38,13 @@ def stored(tmp_path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# bytes: nothing is cut, nearly everything is; and as for CUDA, where nothing is read ahead
-@pytest.mark.parametrize("piece, threads", [(1 << 20, True), (64, True), (1 << 20, False)])
+# bytes: nothing is large, nearly everything is; and as for CUDA, where nothing is read ahead
+@pytest.mark.parametrize("large, threads", [(1 << 20, True), (1, True), (1 << 20, False)])
 def test_what_is_read_ahead_is_what_is_stored_in_its_order(
-    stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, threads: bool
+    stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, threads: bool
 ) -> None:
-    monkeypatch.setattr(weights, "_PIECE", piece)
-    monkeypatch.setattr(weights, "_COPIES_ON_CPU", threads)
+    monkeypatch.setattr(weights, "_LARGE", large)
+    monkeypatch.setattr(weights, "_READS_ON_CPU", threads)
     read = list(weights.read_ahead(Checkpoint.open(tmp_path / "w.npz").tensors, mx.float32))
     assert [name for name, _ in read] == list(SHAPES)
     for name, array in read:
@@ -53,8 +53,8 @@ def test_what_is_read_ahead_is_what_is_stored_in_its_order(
         np.testing.assert_array_equal(np.array(array), expected)
 
 
-def test_bfloat16_survives_being_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_PIECE", 64)
+def test_bfloat16_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_LARGE", 64)
     values = np.arange(-300, 300, dtype=np.float32).reshape(60, 10)
     npz.write(tmp_path / "w.npz", {"w": Tensor.of(values).cast("bf16")})
     ((_, array),) = weights.read_ahead(Checkpoint.open(tmp_path / "w.npz").tensors, mx.bfloat16)
@@ -84,3 +84,12 @@ def test_loading_again_and_again_takes_no_further_threads() -> None:
     for _ in range(4):
         assert len(list(weights.read_ahead(tensors, mx.float32))) == 4
     assert 0 < len(readers) <= 2 and threading.current_thread() not in readers
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", "<i4", "u1", "<f8"])
+def test_a_turned_array_of_any_dtype_is_read_in_its_order(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(weights, "_LARGE", 1)
+    turned = np.arange(35).reshape(5, 7).astype(dtype).T
+    ((_, array),) = weights.read_ahead({"w": Tensor.of(turned)}, mx.float32)
+    assert array.dtype == (mx.float32 if turned.dtype.kind == "f" else weights.from_stored(turned).dtype)
+    np.testing.assert_array_equal(np.array(array), turned)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,16 +14,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from zimage_ref.errors import WeightError, listing
+from zimage_ref.npz import npy_header
 from zimage_ref.quantize import Quantization, QuantizedTensor
 from zimage_ref.tensors import BFLOAT16, Array, Tensor, Tensors
 
 from .quantized import QuantizedLinear
 
-_PIECE = 1 << 20  # bytes
-_COPIERS = 2  # threads; more were not faster
+_LARGE = 1 << 20  # bytes
+_READERS = 2  # threads; more were not faster
 # one for the life of the process: what MLX keeps for the stream of a thread outlives the thread
-_POOL = ThreadPoolExecutor(_COPIERS, "weights")
-_COPIES_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
+_POOL = ThreadPoolExecutor(_READERS, "weights")
+_READS_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -29,8 +32,8 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
     Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
-    WeightError where names or shapes differ. Beside what is loaded, memory holds three tensors on their way, those
-    being copied twice for a moment: never a second copy of the model.
+    WeightError where names or shapes differ. Beside what is loaded, memory holds three tensors on their way, never a
+    second copy of the model.
     """
     expected = dict(tree_flatten(model.parameters()))
     if expected.keys() != tensors.keys():
@@ -65,41 +68,65 @@ def _quantized_linear(
 
 
 def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
-    """Each of `tensors` by name, as `to_mlx` makes it, the next two being copied meanwhile.
+    """Each of `tensors` by name, as `to_mlx` makes it, the next two being read meanwhile.
 
     Most of the time goes into memory that is touched for the first time, one thread at a time, so two are faster.
     """
-    if not _COPIES_ON_CPU:
+    if not _READS_ON_CPU:
         yield from ((name, to_mlx(tensor, dtype)) for name, tensor in tensors.items())
         return
     waiting: deque[tuple[str, Future[mx.array]]] = deque()
 
     def first() -> tuple[str, mx.array]:
-        name, copied = waiting.popleft()
-        return name, _in_layout(copied.result(), dtype)
+        name, array = waiting.popleft()
+        return name, _in_layout(array.result(), dtype)
 
     for name, tensor in tensors.items():
-        waiting.append((name, _POOL.submit(_copied, tensor)))
-        if len(waiting) > _COPIERS:
+        waiting.append((name, _POOL.submit(_read, tensor)))
+        if len(waiting) > _READERS:
             yield first()
     while waiting:
         yield first()
 
 
-def _copied(tensor: Tensor) -> mx.array:
-    """`from_stored` of a tensor, which leaves Python to other threads for most of the time.
-
-    Small pieces, whose memory is used again and again, are copied by Python; MLX joins them in memory that is new.
-    """
+def _read(tensor: Tensor) -> mx.array:
+    """`from_stored` of a tensor; a large one leaves Python to other threads while it is copied."""
     stored = tensor.read()
-    rows = max(1, _PIECE * len(stored) // stored.nbytes) if stored.nbytes > _PIECE else 0
     with mx.stream(mx.cpu):  # streams are a thread's own: what is made here must be done here
-        if rows:
-            whole = mx.concatenate([from_stored(stored[i : i + rows]) for i in range(0, len(stored), rows)])
+        if stored.nbytes < _LARGE or stored.dtype == np.float64:  # GPUs have no float64
+            array = from_stored(stored)
         else:
-            whole = from_stored(stored)
-        mx.eval(whole)
-    return whole
+            file: Any = _Npy(stored)
+            array = cast(mx.array, mx.load(file, format="npy"))
+        mx.eval(array)
+    return array
+
+
+class _Npy(io.RawIOBase):
+    """An array as the .npy file that `mx.load` would read it from: MLX makes the memory, NumPy copies once."""
+
+    def __init__(self, stored: Array) -> None:
+        self._stored, self._header, self._position = stored, npy_header(Tensor.of(stored), 0), 0
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Some of the header, or all the data, as MLX asks for them."""
+        start, self._position = self._position, self._position + len(buffer)
+        if self._position <= len(self._header):
+            buffer[:] = self._header[start : self._position]
+        else:
+            np.copyto(np.frombuffer(buffer, self._stored.dtype).reshape(self._stored.shape), self._stored)
+        return len(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Where the next read begins, from the start."""
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("only from the start")
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
 
 
 def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:

@@ -161,13 +161,13 @@ def write_to(
             extra = 20 if large else 0
             data_start = file.tell() + _LOCAL_HEADER.size + len(member.filename.encode()) + extra
             with archive.open(member, "w", force_zip64=large) as out:
-                out.write(_npy_header(tensor, data_start))
+                out.write(npy_header(tensor, data_start))
                 write_data(tensor, out.write, progress)
         archive.comment = comment
 
 
-def _npy_header(tensor: Tensor, position: int) -> bytes:
-    """A version 1.0 header that ends at a multiple of ALIGNMENT when written at `position` of the file."""
+def npy_header(tensor: Tensor, position: int) -> bytes:
+    """A version 1.0 .npy header that ends at a multiple of ALIGNMENT when written at `position` of the file."""
     descr = "<V2" if tensor.dtype == BFLOAT16 else tensor.dtype.str
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
     prefix = 10  # magic, version and the length of the text
