@@ -12,6 +12,7 @@ Source: gradient checkpointing, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ from .compiled import PerBlock, Pieces, Settle, call, substituted
 from .loss import Batch, Parameters, flow_matching_error
 from .ops import Rotation, attention_gradient
 from .transformer import Block, Layout, Transformer, normed
+
+_ROOTS = ("t_embedder", "all_x_embedder", "cap_embedder")  # what makes the input of the blocks
+_CHAINS = ("noise_refiner", "context_refiner", "layers")
+_LAST = "all_final_layer"
 
 
 class Residuals(NamedTuple):
@@ -157,7 +162,7 @@ def pull_back(
 
     `function` takes the inputs and uses those parameters that train; it returns one array a cotangent.
     """
-    own = {name: array for name, array in _flat(module) if _below(name, owners)}
+    own = {name: array for name, array in _flat(module) if _below(name, owners)} if owners else {}
     names = list(own)
     given = [i for i, array in enumerate(inputs) if array is not None]
 
@@ -165,7 +170,7 @@ def pull_back(
         filled = list(inputs)
         for i, array in zip(given, arrays[len(names) :], strict=True):
             filled[i] = array
-        with substituted(module, tree_unflatten(list(zip(names, arrays, strict=False)))):
+        with substituted(module, tree_unflatten(list(zip(names, arrays, strict=False)))) if names else nullcontext():
             result = function(*filled)
         return [result] if isinstance(result, mx.array) else list(result)
 
@@ -199,7 +204,7 @@ class LossAndGradients:
 
     budget: bytes for the residuals of as many blocks as fit; the others keep their input and run twice, in pieces.
     Blocks and pieces are computed one ahead of what is done, so that memory stays bounded. compiled: for GPUs, whose
-    kernels it fuses.
+    kernels it fuses. Which parameters train must not change during the life of this object.
     """
 
     def __init__(self, model: Transformer, budget: float, compiled: bool) -> None:
@@ -209,6 +214,9 @@ class LossAndGradients:
         pieces = Pieces(compiled)
         self.run: Callable[..., Any] = partial(Block.__call__, run=pieces)
         self.rerun: Callable[..., Any] = partial(backward, run=pieces)
+        # looked for once: going through all parameters takes milliseconds
+        self.trains = {name: trainable(model, [name]) for name in (*_ROOTS, _LAST)}
+        self.blocks_train = {name: [bool(_flat(block)) for block in getattr(model, name)] for name in _CHAINS}
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
@@ -221,8 +229,7 @@ class LossAndGradients:
             "all_x_embedder": lambda: model.embed_image(x),
             "cap_embedder": lambda: model.embed_captions(captions),
         }
-        trains = {name: trainable(model, [name]) for name in roots}
-        time_too = trains["t_embedder"]
+        trains, time_too = self.trains, self.trains["t_embedder"]
 
         keep = self._keep(batch, layout)
         left = keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
@@ -236,7 +243,9 @@ class LossAndGradients:
         def error(tokens: mx.array, adaln: mx.array) -> mx.array:
             return flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
 
-        (loss,), (d, d_time), gradients = pull_back(model, ["all_final_layer"], error, [tokens, adaln], [mx.array(1.0)])
+        (loss,), (d, d_time), gradients = pull_back(
+            model, [_LAST] if trains[_LAST] else (), error, [tokens, adaln], [mx.array(1.0)]
+        )
         image_too, caption_too = trains["all_x_embedder"] or time_too, trains["cap_embedder"]
         d = layers.backward(d, gradients, image_too or caption_too or refiner.trains or context.trains)
         d_image, d_caption = (None, None) if d is None else mx.split(d, [image.shape[1]], axis=1)
@@ -265,7 +274,7 @@ class _Chain:
         self.owner, self.name, self.context, self.time_too = owner, name, context, time_too
         self.blocks: list[Block] = getattr(owner.model, name)
         self.keep_from = len(self.blocks) - max(keep, 0)
-        self.train = [bool(_flat(block)) for block in self.blocks]
+        self.train = owner.blocks_train[name]
         self.kept: list[mx.array | Residuals] = []
         self.d_time: Any = 0.0
 

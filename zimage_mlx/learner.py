@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from zimage_ref.batches import INITIAL, RANKS, stream
 from zimage_ref.errors import ConfigError
@@ -147,7 +147,7 @@ class Learner:
         return mx.array(np.concatenate(rows))
 
     def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
-        self._model.update(tree_unflatten(list(self._packing.unpack(vectors, dtype).items())))
+        lora.place(self._model, self._packing.unpack(vectors, dtype))
 
 
 def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

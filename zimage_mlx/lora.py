@@ -9,7 +9,7 @@ Source: LoRA, arXiv 2106.09685; for the kinds of delta see `zimage_ref.lora`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -174,6 +174,13 @@ def factors(model: nn.Module) -> LoRA:
         for name, m in model.named_modules()
         if isinstance(m, LoRALinear) and "lora_A" in m.trainable_parameters()
     }
+
+
+def place(model: nn.Module, factors: Mapping[str, mx.array]) -> None:
+    """Puts each factor in its place, by name: those of hundreds of layers before every step, so without a tree."""
+    for name, array in factors.items():
+        path, _, factor = name.rpartition(".")
+        find(model, path)[factor] = array
 
 
 def find(model: nn.Module, name: str) -> nn.Module:

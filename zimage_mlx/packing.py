@@ -6,6 +6,7 @@ short ones. The matrices are views of the vectors.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from math import prod
 
 import mlx.core as mx
@@ -31,10 +32,9 @@ class Packing:
 
     def unpack(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> Parameters:
         """The matrices by name, in `dtype`."""
-        parameters = {}
+        parameters: Parameters = {}
         for factor, shapes in self.shapes.items():
-            vector, start = vectors[factor].astype(dtype), 0
-            for name, shape in shapes.items():
-                parameters[name] = vector[start : start + prod(shape)].reshape(shape)
-                start += prod(shape)
+            ends = list(accumulate(map(prod, shapes.values())))[:-1]
+            parts = mx.split(vectors[factor].astype(dtype), ends)
+            parameters |= {n: part.reshape(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
         return parameters

@@ -4,11 +4,9 @@
 
 First the autoencoder learns to reproduce drawings; its latents are evened out, their mean and deviation become
 shift_factor and scaling_factor (`tiny_latents`). Then text encoder and transformer learn together, by flow matching as
-in `zimage_ref.schedule`. Moving averages of the weights are what is written. On an H100 with --eager, kernels launched
-one by one, a step of the autoencoder takes 75 ms and a step of the others about 60; compiled, without it, those take
-30 ms after 3 minutes in which kernels are built, and the autoencoder has not been measured. With --seconds a run stops
-before the end, keeps its state beside DIR and goes on when the same command is given again, with --eager or without.
-Progress is a line of JSON now and then.
+in `zimage_ref.schedule`. Moving averages of the weights are what is written. TIMES With --seconds a run stops before
+the end, keeps its state beside DIR and goes on when the same command is given again. Progress is a line of JSON now and
+then.
 """
 
 from __future__ import annotations
@@ -105,7 +103,7 @@ class Pace:
     every: int = 1000
     judged: int = 40
     deadline: float = math.inf  # of time.monotonic()
-    compiled: bool | None = None  # as in `Stepper`, and the next too
+    compiled: bool | None = None  # of text encoder and transformer, as in `Stepper`, and the next too
     dtype: mx.Dtype | None = None
 
 
@@ -143,7 +141,8 @@ def train_vae(
     made = json.dumps(
         asdict(config) | {name: getattr(recipe, name) for name in ("pictures", "vae_batch", "vae_rate", "seed")}
     )
-    stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made, pace.compiled, pace.dtype)
+    # kernels one by one: they are large enough, and those of a whole compiled step were still being built after minutes
+    stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made, compiled=False, dtype=mx.float32)
 
     def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
         chosen = pictures[np.sort(rng.integers(len(pictures), size=recipe.vae_batch))]
@@ -299,8 +298,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; run again to go on")
     parser.add_argument("--report-every", type=int, default=1000, help="steps between lines of progress")
     parser.add_argument("--judged", type=int, default=40, help="pictures to judge for a line of progress")
-    parser.add_argument("--float32", action="store_true", help="compute in float32, also on a GPU")
-    parser.add_argument("--eager", action="store_true", help="compile nothing, also on a GPU")
+    parser.add_argument("--float32", action="store_true", help="text encoder and transformer in float32, also on a GPU")
+    parser.add_argument("--eager", action="store_true", help="their kernels one by one, also on a GPU")
     for field in fields(Recipe):
         flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default})"
         parser.add_argument(flag, type=type(field.default), default=field.default, help=text)

@@ -118,7 +118,7 @@ def step(bench: Bench, bits: int | None = None) -> None:
 
                 def run(differentiate: Any = differentiate, batch: Batch = batch) -> None:
                     nonlocal vectors
-                    model.update(tree_unflatten(list(packing.unpack(vectors, model.dtype).items())))
+                    lora.place(model, packing.unpack(vectors, model.dtype))
                     vectors = optimizer.apply(vectors, packing.pack(differentiate(batch)[1]), 1e-4)
 
                 name = f"step {mode} {side}" + (f" {bits} bits" if bits else "")
