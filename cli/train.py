@@ -66,7 +66,7 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "model": config.model_dir, "dataset": config.dataset, "output": config.output,
         "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
-        "learning rate": f"{config.lr:g}, {config.optimizer}, {config.schedule}",
+        "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
         "report": RunFolder(config.output).report,
     })  # fmt: skip
@@ -144,6 +144,7 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
+        ("learning rate", f"{plan.lr:.2g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())

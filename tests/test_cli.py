@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from zimage_cli.app import COMMANDS, main
-from zimage_ref import TrainConfig, npz, safetensors_io
+from zimage_ref import TrainConfig, npz, safetensors_io, train_config
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,11 @@ def test_help_names_the_options(command: str, capsys: pytest.CaptureFixture[str]
 def test_train_has_the_original_options_and_defaults() -> None:
     config = TrainConfig(Path("m"), Path("d"))
     original = {
-        "output": Path("lora_weights.safetensors"), "rank": 16, "alpha": 16.0, "epochs": 100, "lr": 1e-4,
-        "resolution": (256,), "save_every": 0, "seed": 0,
+        "output": Path("lora_weights.safetensors"), "rank": 16, "alpha": 16.0, "epochs": 100, "resolution": (256,),
+        "save_every": 0, "seed": 0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in original} == original
+    assert train_config.LR == 1e-4  # which --lr 0 means for Z-Image
 
 
 def test_convert_goes_to_npz_and_back_and_casts(model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {
     "epochs": 7, "steps": 9, "lr": 3e-5, "resolution": (512, 768), "batch_size": 2, "grad_accumulation": 4, "seed": 5,
     "trigger": 'sks "x"', "caption_dropout": 0.2, "repeats": 3, "flip": True, "max_upscale": 1.5, "square": True,
     "cache": Path("c"), "validation": "0.1", "validation_every": 11, "targets": ("attention", "adaln"),
-    "optimizer": "lion", "weight_decay": 0.1, "warmup": 8, "schedule": "cosine", "grad_clip": 0.5, "ema": 0.99,
+    "optimizer": "lion", "weight_decay": 0.1, "warmup": 8, "schedule": "linear", "grad_clip": 0.5, "ema": 0.99,
     "lora_format": "kohya",
     "lora_plus": 16.0, "rank_dropout": 0.1, "timesteps": "shift=2.5", "base_precision": "8",
     "memory": "lean",
@@ -134,7 +134,7 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())
-    assert "pictures 3, 1 held out" in out and "steps 9, of 3 an epoch" in out
+    assert "pictures 3, 1 held out" in out and "steps 9, of 3 an epoch" in out and "cosine" in out
     assert "base Turbo in float32" in out and "LoRA 28 layers, rank 4: 29,184 parameters" in out
     assert "32 32" in out and "32 16" in out and "largest stage" in out and "memory, about" in out
     assert not (tmp_path / "x.run").exists() and not (tmp_path / "zimage-cache").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from zimage_mlx.loss import Batch
 from zimage_mlx.optimizer import averaged, clipped
 from zimage_mlx.weights import to_mlx
 from zimage_ref import ConfigError, SchedulerConfig, TrainingError
+from zimage_ref.config import OFFICIAL_TRANSFORMER
 from zimage_ref.config_file import to_json
 from zimage_ref.lora import LowRank
 from zimage_ref.lora_file import write_lora
@@ -29,6 +32,7 @@ from zimage_ref.names import transformer_parameters
 from zimage_ref.run_folder import RunFolder
 from zimage_ref.schedule import TimestepSampling, shifted
 from zimage_ref.train_config import OPTIMIZERS, TrainConfig
+from zimage_ref.train_plan import TrainPlan
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,13 @@ def test_the_learning_rate_rises_then_follows_its_schedule(shop: Workshop) -> No
     assert rates["constant"] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
     assert rates["linear"] == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4])
     assert rates["cosine"][2:] == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
+
+
+def test_the_learning_rate_follows_the_width_unless_it_is_given(shop: Workshop) -> None:
+    narrow = shop.train("narrow", lr=0, schedule="constant", steps=1).steps[0].lr
+    assert narrow == pytest.approx(1e-4 * math.sqrt(3840 / tiny.TRANSFORMER.dim))
+    official = TrainPlan(shop.config("wide"), SimpleNamespace(transformer=OFFICIAL_TRANSFORMER), [], [], [], None, {})
+    assert replace(official, config=shop.config("wide", lr=0)).lr == 1e-4 and official.lr == 1e-2
 
 
 def test_the_learning_rate_of_a_step_is_the_one_applied(shop: Workshop) -> None:

@@ -14,7 +14,9 @@ from zimage_mlx import Event, Notice, Saved, Step, TrainConfig, train
 from zimage_ref import safetensors_io
 from zimage_ref.tensors import Array, cast
 
-FAST = {"rank": 2, "alpha": 2.0, "lr": 1e-2, "warmup": 0, "resolution": 32, "caption_dropout": 0.0}
+FAST = {  # and the same in its first steps, however many there are
+    "rank": 2, "alpha": 2.0, "lr": 1e-2, "warmup": 0, "schedule": "constant", "resolution": 32, "caption_dropout": 0.0
+}  # fmt: skip
 PLAIN = {"optimizer": "sgd", "weight_decay": 0.0, "grad_clip": 0.0}  # so that one step is lr times the gradient
 
 

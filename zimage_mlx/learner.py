@@ -67,7 +67,7 @@ class Learner:
         config = self._plan.config
         loss, gradients = self._gradients(step, epoch, batches)
         gradients, norm = clipped(gradients, config.grad_clip)
-        lr = learning_rate(config, step, self._plan.total)
+        lr = learning_rate(self._plan, step)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._vectors = self._optimizer.apply(self._vectors, gradients, lr)

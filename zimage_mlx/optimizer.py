@@ -16,6 +16,7 @@ import numpy as np
 
 from zimage_ref.tensors import Array
 from zimage_ref.train_config import TrainConfig
+from zimage_ref.train_plan import TrainPlan
 
 from .packing import FACTORS, Packing, Vectors
 
@@ -74,19 +75,20 @@ class Optimizer:
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with those of our settings that it has."""
+    """The optimizer that `config` names, with those of our settings that it has. Each step brings its rate."""
     kind = _CLASSES[config.optimizer]
     settings = {**_SETTINGS, "weight_decay": config.weight_decay}
     known = inspect.signature(kind).parameters
-    return kind(learning_rate=config.lr, **{k: v for k, v in settings.items() if k in known})
+    return kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
 
 
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+def learning_rate(plan: TrainPlan, step: int) -> float:
     """The learning rate of step `step`, from 0: it rises during the warmup, then follows the schedule."""
+    config, total = plan.config, plan.total
     rise = min(1.0, (step + 1) / (config.warmup + 1))
     progress = max(0.0, (step - config.warmup) / max(1, total - config.warmup))  # 0..1
     falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.lr * rise * falls[config.schedule]
+    return plan.lr * rise * falls[config.schedule]
 
 
 def clipped(gradients: Vectors, longest: float) -> tuple[Vectors, float]:

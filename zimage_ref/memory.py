@@ -48,11 +48,11 @@ class Footprint:
 # MLX, official model in bfloat16 on an H100. FAST: one block computed while the next is queued, 0.4 GB at 1088 tokens,
 # 1.3 GB at 4160, 5.2 GB at 16,448, where this makes 0.4, 1.5 and 5.7. LEAN: pieces of blocks, 0.2 and 0.7 GB, which
 # this makes, too. The text encoder, as one: 0.8 GB at 512 tokens. The autoencoder's largest layer has an input of twice
-# its width, one array between, and its output; the rest is strips: computed from their sizes, and counted on a CPU with
-# the arrays that a GPU's kernels make, 3.2 and 1.9 GB at 1024 x 1024
+# its width, one array between, and its output; the rest is strips: 4.0 to 4.6 and 1.7 to 1.8 GB at 1024 x 1024, which
+# this makes 5.4 and 2.0. Half of FAST's took a seventh longer
 # Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: a feed-forward, an attention, a feed-forward
-FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=2_420_000_000)
-LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=1.7, strips=750_000_000)
+FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=4_840_000_000)
+LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=1.7, strips=900_000_000)
 # NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 

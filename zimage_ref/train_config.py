@@ -22,6 +22,7 @@ OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd"
 )  # fmt: skip
 SCHEDULES = ("constant", "cosine", "linear")
+LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
 
 
@@ -39,7 +40,7 @@ class TrainConfig:
     alpha: float = option(16.0, "LoRA strength; the update is scaled by alpha / rank")
     epochs: int = option(100, "passes over the dataset")
     steps: int = option(0, "optimizer steps to make, instead of --epochs (0: go by epochs)")
-    lr: float = option(1e-4, "learning rate")
+    lr: float = option(0.0, f"learning rate (0: {LR:g} at the width of Z-Image, more for a narrower model)")
     resolution: tuple[int, ...] = option((256,), "pictures get the area of a square of this side; or of these: 512,768")
     batch_size: int = option(1, "pictures in a batch, all of one size")
     grad_accumulation: int = option(1, "batches to a step")
@@ -64,7 +65,7 @@ class TrainConfig:
     optimizer: str = option("adamw", f"one of {', '.join(OPTIMIZERS)}")
     weight_decay: float = option(1e-2, "weight decay, of the optimizers that have one")
     warmup: int = option(20, "steps over which the learning rate rises from 0")
-    schedule: str = option("constant", f"learning rate after the warmup: {', '.join(SCHEDULES)}")
+    schedule: str = option("cosine", f"learning rate after the warmup: {', '.join(SCHEDULES)}")
     grad_clip: float = option(1.0, "longest gradient, as one vector over all layers (0: any)")
     ema: float = option(0.0, "decay of an average of the LoRA over steps, which becomes the result (0: none)")
     lora_plus: float = option(1.0, "learning rate of B over that of A")
@@ -117,7 +118,7 @@ class TrainConfig:
         at_least(self, 1, "validation_every", "resume_every", "preview_every")
         at_least(self, 0, "save_every", "seed", "weight_decay", "steps", "warmup", "grad_clip", "keep_last")
         at_least(self, 0, "preview_size", "preview_steps")
-        for name in ("alpha", "lr", "lora_plus"):
+        for name in ("alpha", "lora_plus", *(["lr"] if self.lr else [])):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{flag(name)} {getattr(self, name)} must be above 0")
         for name in ("caption_dropout", "ema", "rank_dropout"):
