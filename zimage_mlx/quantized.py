@@ -8,7 +8,7 @@ import mlx.nn as nn
 # MLX's quantized product is made for generating text, a row at a time. Measured on CUDA with 1088 rows, unpacking the
 # weight and multiplying in bfloat16 took 35 ms a forward pass where the quantized product took 90. Its kernel for 64
 # rows is built on CUDA when it is first used, which took a minute and a half
-_UNPACK_FROM_ROWS = 32 if mx.cuda.is_available() else 256
+_UNPACK_FROM_ROWS = 2 if mx.cuda.is_available() else 256
 
 
 class QuantizedLinear(nn.QuantizedLinear):
