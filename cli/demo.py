@@ -9,6 +9,7 @@ from typing import Any
 
 from zimage_ref import TrainConfig
 from zimage_ref.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
+from zimage_ref.errors import ConfigError, listing
 from zimage_ref.files import check_writable
 from zimage_ref.hub import TINY
 from zimage_ref.images import Picture, save_picture
@@ -24,6 +25,7 @@ PICTURES = 4  # of the new word, and as many of words that the model knows
 # Else as by default, which takes three times as many steps; after few, an average does more for known words than a
 # falling rate does
 SETTINGS: dict[str, Any] = {"resolution": (SIDE,), "epochs": 35, "lr": 1e-3, "schedule": "constant", "ema": 0.97}
+_STEMS = [f"{WORD}{i}" for i in range(1, 9)]  # of the lesson's pictures and captions
 _NEXT = """\
 The same on your own pictures, with the real model (each picture with its caption in a .txt of the same name):
   zimage train --model-dir Z-Image-Turbo --dataset PICTURES --output my.safetensors
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder: Path = args.model_dir
     sheet = args.output / ("before-after.png" if mlx else "pictures.png")
     check_writable(sheet)
+    dataset, lora = args.output / "dataset", args.output / f"{WORD}.safetensors"
+    check_own(dataset)
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
     if mlx is None:
         pictures = generate(folder, known, [], console, "generate")
@@ -56,8 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return 0
 
     before = generate(folder, new + known, [], console, "before")
-    dataset, lora = write_dataset(args.output / "dataset"), args.output / f"{WORD}.safetensors"
-    config = TrainConfig(folder, dataset, lora, overwrite=True, **SETTINGS)
+    config = TrainConfig(folder, write_dataset(dataset), lora, overwrite=True, **SETTINGS)
     code, losses = train.follow(config, console)
     if code:
         return code
@@ -74,10 +77,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def write_dataset(folder: Path) -> Path:
     """The eight pictures of the lesson and their captions, as `zimage train` takes them."""
-    for i, (picture, caption) in enumerate(illustrated(lesson(WORD), seed=0), start=1):
-        save_picture(picture, folder / f"{WORD}{i}.png")
-        (folder / f"{WORD}{i}.txt").write_text(caption + "\n", encoding="utf-8")
+    for stem, (picture, caption) in zip(_STEMS, illustrated(lesson(WORD), seed=0), strict=True):
+        save_picture(picture, folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8")
     return folder
+
+
+def check_own(folder: Path) -> None:
+    """Raises ConfigError where `folder` holds what the demo did not put there, which it would train on, too."""
+    if strange := sorted(path.name for path in folder.glob("*") if path.stem not in _STEMS):
+        raise ConfigError(f"{folder}: holds {listing(strange)}, not from this demo: give another --output")
 
 
 def prompt(scene: Scene) -> str:

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         _show_options(config, console)
         if note := blas.advice():
             console.note(note)
-    return follow(config, console)[0]
+    code, _ = follow(config, console)
+    if code and mlx.is_first():
+        console.note("go on with --resume")
+    return code
 
 
 def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
@@ -104,7 +107,7 @@ class _Progress:
             self.saved.append(event.path)
         elif isinstance(event, mlx.Stopped):
             self.stopped = True
-            console.note(f"stopped after step {event.step}: go on with --resume")
+            console.note(f"stopped after step {event.step}")
 
     def _step(self, event: Any) -> None:
         self.losses.append(event.loss)

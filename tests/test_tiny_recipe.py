@@ -213,6 +213,14 @@ def test_the_demo_says_before_it_draws_that_it_has_nowhere_to_write(
     assert "is a file, not a folder" in said and "denoise" not in said
 
 
+def test_the_demo_trains_on_no_pictures_but_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "cat.png").write_bytes(b"")
+    assert main(["demo", f"--output={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert "holds cat.png" in said and "denoise" not in said
+
+
 def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

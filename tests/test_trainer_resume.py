@@ -274,7 +274,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int,
     assert process.returncode == code, err
     saved, _ = RunFolder(shop.folder / f"{name}.safetensors").latest()
     assert saved is not None and 2 <= saved.step < 400
-    assert f"stopped after step {saved.step}: go on with --resume" in err
+    assert f"stopped after step {saved.step}\n" in err and "go on with --resume\n" in err
     assert "Traceback" not in err and f"{name}.step2.safetensors" in out
 
 

@@ -4,8 +4,8 @@
 
 First the autoencoder learns to reproduce drawings; its latents are evened out, their mean and deviation become
 shift_factor and scaling_factor (`tiny_latents`). Then text encoder and transformer learn together, by flow matching as
-in `zimage_ref.schedule`. Moving averages of the weights are what is written. On an H100 this took 20 minutes: a step of the
-autoencoder 91 ms, one of the others 33 ms once their kernels were built, which takes 4 minutes more the first time.
+in `zimage_ref.schedule`. Moving averages of the weights are what is written. On an H100 this took 20 minutes: a step of
+the autoencoder 91 ms, one of the others 33 ms once their kernels were built, which takes 4 minutes more the first time.
 With --seconds a run stops before the end, keeps its state beside DIR and goes on when the same command is given again.
 Progress is a line of JSON now and then.
 """
