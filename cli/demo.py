@@ -49,7 +49,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     sheet = args.output / ("before-after.png" if mlx else "pictures.png")
     check_writable(sheet)
     dataset, lora = args.output / "dataset", args.output / f"{WORD}.safetensors"
-    check_own(dataset)
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
     if mlx is None:
         pictures = generate(folder, known, [], console, "generate")
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
         return 0
 
+    check_own(dataset)
     before = generate(folder, new + known, [], console, "before")
     config = TrainConfig(folder, write_dataset(dataset), lora, overwrite=True, **SETTINGS)
     code, losses = train.follow(config, console)
@@ -85,7 +85,8 @@ def write_dataset(folder: Path) -> Path:
 
 def check_own(folder: Path) -> None:
     """Raises ConfigError where `folder` holds what the demo did not put there, which it would train on, too."""
-    if strange := sorted(path.name for path in folder.glob("*") if path.stem not in _STEMS):
+    own = {f"{stem}{suffix}" for stem in _STEMS for suffix in (".png", ".txt")}
+    if strange := sorted(p.name for p in folder.glob("*") if p.name not in own and not p.name.startswith(".")):
         raise ConfigError(f"{folder}: holds {listing(strange)}, not from this demo: give another --output")
 
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if note := blas.advice():
             console.note(note)
     code, _ = follow(config, console)
-    if code and mlx.is_first():
+    if code:
         console.note("go on with --resume")
     return code
 
@@ -147,7 +147,7 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
         ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
-        ("learning rate", f"{plan.lr:.2g}, {config.schedule}"),
+        ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())

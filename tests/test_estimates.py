@@ -42,17 +42,17 @@ def test_the_estimate_of_generation_is_what_was_measured() -> None:
     assert encode.weights == 2 * (4_022_468_096 - 201_866_752 // 2)
     assert denoise.weights == 2 * 6_154_908_736 and decode.weights == 2 * 83_819_683
     for footprint, side, forward, picture in (
-        (FAST, 512, 0.40e9, 1.3e9), (FAST, 1024, 1.31e9, 4.3e9), (LEAN, 512, 0.18e9, 1.0e9), (LEAN, 1024, 0.69e9, 1.8e9)
+        (FAST, 512, 0.40e9, 1.3e9), (FAST, 1024, 1.31e9, 4.0e9), (LEAN, 512, 0.18e9, 0.8e9), (LEAN, 1024, 0.69e9, 1.8e9)
     ):  # fmt: skip
         stages = generation(folder, "bfloat16", footprint, width=side, height=side)
         assert stages[1].activations == pytest.approx(forward, rel=0.15)
-        assert stages[2].activations == pytest.approx(picture, rel=0.25)
+        assert picture < stages[2].activations < 1.5 * picture
     assert generation(folder, "float32", NUMPY, width=192, height=192)[2].activations == pytest.approx(199e6, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("lean", "side", "measured", "within"),
-    [(True, 512, 1.43e9, 0.2), (True, 1024, 4.47e9, 0.05), (False, 512, 4.67e9, 0.45), (False, 1024, 22.3e9, 0.05)],
+    [(True, 512, 1.4e9, 0.2), (True, 1024, 4.6e9, 0.05), (False, 512, 5.1e9, 0.35), (False, 1024, 21.8e9, 0.05)],
 )
 def test_the_estimate_of_training_is_what_was_measured(lean: bool, side: int, measured: float, within: float) -> None:
     folder, tokens = official(), (side // 16) ** 2

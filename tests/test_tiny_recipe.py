@@ -215,10 +215,11 @@ def test_the_demo_says_before_it_draws_that_it_has_nowhere_to_write(
 
 def test_the_demo_trains_on_no_pictures_but_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dataset").mkdir()
-    (tmp_path / "dataset" / "cat.png").write_bytes(b"")
+    for name in (".DS_Store", "cat.png", "zorp1.jpg", "zorp1.txt"):
+        (tmp_path / "dataset" / name).write_bytes(b"")
     assert main(["demo", f"--output={tmp_path}"]) == 1
-    said = capsys.readouterr().err
-    assert "holds cat.png" in said and "denoise" not in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds cat.png, zorp1.jpg, not from this demo" in said and "denoise" not in said
 
 
 def test_without_weights_in_the_package_the_name_tiny_says_how_to_make_them(

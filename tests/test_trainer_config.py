@@ -95,7 +95,7 @@ def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, f
     ("options", "fact"),
     [
         ({"rank": 0}, "--rank 0 must be at least 1"),
-        ({"lr": float("nan")}, "--lr nan must be above 0"),
+        ({"lr": float("nan")}, "--lr nan must be 0 or above"),
         ({"resolution": 250}, "--resolution 250 must be a multiple of 16: 256 is the nearest"),
         ({"resolution": ()}, "--resolution needs at least one side"),
         ({"optimizer": "adamw8bit"}, "--optimizer 'adamw8bit' is unknown: known are adamw"),
@@ -134,7 +134,9 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())
-    assert "pictures 3, 1 held out" in out and "steps 9, of 3 an epoch" in out and "cosine" in out
+    assert (
+        "pictures 3, 1 held out" in out and "steps 9, of 3 an epoch" in out and "learning rate 0.000632, cosine" in out
+    )
     assert "base Turbo in float32" in out and "LoRA 28 layers, rank 4: 29,184 parameters" in out
     assert "32 32" in out and "32 16" in out and "largest stage" in out and "memory, about" in out
     assert not (tmp_path / "x.run").exists() and not (tmp_path / "zimage-cache").exists()

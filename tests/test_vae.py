@@ -76,9 +76,8 @@ def test_strips_bound_the_memory_of_decoding() -> None:
         return (mx.get_peak_memory() - before) / layer
 
     assert peak(None) > 20
-    assert (
-        min(peak(zimage_mlx.strips.Strips(layer // 100)) for _ in range(3)) < 7
-    )  # 5 on a machine with nothing else to do
+    # below 5 on an idle machine; what was made is given back by a thread that may come late
+    assert min(peak(zimage_mlx.strips.Strips(layer // 100)) for _ in range(3)) < 7
 
 
 @mlx_only

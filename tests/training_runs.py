@@ -14,7 +14,7 @@ from zimage_mlx import Event, Notice, Saved, Step, TrainConfig, train
 from zimage_ref import safetensors_io
 from zimage_ref.tensors import Array, cast
 
-FAST = {  # and the same in its first steps, however many there are
+FAST = {  # at a constant rate, so that runs of different lengths begin alike
     "rank": 2, "alpha": 2.0, "lr": 1e-2, "warmup": 0, "schedule": "constant", "resolution": 32, "caption_dropout": 0.0
 }  # fmt: skip
 PLAIN = {"optimizer": "sgd", "weight_decay": 0.0, "grad_clip": 0.0}  # so that one step is lr times the gradient

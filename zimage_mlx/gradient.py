@@ -28,10 +28,6 @@ from .loss import Batch, Parameters, flow_matching_error
 from .ops import Rotation, attention_gradient
 from .transformer import Block, Layout, Transformer, normed
 
-_ROOTS = ("t_embedder", "all_x_embedder", "cap_embedder")  # what makes the input of the blocks
-_CHAINS = ("noise_refiner", "context_refiner", "layers")
-_LAST = "all_final_layer"
-
 
 class Residuals(NamedTuple):
     """What a block's backward pass needs of its forward pass."""
@@ -215,8 +211,9 @@ class LossAndGradients:
         self.run: Callable[..., Any] = partial(Block.__call__, run=pieces)
         self.rerun: Callable[..., Any] = partial(backward, run=pieces)
         # looked for once: going through all parameters takes milliseconds
-        self.trains = {name: trainable(model, [name]) for name in (*_ROOTS, _LAST)}
-        self.blocks_train = {name: [bool(_flat(block)) for block in getattr(model, name)] for name in _CHAINS}
+        chains = ("noise_refiner", "context_refiner", "layers")
+        self.blocks_train = {name: [bool(_flat(block)) for block in getattr(model, name)] for name in chains}
+        self.trains = {name: trainable(model, [name]) for name in model if name not in chains}
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
@@ -240,11 +237,13 @@ class LossAndGradients:
         image, caption = refiner.forward(roots["all_x_embedder"]()), context.forward(roots["cap_embedder"]())
         tokens = layers.forward(mx.concatenate([image, caption], axis=1))
 
+        last = "all_final_layer"
+
         def error(tokens: mx.array, adaln: mx.array) -> mx.array:
             return flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
 
         (loss,), (d, d_time), gradients = pull_back(
-            model, [_LAST] if trains[_LAST] else (), error, [tokens, adaln], [mx.array(1.0)]
+            model, [last] if trains[last] else (), error, [tokens, adaln], [mx.array(1.0)]
         )
         image_too, caption_too = trains["all_x_embedder"] or time_too, trains["cap_embedder"]
         d = layers.backward(d, gradients, image_too or caption_too or refiner.trains or context.trains)

@@ -176,11 +176,11 @@ def factors(model: nn.Module) -> LoRA:
     }
 
 
-def place(model: nn.Module, factors: Mapping[str, mx.array]) -> None:
-    """Puts each factor in its place, by name: those of hundreds of layers before every step, so without a tree."""
-    for name, array in factors.items():
-        path, _, factor = name.rpartition(".")
-        find(model, path)[factor] = array
+def place(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Puts arrays in the places of parameters, by name: those of hundreds of LoRAs at every step, so without a tree."""
+    for name, array in arrays.items():
+        path, _, parameter = name.rpartition(".")
+        find(model, path)[parameter] = array
 
 
 def find(model: nn.Module, name: str) -> nn.Module:

@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 # MLX's quantized product is made for generating text, a row at a time. Measured on CUDA with 1088 rows, unpacking the
-# weight and multiplying in bfloat16 took 35 ms a forward pass where the quantized product took 90. Its kernel for 64
-# rows is built on CUDA when it is first used, which took a minute and a half
+# weight and multiplying in bfloat16 took 35 ms a forward pass where the quantized product took 90. Its kernels for
+# several rows are built there when they are first used, which took a minute and a half each: only single rows use it
 _UNPACK_FROM_ROWS = 2 if mx.cuda.is_available() else 256
 
 

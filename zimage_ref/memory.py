@@ -24,7 +24,7 @@ CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
 # Blocks' values that live at once beside what is kept for the gradient, lean (in pieces) and fast. Measured with this
 # project's training on an H100, official transformer in bfloat16, rank 16, AdamW, over the base, LoRA and optimizer
-# included, at 512 x 512 and 1024 x 1024: lean 1.4 and 4.5 GB, where this makes 1.6 and 4.5; fast 4.7 and 22.3 GB, where
+# included, at 512 x 512 and 1024 x 1024: lean 1.4 and 4.6 GB, where this makes 1.6 and 4.5; fast 5.1 and 21.8 GB, where
 # this makes 6.7 and 22.7
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LAYERS_MAKE = 16  # two layers of the autoencoder, on the way, in widths as of `Footprint.pixel_widths`
@@ -48,8 +48,8 @@ class Footprint:
 # MLX, official model in bfloat16 on an H100. FAST: one block computed while the next is queued, 0.4 GB at 1088 tokens,
 # 1.3 GB at 4160, 5.2 GB at 16,448, where this makes 0.4, 1.5 and 5.7. LEAN: pieces of blocks, 0.2 and 0.7 GB, which
 # this makes, too. The text encoder, as one: 0.8 GB at 512 tokens. The autoencoder's largest layer has an input of twice
-# its width, one array between, and its output; the rest is strips: 4.0 to 4.6 and 1.7 to 1.8 GB at 1024 x 1024, which
-# this makes 5.4 and 2.0. Half of FAST's took a seventh longer
+# its width, one array between, and its output; the rest is strips: 4.0 and 1.8 GB at 1024 x 1024, where this makes 5.4
+# (as of whole layers, which FAST cuts only from there on) and 2.0. Half of FAST's strips took a seventh longer
 # Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: a feed-forward, an attention, a feed-forward
 FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=4_840_000_000)
 LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=1.7, strips=900_000_000)

@@ -118,9 +118,11 @@ class TrainConfig:
         at_least(self, 1, "validation_every", "resume_every", "preview_every")
         at_least(self, 0, "save_every", "seed", "weight_decay", "steps", "warmup", "grad_clip", "keep_last")
         at_least(self, 0, "preview_size", "preview_steps")
-        for name in ("alpha", "lora_plus", *(["lr"] if self.lr else [])):
+        for name in ("alpha", "lora_plus"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{flag(name)} {getattr(self, name)} must be above 0")
+        if not 0 <= self.lr < math.inf:
+            raise ConfigError(f"--lr {self.lr} must be 0 or above")
         for name in ("caption_dropout", "ema", "rank_dropout"):
             limit = 1.0
             if not 0 <= getattr(self, name) <= limit or (getattr(self, name) == limit and name != "caption_dropout"):

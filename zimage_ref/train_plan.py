@@ -110,7 +110,7 @@ class TrainPlan:
         """What must be the same for a run to be resumed bit for bit, and the whole config for the record."""
         adapter = self.config.training_adapter
         return {
-            "config": to_json(self.config),
+            "config": to_json(self.config) | {"lr": self.lr},
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
