@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from zimage_ref import ConfigError, ModelFolder
 from zimage_ref.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.convert import Target, open_source, write_model
 from zimage_ref.inspection import memory_needs
-from zimage_ref.memory import FAST, LEAN, NUMPY, generation, require_memory, training, weight_bytes
+from zimage_ref.memory import FAST, LEAN, NUMPY, generation, peak, require_memory, training, weight_bytes
 from zimage_ref.names import text_encoder_parameters, text_encoder_unused, transformer_parameters, vae_parameters
 from zimage_ref.quantize import Quantization
 from zimage_ref.tensors import BFLOAT16, Tensor
@@ -60,6 +61,27 @@ def test_the_estimate_of_training_is_what_was_measured(lean: bool, side: int, me
     assert train.total - train.weights == pytest.approx(measured, rel=within)
     assert train.weights == 2 * 6_154_908_736 and train.lora == 36_000_000 * 16
     assert captions.weights > pictures.weights > 0
+
+
+@pytest.mark.parametrize(("side", "generated", "trained"), [(512, 4.95e9, 5.74e9), (1024, 5.72e9, 8.20e9)])
+def test_the_estimates_at_4_bits_are_what_whole_runs_took(side: int, generated: float, trained: float) -> None:
+    folder, four = official(), Quantization(4)
+    picture = peak(generation(folder, "bfloat16", LEAN, width=side, height=side, quantization=four))
+    run = peak(training(folder, "bfloat16", four, trainable=36_000_000, image_tokens=(side // 16) ** 2))
+    assert picture.total == pytest.approx(generated, rel=0.05) and run.total == pytest.approx(trained, rel=0.08)
+
+
+def test_a_mac_of_8_gb_generates_at_1024_and_trains_at_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
+    info = {"memory_size": 8 << 30, "max_recommended_working_set_size": 5_726_623_061}  # what an M1 says
+    monkeypatch.setattr(mlx, "on_gpu", lambda: True)
+    monkeypatch.setattr(mlx.mx, "device_info", lambda: info)
+    folder, limit, four = official(), mlx.ZImagePipeline.memory_limit(mlx.ZImagePipeline), Quantization(4)
+    require_memory(generation(folder, "bfloat16", LEAN, width=1024, height=1024, quantization=four), limit)
+    for tokens in (32**2, 64**2):
+        stages = training(folder, "bfloat16", four, trainable=36_000_000, image_tokens=tokens)
+        with pytest.raises(ConfigError) if tokens > 32**2 else nullcontext():
+            require_memory(stages, limit)
 
 
 def test_the_estimate_of_training_follows_the_options() -> None:

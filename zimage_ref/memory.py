@@ -27,6 +27,7 @@ _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
 # included, at 512 x 512 and 1024 x 1024: lean 1.4 and 4.6 GB, where this makes 1.6 and 4.5; fast 5.1 and 21.8 GB, where
 # this makes 6.7 and 22.7
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
+_LEAN_UNPACKED = 1.7  # blocks' matrices at once in training on 4 or 8 bits: two feed-forwards and an attention
 _LAYERS_MAKE = 16  # two layers of the autoencoder, on the way, in widths as of `Footprint.pixel_widths`
 _SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
 _SIDES = "--width and --height"
@@ -50,9 +51,10 @@ class Footprint:
 # this makes, too. The text encoder, as one: 0.8 GB at 512 tokens. The autoencoder's largest layer has an input of twice
 # its width, one array between, and its output; the rest is strips: 4.0 and 1.8 GB at 1024 x 1024, where this makes 5.4
 # (as of whole layers, which FAST cuts only from there on) and 2.0. Half of FAST's strips took a seventh longer
-# Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: a feed-forward, an attention, a feed-forward
+# Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: whole runs at 4 bits took 4.9 and 5.7 GB, where
+# this makes 5.1 and 5.6
 FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=4_840_000_000)
-LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=1.7, strips=900_000_000)
+LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=3.6, strips=900_000_000)
 # NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 
@@ -95,7 +97,7 @@ def generation(
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = batch * (1 + guided) * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
     denoise = tokens * _block_values(folder.transformer) * footprint.blocks
-    denoise += _unpacked_values(folder, quantization, footprint)
+    denoise += footprint.unpacked * _quantized_values(folder, quantization)
     return [
         Stage("encode", weights["text_encoder"], round(itemsize * _encode_values(folder, footprint))),
         Stage("denoise", weights["transformer"], round(itemsize * denoise)),
@@ -127,7 +129,7 @@ def training(
     kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
     blocks = len(list(names.transformer_blocks(config)))
     activations = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
-    activations += _unpacked_values(folder, quantization, LEAN if lean else FAST)
+    activations += (_LEAN_UNPACKED if lean else FAST.unpacked) * _quantized_values(folder, quantization)
     pixels = image_tokens * folder.size_multiple**2
     copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)  # matrices and gradients, and what the optimizer keeps of them
     return [
@@ -195,10 +197,11 @@ def _block_values(config: TransformerConfig) -> int:
     return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
 
 
-def _unpacked_values(folder: ModelFolder, how: Quantization | None, footprint: Footprint) -> float:
+def _quantized_values(folder: ModelFolder, how: Quantization | None) -> int:
+    """Values of one block's matrices, if they are stored in 4 or 8 bits."""
     config, tensors = folder.transformer, folder.weights["transformer"].values()
     quantized = how is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
-    return quantized * footprint.unpacked * config.dim * (4 * config.dim + 3 * config.ffn_dim)
+    return quantized * config.dim * (4 * config.dim + 3 * config.ffn_dim)
 
 
 def _encode_values(folder: ModelFolder, footprint: Footprint) -> float:
