@@ -90,7 +90,7 @@ def test_loading_again_and_again_takes_no_further_threads() -> None:
 def test_a_turned_array_of_any_dtype_is_read_in_its_order(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(weights, "_LARGE", 1)
     turned = np.arange(35).reshape(5, 7).astype(dtype).T
-    assert weights._read(Tensor.of(turned)).dtype == weights.from_stored(turned).dtype != mx.float64
+    assert weights._read(Tensor.of(turned)).dtype != mx.float64
     ((_, array),) = weights.read_ahead({"w": Tensor.of(turned)}, mx.float32)
     assert array.dtype == (mx.float32 if turned.dtype.kind == "f" else weights.from_stored(turned).dtype)
     np.testing.assert_array_equal(np.array(array), turned)

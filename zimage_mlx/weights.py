@@ -75,11 +75,12 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
     if not _READS_ON_CPU:
         yield from ((name, to_mlx(tensor, dtype)) for name, tensor in tensors.items())
         return
-    waiting: deque[tuple[str, Future[mx.array]]] = deque()
+    waiting: deque[tuple[str, Future[mx.array | Array]]] = deque()
 
     def first() -> tuple[str, mx.array]:
-        name, array = waiting.popleft()
-        return name, _in_layout(array.result(), dtype)
+        name, future = waiting.popleft()
+        read = future.result()
+        return name, _in_layout(read if isinstance(read, mx.array) else from_stored(read), dtype)
 
     for name, tensor in tensors.items():
         waiting.append((name, _POOL.submit(_read, tensor)))
@@ -89,17 +90,14 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
         yield first()
 
 
-def _read(tensor: Tensor) -> mx.array:
-    """`from_stored` of a tensor; a large one leaves Python to other threads while it is copied."""
+def _read(tensor: Tensor) -> mx.array | Array:
+    """The data of a tensor: a large one as MLX's own, which leaves Python to other threads while it is copied."""
     stored = tensor.read()
-    with mx.stream(mx.cpu):  # streams are a thread's own: what is made here must be done here
-        if stored.nbytes < _LARGE or stored.dtype == np.float64:  # GPUs have no float64
-            array = from_stored(stored)
-        else:
-            file: Any = _Npy(stored)
-            array = cast(mx.array, mx.load(file, format="npy"))
-        mx.eval(array)
-    return array
+    if stored.nbytes < _LARGE or stored.dtype == np.float64:  # GPUs have no float64
+        return stored
+    file: Any = _Npy(stored)
+    # it is read when this returns; a stream set for a block would be set for all threads in some versions of MLX
+    return cast(mx.array, mx.load(file, format="npy", stream=mx.cpu))
 
 
 class _Npy(io.RawIOBase):
