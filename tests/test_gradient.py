@@ -22,6 +22,7 @@ if HAS_MLX:
     from zimage_mlx.gradient import LossAndGradients
     from zimage_mlx.loss import Batch, flow_matching_loss
     from zimage_mlx.transformer import Block
+    from zimage_mlx.tree import find, replace
 
 pytestmark = mlx_only
 WEIGHTS = tiny.random_weights(names.transformer_parameters(tiny.TRANSFORMER))
@@ -114,8 +115,8 @@ def test_compiled_blocks_give_the_same_and_share_their_program() -> None:
     for block in model.layers:
         assert_parity(run(block, x, layout.rotation, None, adaln), block(x, layout.rotation, None, adaln), "same")
     assert run.programs == 1
-    lora.replace(
-        model, [(layer, lora.find(model, layer).base) for layer in LAYERS["main blocks"]]
+    replace(
+        model, [(layer, find(model, layer).base) for layer in LAYERS["main blocks"]]
     )  # another structure of the same blocks
     for block in model.layers:
         assert_parity(run(block, x, layout.rotation, None, adaln), block(x, layout.rotation, None, adaln), "same")

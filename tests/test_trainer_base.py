@@ -24,6 +24,7 @@ from zimage_cli.app import main
 from zimage_mlx import ZImagePipeline, lora
 from zimage_mlx.adapter import TrainingAdapter
 from zimage_mlx.transformer import Transformer
+from zimage_mlx.tree import find
 from zimage_mlx.weights import load, to_mlx
 from zimage_ref.config_file import to_json
 from zimage_ref.convert import Target, open_source, write_model
@@ -155,7 +156,7 @@ def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Works
     with taken.removed():
         assert same(pristine)
     assert same(merged)
-    branch: Any = lora.find(model, f"{QUANTIZED}.base")
+    branch: Any = find(model, f"{QUANTIZED}.base")
     assert isinstance(branch, lora.LoRALinear) == bool(quantize)
     if quantize:  # its few bits stay as they are
         assert mx.array_equal(branch.base.weight, pristine[f"{QUANTIZED}.base.weight"])

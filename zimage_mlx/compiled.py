@@ -6,8 +6,7 @@ together. Here a program is traced once for each structure of a block (plain, qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -120,17 +119,6 @@ class _Slots:
         """Puts other arrays in their place."""
         for (module, key), array in zip(self.homes, arrays, strict=True):
             module[key] = array
-
-
-@contextmanager
-def substituted(module: nn.Module, parameters: Any) -> Iterator[None]:
-    """`module` with other arrays (all or some of its parameters), until the block ends."""
-    own = module.parameters()
-    module.update(parameters)
-    try:
-        yield
-    finally:
-        module.update(own)
 
 
 class Settle:

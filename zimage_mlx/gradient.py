@@ -12,21 +12,21 @@ Source: gradient checkpointing, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from zimage_ref.memory import residual_values
 from zimage_ref.schedule import add_noise, model_time
 
-from .compiled import PerBlock, Pieces, Settle, call, substituted
+from .compiled import PerBlock, Pieces, Settle, call
 from .loss import Batch, Parameters, flow_matching_error
 from .ops import Rotation, attention_gradient
 from .transformer import Block, Layout, Transformer, normed
+from .tree import substituted, trainable
 
 
 class Residuals(NamedTuple):
@@ -76,7 +76,7 @@ def backward(
     if isinstance(kept, mx.array):
         kept = run(_residuals, block, kept, rotation, mask, adaln)
     x, q, k, v, o, a, u, w, f, (scale_a, gate_a, scale_f, gate_f) = kept
-    scales_too = adaln is not None and (time_too or trainable(block, ["adaLN_modulation"]))
+    scales_too = adaln is not None and (time_too or bool(trainable(block, ["adaLN_modulation"])))
     d_middle, d_scales_f, gradients = run(
         _feed_forward_back, block, (x, a, u, w, f), gate_a, scale_f, gate_f, d_out, scales_too
     )
@@ -158,7 +158,7 @@ def pull_back(
 
     `function` takes the inputs and uses those parameters that train; it returns one array a cotangent.
     """
-    own = {name: array for name, array in _flat(module) if _below(name, owners)} if owners else {}
+    own = trainable(module, owners)
     names = list(own)
     given = [i for i, array in enumerate(inputs) if array is not None]
 
@@ -166,7 +166,7 @@ def pull_back(
         filled = list(inputs)
         for i, array in zip(given, arrays[len(names) :], strict=True):
             filled[i] = array
-        with substituted(module, tree_unflatten(list(zip(names, arrays, strict=False)))) if names else nullcontext():
+        with substituted(module, dict(zip(names, arrays, strict=False))):
             result = function(*filled)
         return [result] if isinstance(result, mx.array) else list(result)
 
@@ -178,21 +178,6 @@ def pull_back(
     for i, gradient in zip(given, d[len(names) :], strict=True):
         d_inputs[i] = gradient
     return returned, d_inputs, dict(zip(names, d, strict=False))
-
-
-def trainable(module: nn.Module, owners: Sequence[str]) -> bool:
-    """Whether any parameter of `module` below one of `owners` trains."""
-    return any(_below(name, owners) for name, _ in _flat(module))
-
-
-def _below(name: str, owners: Sequence[str]) -> bool:
-    return any(name.startswith(f"{owner}.") for owner in owners)
-
-
-def _flat(module: nn.Module) -> list[tuple[str, mx.array]]:
-    """The trainable parameters of `module`, by name."""
-    parameters: Any = tree_flatten(module.trainable_parameters())
-    return parameters
 
 
 class LossAndGradients:
@@ -210,10 +195,9 @@ class LossAndGradients:
         pieces = Pieces(compiled)
         self.run: Callable[..., Any] = partial(Block.__call__, run=pieces)
         self.rerun: Callable[..., Any] = partial(backward, run=pieces)
-        # looked for once: going through all parameters takes milliseconds
+        # looked for once: going through all blocks takes milliseconds
         chains = ("noise_refiner", "context_refiner", "layers")
-        self.blocks_train = {name: [bool(_flat(block)) for block in getattr(model, name)] for name in chains}
-        self.trains = {name: trainable(model, [name]) for name in model if name not in chains}
+        self.blocks_train = {name: [_trains(block) for block in getattr(model, name)] for name in chains}
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
@@ -226,7 +210,8 @@ class LossAndGradients:
             "all_x_embedder": lambda: model.embed_image(x),
             "cap_embedder": lambda: model.embed_captions(captions),
         }
-        trains, time_too = self.trains, self.trains["t_embedder"]
+        trains = {name: bool(trainable(model, [name])) for name in roots}
+        time_too = trains["t_embedder"]
 
         keep = self._keep(batch, layout)
         left = keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
@@ -237,14 +222,10 @@ class LossAndGradients:
         image, caption = refiner.forward(roots["all_x_embedder"]()), context.forward(roots["cap_embedder"]())
         tokens = layers.forward(mx.concatenate([image, caption], axis=1))
 
-        last = "all_final_layer"
-
         def error(tokens: mx.array, adaln: mx.array) -> mx.array:
             return flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
 
-        (loss,), (d, d_time), gradients = pull_back(
-            model, [last] if trains[last] else (), error, [tokens, adaln], [mx.array(1.0)]
-        )
+        (loss,), (d, d_time), gradients = pull_back(model, ["all_final_layer"], error, [tokens, adaln], [mx.array(1.0)])
         image_too, caption_too = trains["all_x_embedder"] or time_too, trains["cap_embedder"]
         d = layers.backward(d, gradients, image_too or caption_too or refiner.trains or context.trains)
         d_image, d_caption = (None, None) if d is None else mx.split(d, [image.shape[1]], axis=1)
@@ -307,6 +288,10 @@ class _Chain:
             if d_time is not None:
                 self.d_time = self.d_time + d_time
         return d
+
+
+def _trains(block: Block) -> bool:
+    return bool(tree_flatten(block.trainable_parameters()))
 
 
 def _residuals(block: Block, *args: Any) -> Residuals:

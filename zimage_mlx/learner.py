@@ -27,6 +27,7 @@ from .loss import Parameters
 from .optimizer import Optimizer, averaged, clipped, learning_rate, number
 from .packing import Packing, Vectors
 from .transformer import Transformer
+from .tree import place
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Learner:
         return mx.array(np.concatenate(rows))
 
     def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
-        lora.place(self._model, self._packing.unpack(vectors, dtype))
+        place(self._model, self._packing.unpack(vectors, dtype))
 
 
 def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

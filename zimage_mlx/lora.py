@@ -9,15 +9,16 @@ Source: LoRA, arXiv 2106.09685; for the kinds of delta see `zimage_ref.lora`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from zimage_ref.lora import DoRA, Hadamard, Kronecker, LoRA, LowRank, Plain, Update, by_parameter
+
+from .tree import find, replace
 
 
 class LoRALinear(nn.Module):
@@ -174,26 +175,6 @@ def factors(model: nn.Module) -> LoRA:
         for name, m in model.named_modules()
         if isinstance(m, LoRALinear) and "lora_A" in m.trainable_parameters()
     }
-
-
-def place(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
-    """Puts arrays in the places of parameters, by name: those of hundreds of LoRAs at every step, so without a tree."""
-    for name, array in arrays.items():
-        path, _, parameter = name.rpartition(".")
-        find(model, path)[parameter] = array
-
-
-def find(model: nn.Module, name: str) -> nn.Module:
-    """The module called `name`, such as layers.0.attention.to_out.0."""
-    module: Any = model
-    for part in name.split("."):
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return module
-
-
-def replace(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Puts each named module in its place in the tree."""
-    model.update_modules(tree_unflatten(list(modules)))
 
 
 def _linear_shape(layer: nn.Module) -> tuple[int, int]:

@@ -38,6 +38,7 @@ from zimage_mlx.quantized import QuantizedLinear
 from zimage_mlx.strips import Strips
 from zimage_mlx.text_encoder import TextEncoder
 from zimage_mlx.transformer import Block, Transformer
+from zimage_mlx.tree import find, place
 from zimage_mlx.vae import VAE
 from zimage_ref import config, names
 from zimage_ref.memory import FAST, LEAN
@@ -59,7 +60,7 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
         layers = []
         for name in covered:
             path = name.removesuffix(".weight")
-            layer = QuantizedLinear.from_linear(lora.find(model, path), 64, bits)
+            layer = QuantizedLinear.from_linear(find(model, path), 64, bits)
             layers.append((path, layer))
             mx.eval(layer.parameters())
         model.update_modules(tree_unflatten(layers))
@@ -118,7 +119,7 @@ def step(bench: Bench, bits: int | None = None) -> None:
 
                 def run(differentiate: Any = differentiate, batch: Batch = batch) -> None:
                     nonlocal vectors
-                    lora.place(model, packing.unpack(vectors, model.dtype))
+                    place(model, packing.unpack(vectors, model.dtype))
                     vectors = optimizer.apply(vectors, packing.pack(differentiate(batch)[1]), 1e-4)
 
                 name = f"step {mode} {side}" + (f" {bits} bits" if bits else "")
