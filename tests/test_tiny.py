@@ -90,12 +90,12 @@ def test_both_engines_draw_the_same(reference: zimage_ref.ZImagePipeline) -> Non
         assert_parity(ours, theirs, "picture")
 
 
-@pytest.mark.parametrize(("sampler", "levels"), [("euler", 16), ("dpm++2m", 3)])
+@pytest.mark.parametrize(("sampler", "steps", "levels"), [("euler", 200, 8), ("dpm++2m", 100, 3)])
 def test_samplers_agree_on_a_trained_model_when_steps_are_many(
-    reference: zimage_ref.ZImagePipeline, sampler: str, levels: float
+    reference: zimage_ref.ZImagePipeline, sampler: str, steps: int, levels: float
 ) -> None:
-    """In levels of 255; Euler, of first order, is further from Heun than what is of second order."""
-    how = {"width": SIDE, "height": SIDE, "steps": 100, "guidance": 0.0, "output": "array", "seed": 3}
+    """In levels of 255; Euler, of first order, is further from Heun than what is of second order (13 at 100 steps)."""
+    how = {"width": SIDE, "height": SIDE, "steps": steps, "guidance": 0.0, "output": "array", "seed": 3}
     caption = "a big blue star on a yellow background"
     heun, other = (reference(caption, sampler=name, **how)[0] for name in ("heun", sampler))
     assert 0 < 255 * np.abs(heun - other).max() < levels

@@ -76,8 +76,8 @@ def test_strips_bound_the_memory_of_decoding() -> None:
         return (mx.get_peak_memory() - before) / layer
 
     assert peak(None) > 20
-    # below 5 on an idle machine; what was made is given back by a thread that may come late
-    assert min(peak(zimage_mlx.strips.Strips(layer // 100)) for _ in range(3)) < 7
+    # what was made is given back by a thread, which on a busy machine comes late now and then
+    assert any(peak(zimage_mlx.strips.Strips(layer // 100)) < 5 for _ in range(10))
 
 
 @mlx_only

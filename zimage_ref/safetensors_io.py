@@ -70,10 +70,17 @@ def write_to(
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """`write` for a file that is open."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     ordered = _aligned_order(tensors)
+    file.write(header_of(dict(ordered), metadata))
+    for _, tensor in ordered:
+        write_data(tensor, file.write, progress)
+
+
+def header_of(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a file begins with, before the data of `tensors` in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, tensor in ordered:
+    for name, tensor in tensors.items():
         header[name] = {
             "dtype": _TAG_OF[tensor.dtype],
             "shape": list(tensor.shape),
@@ -82,9 +89,7 @@ def write_to(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-        write_data(tensor, file.write, progress)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _aligned_order(tensors: Tensors) -> list[tuple[str, Tensor]]:

@@ -16,7 +16,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +23,8 @@ from PIL import Image
 
 import zimage_ref
 from zimage_mlx import TrainConfig, ZImagePipeline, train
-from zimage_ref import config, names
+from zimage_ref import config, names, safetensors_io
+from zimage_ref.tensors import BFLOAT16, Tensor
 
 BITS = 4
 RUNS = (("generate", 512), ("generate", 1024), ("train", 512), ("train", 1024))
@@ -52,15 +52,10 @@ def write_model(folder: Path, small: bool) -> None:
 
 def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of bfloat16 zeros, its data a hole."""
-    header, end = dict[str, Any](), 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = {name: Tensor(shape, BFLOAT16, lambda: np.empty(0)) for name, shape in shapes.items()}
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)
+        file.write(safetensors_io.header_of(tensors))
+        file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def write_pictures(folder: Path, side: int) -> Path:
