@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from zimage_ref import ZImageError, __version__
 from zimage_ref.errors import reason
 
-from . import convert, demo, generate, inspection, train
-from .console import Console
-from .signals import INTERRUPTED, TERMINATED, Terminated, unwinding
+from .commands import convert, demo, generate, inspect, train
+from .terminal.console import Console
+from .terminal.signals import INTERRUPTED, TERMINATED, Terminated, unwinding
 
-COMMANDS = {"train": train, "generate": generate, "convert": convert, "inspect": inspection, "demo": demo}
+COMMANDS = {"train": train, "generate": generate, "convert": convert, "inspect": inspect, "demo": demo}
 
 
 def parser() -> argparse.ArgumentParser:

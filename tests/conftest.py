@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny
 
 
 def pytest_report_header() -> str:

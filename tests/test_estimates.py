@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from zimage_ref import ConfigError, ModelFolder
-from zimage_ref.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
-from zimage_ref.convert import Target, open_source, write_model
+from zimage_ref.checkpoints.convert import Target, open_source, write_model
+from zimage_ref.formats.quantize import Quantization
+from zimage_ref.formats.tensors import BFLOAT16, Tensor
 from zimage_ref.inspection import memory_needs
 from zimage_ref.memory import FAST, LEAN, NUMPY, generation, peak, require_memory, training, weight_bytes
-from zimage_ref.names import text_encoder_parameters, text_encoder_unused, transformer_parameters, vae_parameters
-from zimage_ref.quantize import Quantization
-from zimage_ref.tensors import BFLOAT16, Tensor
+from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
+from zimage_ref.model.parameters import (
+    text_encoder_parameters,
+    text_encoder_unused,
+    transformer_parameters,
+    vae_parameters,
+)
 
 
 def official() -> ModelFolder:

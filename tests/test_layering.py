@@ -1,4 +1,4 @@
-"""Who may import whom: cli -> zimage_mlx -> the nouns of zimage_ref. Read from the source, nothing is run."""
+"""Who may import whom, as a table of folders. Read from the source; nothing is run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,56 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"cli": "zimage_cli", "zimage_mlx": "zimage_mlx", "zimage_ref": "zimage_ref"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-MATHEMATICS = {
-    f"zimage_ref.{m}" for m in ("ops", "weights", "transformer", "text_encoder", "vae", "pipeline", "lora_merge")
-}
-MATHEMATICS.add("zimage_ref.ZImagePipeline")  # the same, by its public name
-FORBIDDEN = {  # package -> what its files may not import
-    "zimage_ref": {"mlx", "zimage_mlx", "zimage_cli", "cli"},
-    "zimage_mlx": {"zimage_cli", "cli", *MATHEMATICS},
-    "cli": {"cli", "mlx", "numpy"},
+# A room is a folder, or a module at the top of a package. Each may import the rooms named beside it, all of them
+# further up in this table: so there is no circle, and nothing below imports what is above it.
+_BASE = "errors formats model"
+ROOMS = {
+    "zimage_ref.errors": "",
+    "zimage_ref.options": "errors",
+    "zimage_ref.formats": "errors",
+    "zimage_ref.options_file": "errors formats",
+    "zimage_ref.model": "errors formats",
+    "zimage_ref.pictures": "errors formats",
+    "zimage_ref.lora": _BASE,
+    "zimage_ref.networks": "formats model lora",
+    "zimage_ref.checkpoints": f"{_BASE} options",
+    "zimage_ref.memory": f"{_BASE} checkpoints",
+    "zimage_ref.generation": f"{_BASE} options options_file pictures lora checkpoints memory",
+    "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
+    "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
+    "zimage_ref.inspection": f"{_BASE} checkpoints memory training",
+    "zimage_ref.tiny": "formats model pictures",
+    "zimage_ref": "errors model checkpoints generation pipeline training",  # its __init__: the public names
+    "zimage_mlx.device": "",
+    "zimage_mlx.networks": "zimage_mlx.device errors formats model",
+    "zimage_mlx.lora": "zimage_mlx.networks lora",
+    "zimage_mlx.pipeline":
+        "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
+    "zimage_mlx.training":
+        "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
+        "pictures lora checkpoints memory generation training",
+    "zimage_mlx.tiny":
+        "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
+    "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training training",
+    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
+    "zimage_cli.commands":
+        "zimage_cli.terminal zimage_ref errors formats model options options_file pictures lora checkpoints memory "
+        "generation training inspection tiny",
+    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands zimage_ref errors",
+    "zimage_cli.__main__": "zimage_cli.app",
+    "zimage_cli": "",
+}  # fmt: skip
+FORBIDDEN = {  # package -> what its files may not import, besides
+    "zimage_ref": {"mlx"},
+    "zimage_mlx": {"rich"},
+    "zimage_cli": {"cli", "mlx", "numpy"},
 }
 HOMES = {  # a library -> the only files that may import it; a folder stands for all of its files
-    "PIL": ("zimage_ref/images.py", "zimage_ref/picture_metadata.py", "zimage_ref/drawings.py", "zimage_ref/judge.py"),
+    "PIL": ("zimage_ref/pictures", "zimage_ref/tiny/drawings.py", "zimage_ref/tiny/judge.py"),
     "rich": ("cli",),
-    "argparse": ("cli", "zimage_mlx/tiny.py"),
-    "tokenizers": ("zimage_ref/tokenizer.py", "zimage_ref/tiny_files.py"),
-    "safetensors": ("zimage_ref/safetensors_io.py",),
+    "argparse": ("cli", "zimage_mlx/tiny/recipe.py"),
+    "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
+    "safetensors": ("zimage_ref/formats/safetensors.py",),
     "torch": (), "diffusers": (), "transformers": (), "peft": (),
 }  # fmt: skip
 
@@ -34,14 +69,21 @@ def identify(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def package_of(path: Path) -> str:
+    """The package that the file `path` is in: "zimage_cli.commands" for cli/commands/train.py."""
+    first, *folders, _ = path.relative_to(ROOT).parts
+    return ".".join([PACKAGES[first], *folders])
+
+
 def imports(path: Path, tree: ast.AST) -> set[str]:
-    """Every module and every name that `path` imports, absolute: {"zimage_ref.ops", "zimage_ref.ops.silu", ...}."""
-    package, found = PACKAGES[path.relative_to(ROOT).parts[0]], set()
+    """Every module and every name that `path` imports, absolute: {"zimage_ref.errors", "zimage_ref.errors.listing"}."""
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, [package if node.level else "", node.module]))
+            base = package_of(path).split(".")[: -(node.level - 1) or None] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
@@ -50,20 +92,55 @@ def within(name: str, parents: set[str] | tuple[str, ...], separator: str) -> bo
     return any(name == parent or name.startswith(parent + separator) for parent in parents)
 
 
+def room(name: str) -> str | None:
+    """The room that a module, or a name in it, belongs to; None for one outside of this project."""
+    top, *below = name.split(".")
+    if top not in PACKAGES.values():
+        return None
+    return next((place for place in (f"{top}.{below[0]}" if below else top, top) if place in ROOMS), name)
+
+
+def rooms_imported(path: Path, tree: ast.AST) -> set[str]:
+    """The rooms that the file `path` imports from, but its own."""
+    own = room(package_of(path)) if path.name == "__init__.py" else room(f"{package_of(path)}.{path.stem}")
+    deepest = imports(path, tree)
+    deepest = {name for name in deepest if not any(other.startswith(f"{name}.") for other in deepest)}
+    return {place for name in deepest if (place := room(name)) is not None} - {own or ""}
+
+
+def allowed(place: str) -> set[str]:
+    """The rooms that `place` may import; a short name is a room of zimage_ref."""
+    return {name if name.startswith("zimage_") else f"zimage_ref.{name}" for name in ROOMS[place].split()}
+
+
+def test_every_folder_is_a_room_and_every_room_exists() -> None:
+    found = {package_of(p) if p.name == "__init__.py" else f"{package_of(p)}.{p.stem}" for p in FILES}
+    assert {room(name) for name in found} == set(ROOMS)
+    assert not [name for name in found if name.count(".") == 1 and name not in ROOMS]
+
+
+def test_the_table_has_no_circle() -> None:
+    """Each room names only rooms above it, and nothing that it does not use."""
+    for i, place in enumerate(ROOMS):
+        assert allowed(place) <= set(list(ROOMS)[:i]), place
+
+
 @pytest.mark.parametrize("path", FILES, ids=identify)
-def test_imports_point_downwards(path: Path) -> None:
-    forbidden = FORBIDDEN[path.relative_to(ROOT).parts[0]]
-    found = imports(path, ast.parse(path.read_text(encoding="utf-8")))
-    assert not sorted(name for name in found if within(name, forbidden, "."))
+def test_imports_follow_the_table(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = room(package_of(path) if path.name == "__init__.py" else f"{package_of(path)}.{path.stem}")
+    assert own is not None
+    assert rooms_imported(path, tree) <= allowed(own)
+    forbidden = FORBIDDEN[PACKAGES[path.relative_to(ROOT).parts[0]]]
+    assert not sorted(name for name in imports(path, tree) if within(name, forbidden, "."))
 
 
-def test_definitions_never_need_the_mathematics() -> None:
-    """What zimage_mlx shares with zimage_ref stands on its own."""
-    above = {*MATHEMATICS, "zimage_ref.__init__"}
-    for path in (ROOT / "zimage_ref").glob("*.py"):
-        if f"zimage_ref.{path.stem}" not in above:
-            found = imports(path, ast.parse(path.read_text(encoding="utf-8")))
-            assert not sorted(name for name in found if within(name, MATHEMATICS, ".")), path.name
+def test_the_table_allows_no_more_than_is_used() -> None:
+    used: dict[str, set[str]] = {place: set() for place in ROOMS}
+    for path in FILES:
+        own = room(package_of(path) if path.name == "__init__.py" else f"{package_of(path)}.{path.stem}")
+        used[own or ""] |= rooms_imported(path, ast.parse(path.read_text(encoding="utf-8")))
+    assert {place: sorted(allowed(place) - found) for place, found in used.items() if allowed(place) - found} == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=identify)
@@ -83,22 +160,32 @@ def test_imports_stand_at_the_top_and_only_cli_prints(path: Path) -> None:
     assert path.is_relative_to(ROOT / "cli") or not prints, f"print on line {prints[0]}"
 
 
-def test_the_rules_catch_what_they_are_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", [path for path in FILES if path.name == "__init__.py"], ids=identify)
+def test_each_folder_says_what_it_knows_may_import_and_must_never_know(init: Path) -> None:
+    if init.parent.parent == ROOT:
+        return  # the packages say more
+    text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+    assert [line.partition(":")[0] for line in text.split("\n")] == ["Knows", "May import", "Must never know"]
+
+
+def test_the_rules_catch_what_they_are_for() -> None:
     """The same functions on source that breaks every rule."""
-    source = ast.parse("def f():\n    from zimage_ref.ops import silu\nfrom zimage_ref import vae\nimport PIL.Image")
-    found = imports(ROOT / "zimage_mlx" / "x.py", source)
-    assert {n for n in found if within(n, FORBIDDEN["zimage_mlx"], ".")} == {
-        "zimage_ref.ops", "zimage_ref.ops.silu", "zimage_ref.vae",
-    }  # fmt: skip
+    source = ast.parse("from zimage_ref.networks.ops import silu\nfrom zimage_ref import networks\nimport PIL.Image")
+    path = ROOT / "zimage_mlx" / "networks" / "x.py"
+    assert rooms_imported(path, source) == {"zimage_ref.networks"} and "zimage_ref.networks" not in allowed(
+        "zimage_mlx.networks"
+    )
+    assert rooms_imported(path, ast.parse("from .ops import silu")) == set()
+    assert rooms_imported(path, ast.parse("from zimage_ref import __version__")) == {"zimage_ref"}
     assert within("PIL.Image", {"PIL"}, ".") and not within("PILOT", {"PIL"}, ".")
 
 
 def test_both_packages_have_the_same_networks_under_the_same_names() -> None:
     """A class of zimage_mlx's networks that exists in zimage_ref stands in the file of the same name, in that order."""
     for module in ("transformer", "text_encoder", "vae"):
+        files = (ROOT / package / "networks" / f"{module}.py" for package in ("zimage_ref", "zimage_mlx"))
         ref, mlx = (
-            [n.name for n in ast.parse((ROOT / package / f"{module}.py").read_text(encoding="utf-8")).body
-             if isinstance(n, ast.ClassDef)]
-            for package in ("zimage_ref", "zimage_mlx")
-        )  # fmt: skip
+            [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
+            for file in files
+        )
         assert [name for name in mlx if name in ref] == ref

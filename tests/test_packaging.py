@@ -8,7 +8,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
-from networks import mlx_only
+from support.networks import mlx_only
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,17 +18,18 @@ def listed() -> dict[str, str]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     packages = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1])
     renamed = dict(re.findall(r'(\w+) = "(\w+)"', re.search(r"^package-dir = \{(.*?)\}", text, re.M)[1]))
-    return {package: renamed.get(package, package.replace(".", "/")) for package in packages}
+    tops = {package: package.split(".")[0] for package in packages}
+    return {p: p.replace(top, renamed.get(top, top), 1).replace(".", "/") for p, top in tops.items()}
 
 
 def test_every_folder_with_modules_is_a_listed_package() -> None:
     tops = [init.parent for init in ROOT.glob("*/__init__.py")]
     folders = {path.parent.relative_to(ROOT).as_posix() for top in tops for path in top.rglob("*.py")}
-    assert folders == set(listed().values()) == {"cli", "zimage_mlx", "zimage_ref"}
+    assert folders == set(listed().values()) >= {"cli", "zimage_mlx", "zimage_ref"}
 
 
 def test_every_package_says_that_it_is_typed() -> None:
-    assert all((ROOT / folder / "py.typed").is_file() for folder in listed().values())
+    assert all((ROOT / folder / "py.typed").is_file() for folder in listed().values() if "/" not in folder)
 
 
 @pytest.mark.parametrize("package", ["zimage_ref", pytest.param("zimage_mlx", marks=mlx_only)])

@@ -3,10 +3,8 @@
 The same modules under the same names as `zimage_ref`, whose definitions it shares and whose mathematics it does not.
 """
 
-from zimage_ref.train_config import TrainConfig
-
-from .base import base_precision
-from .events import (
+from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.events import (
     Checkpointed,
     Done,
     Encoded,
@@ -19,9 +17,11 @@ from .events import (
     Stopped,
     Validated,
 )
-from .machines import is_first
+
 from .pipeline import ZImagePipeline
-from .training import plan_of, train
+from .training.machines import is_first
+from .training.precision import base_precision
+from .training.run import plan_of, train
 
 __all__ = [
     "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",

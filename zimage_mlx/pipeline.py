@@ -1,4 +1,4 @@
-"""Z-Image on MLX: the networks behind `generation.Pipeline`."""
+"""Z-Image on MLX: the networks behind `zimage_ref.generation.pipeline.Pipeline`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from zimage_ref.generation import Pipeline
-from zimage_ref.lora_file import LoRAFile
+from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.formats.tensors import Array
+from zimage_ref.generation.pipeline import Pipeline
+from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import FAST, LEAN, Footprint
-from zimage_ref.model_folder import ModelFolder
-from zimage_ref.schedule import model_time
-from zimage_ref.tensors import Array
+from zimage_ref.model.flow import model_time
 
-from .compiled import BlockRunner, Pieces, on_gpu
-from .lora import Adapters
-from .strips import Strips
-from .text_encoder import TextEncoder
-from .transformer import Block, Conditioning, Transformer
-from .vae import VAE
-from .weights import DTYPES, load, to_mlx
+from .device import on_gpu
+from .lora.layers import Adapters
+from .networks.compiled import BlockRunner, Pieces
+from .networks.strips import Strips
+from .networks.text_encoder import TextEncoder
+from .networks.transformer import Block, Conditioning, Transformer
+from .networks.vae import VAE
+from .networks.weights import DTYPES, load, to_mlx
 
 
 class ZImagePipeline(Pipeline):

@@ -1,8 +1,10 @@
-"""Z-Image in pure NumPy: the reference, and everything that is definition rather than computation.
+"""What Z-Image is, and the NumPy engine.
 
-Two kinds of modules live here. The nouns (configs, names, file formats, schedule, positions, tokenizer, datasets,
-options) are shared with `zimage_mlx`. The mathematics (ops, weights, transformer, text_encoder, vae, pipeline) is this
-package's own, derived differently from MLX's on purpose, so that comparing the two proves something.
+The definitions are shared with `zimage_mlx`: file formats, names and shapes of parameters, the flow of time and noise,
+checkpoints, LoRAs, datasets, options. The networks are this package's own. They are derived differently from those on
+MLX on purpose, so that comparing the two proves something.
+
+The names in `__all__` are public. Everything else may change between versions.
 
 Letters in shape comments, in both packages:
     B batch   L image tokens   T caption tokens   S = L + T   D model width   H heads   K head width
@@ -11,12 +13,12 @@ Letters in shape comments, in both packages:
 
 from importlib.metadata import version
 
-from .config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .checkpoints.folder import ModelFolder
 from .errors import BackendError, ConfigError, DatasetError, FormatError, TrainingError, WeightError, ZImageError
-from .model_folder import ModelFolder
-from .options import GenerateConfig
+from .generation.config import GenerateConfig
+from .model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from .pipeline import ZImagePipeline
-from .train_config import TrainConfig
+from .training.config import TrainConfig
 
 __version__ = version("zimage-mlx")
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from . import npz
-from .checkpoint import READABLE, Checkpoint
-from .components import COMPONENTS, config_of, identify, looks_like, official_weights
-from .convert import count_nonfinite
+from .checkpoints.components import COMPONENTS, config_of, identify, looks_like, official_weights
+from .checkpoints.convert import count_nonfinite
+from .checkpoints.folder import ModelFolder, find_component, find_parts
 from .errors import ZImageError
+from .formats import npz
+from .formats.checkpoint import READABLE, Checkpoint
+from .formats.quantize import Quantization, QuantizedTensor, unfold
+from .formats.tensors import DTYPE_NAMES, FLOATS, Tensor
 from .memory import LEAN, generation, peak, trainable_parameters, training, weight_bytes
-from .model_folder import ModelFolder, find_component, find_parts
-from .names import lora_modules, transformer_parameters
-from .quantize import Quantization, QuantizedTensor, unfold
-from .tensors import DTYPE_NAMES, FLOATS, Tensor
-from .train_config import TrainConfig
+from .model.parameters import lora_modules, transformer_parameters
+from .training.config import TrainConfig
 
 WEIGHT_BITS = (16, 8, 4)
 _SIDE = 1024  # pixels of the square picture that memory is estimated for

@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import names
-from .config import TransformerConfig
+from .checkpoints.folder import ModelFolder
 from .errors import ConfigError
-from .model_folder import ModelFolder
-from .positions import padded
-from .quantize import Quantization, QuantizedTensor
-from .tensors import Tensor
-from .tokenizer import MAX_TOKENS
+from .formats.quantize import Quantization, QuantizedTensor
+from .formats.tensors import Tensor
+from .model import parameters
+from .model.config import TransformerConfig
+from .model.positions import padded
+from .model.tokenizer import MAX_TOKENS
 
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
 # Values of one block that live at once, in widths of the stream and of the feed-forward for each token
@@ -127,7 +127,7 @@ def training(
     encoder, vae = (weight_bytes(folder.weights[name], itemsize, quantization) for name in ("text_encoder", "vae"))
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
     kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
-    blocks = len(list(names.transformer_blocks(config)))
+    blocks = len(list(parameters.transformer_blocks(config)))
     activations = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
     activations += (_LEAN_UNPACKED if lean else FAST.unpacked) * _quantized_values(folder, quantization)
     pixels = image_tokens * folder.size_multiple**2
@@ -152,7 +152,7 @@ def weight_bytes(
     return max(sizes) if mapped else sum(sizes)
 
 
-def trainable_parameters(shapes: names.Shapes, layers: Iterable[str], rank: int) -> int:
+def trainable_parameters(shapes: parameters.Shapes, layers: Iterable[str], rank: int) -> int:
     """Elements of A and B of LoRAs on `layers`."""
     return sum(rank * sum(shapes[f"{layer}.weight"]) for layer in layers)
 

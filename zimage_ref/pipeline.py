@@ -1,4 +1,4 @@
-"""Z-Image in NumPy, on any machine: the networks behind `generation.Pipeline`."""
+"""Z-Image in NumPy, on any machine: the networks behind `generation.pipeline.Pipeline`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from functools import cached_property
 
 import numpy as np
 
-from .generation import Pipeline
-from .lora_file import LoRAFile
+from .checkpoints.folder import ModelFolder
+from .formats.quantize import quantize_all
+from .formats.tensors import DTYPE_NAMES, Array
+from .generation.pipeline import Pipeline
+from .lora.file import LoRAFile
 from .memory import NUMPY, Footprint
-from .model_folder import ModelFolder
-from .quantize import quantize_all
-from .schedule import model_time
-from .tensors import DTYPE_NAMES, Array
-from .text_encoder import TextEncoder
-from .transformer import Conditioning, Transformer
-from .vae import VAE
-from .weights import Weights
+from .model.flow import model_time
+from .networks.text_encoder import TextEncoder
+from .networks.transformer import Conditioning, Transformer
+from .networks.vae import VAE
+from .networks.weights import Weights
 
 
 class ZImagePipeline(Pipeline):

@@ -18,10 +18,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from zimage_mlx.weights import read_ahead, to_mlx
-from zimage_ref import npz, safetensors_io
-from zimage_ref.checkpoint import Checkpoint
-from zimage_ref.tensors import BFLOAT16, Tensor
+from zimage_mlx.networks.weights import read_ahead, to_mlx
+from zimage_ref.formats import npz, safetensors
+from zimage_ref.formats.checkpoint import Checkpoint
+from zimage_ref.formats.tensors import BFLOAT16, Tensor
 
 SHAPE = (10240, 3840)  # the largest matrix of the transformer
 
@@ -86,7 +86,7 @@ def bench_loading(folder: Path, gigabytes: float) -> None:
     tensors = {f"layers.{i}.w1.weight": Tensor.of(data) for i in range(count)}
     total = sum(t.nbytes for t in tensors.values()) / 1e9
     theirs = folder / "theirs.npz"
-    safetensors_io.write(folder / "a.safetensors", tensors)
+    safetensors.write(folder / "a.safetensors", tensors)
     npz.write(folder / "a.npz", tensors)
     array = to_mlx(Tensor.of(data), mx.bfloat16)
     mx.savez(str(theirs), **dict.fromkeys(tensors, array))
@@ -108,13 +108,13 @@ def bench_convert(folder: Path, blocks: int) -> None:
     """A transformer of full width with fewer blocks, through the command line."""
     from dataclasses import replace
 
-    from zimage_ref import config, names
+    from zimage_ref.model import config, parameters
 
-    shapes = names.transformer_parameters(replace(config.OFFICIAL_TRANSFORMER, n_layers=blocks))
+    shapes = parameters.transformer_parameters(replace(config.OFFICIAL_TRANSFORMER, n_layers=blocks))
     block = np.random.default_rng(0).standard_normal(max(int(np.prod(s)) for s in shapes.values()), np.float32)
     tensors = {n: Tensor.of(block[: int(np.prod(s))].reshape(s)) for n, s in shapes.items()}
     source = folder / "source.safetensors"
-    safetensors_io.write(source, {n: t.cast("bf16") for n, t in tensors.items()})
+    safetensors.write(source, {n: t.cast("bf16") for n, t in tensors.items()})
     largest = 2 * block.size
     size = source.stat().st_size
     copied = seconds(lambda: copy(source, folder / "copy"))

@@ -28,22 +28,23 @@ from measure import CAPTION, Bench, random_, random_caption, table
 from mlx.utils import tree_flatten, tree_unflatten
 from peers import mflux
 
-from zimage_mlx import lora
-from zimage_mlx.compiled import BlockRunner, Pieces, on_gpu
-from zimage_mlx.gradient import LossAndGradients
-from zimage_mlx.loss import Batch
-from zimage_mlx.optimizer import Optimizer
-from zimage_mlx.packing import Packing
-from zimage_mlx.quantized import QuantizedLinear
-from zimage_mlx.strips import Strips
-from zimage_mlx.text_encoder import TextEncoder
-from zimage_mlx.transformer import Block, Transformer
-from zimage_mlx.tree import find, place
-from zimage_mlx.vae import VAE
-from zimage_ref import config, names
+from zimage_mlx.device import on_gpu
+from zimage_mlx.lora import layers as lora_layers
+from zimage_mlx.networks.compiled import BlockRunner, Pieces
+from zimage_mlx.networks.quantized import QuantizedLinear
+from zimage_mlx.networks.strips import Strips
+from zimage_mlx.networks.text_encoder import TextEncoder
+from zimage_mlx.networks.transformer import Block, Transformer
+from zimage_mlx.networks.tree import find, place
+from zimage_mlx.networks.vae import VAE
+from zimage_mlx.training.gradient import LossAndGradients
+from zimage_mlx.training.loss import Batch
+from zimage_mlx.training.optimizer import Optimizer
+from zimage_mlx.training.packing import Packing
+from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import FAST, LEAN
-from zimage_ref.quantize import Quantization
-from zimage_ref.train_config import TrainConfig
+from zimage_ref.model import config, parameters
+from zimage_ref.training.config import TrainConfig
 
 CASES = ("forward", "quantized", "step", "decode", "text", "picture", "scaling", "peers")
 SCALING_SIDES = (256, 512, 768, 1024, 1536, 2048)
@@ -56,7 +57,7 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
     model = random_(Transformer(bench.config))
     if bits:
         how = Quantization(bits, 64)
-        covered = {k for k, s in names.transformer_parameters(bench.config).items() if how.covers(k, s)}
+        covered = {k for k, s in parameters.transformer_parameters(bench.config).items() if how.covers(k, s)}
         layers = []
         for name in covered:
             path = name.removesuffix(".weight")
@@ -103,8 +104,8 @@ def step(bench: Bench, bits: int | None = None) -> None:
     """One LoRA step of rank 16 on the default layers: gradient and AdamW."""
     with transformer(bench, bits) as model:
         weights = mx.get_active_memory()
-        layers = names.lora_modules(bench.config, ("attention", "feed_forward", "refiners"))
-        lora.start(model, layers, 16, 16.0, np.random.default_rng(0))
+        layers = parameters.lora_modules(bench.config, ("attention", "feed_forward", "refiners"))
+        lora_layers.start(model, layers, 16, 16.0, np.random.default_rng(0))
         packing = Packing(dict(tree_flatten(model.trainable_parameters())))
         vectors = packing.pack(dict(tree_flatten(model.trainable_parameters())))
         optimizer = Optimizer(TrainConfig(model_dir=Path(), dataset=Path()), packing, vectors)

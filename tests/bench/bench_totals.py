@@ -21,10 +21,11 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-import zimage_ref
 from zimage_mlx import TrainConfig, ZImagePipeline, train
-from zimage_ref import config, names, safetensors_io
-from zimage_ref.tensors import BFLOAT16, Tensor
+from zimage_ref.checkpoints.hub import BUILT_IN
+from zimage_ref.formats import safetensors
+from zimage_ref.formats.tensors import BFLOAT16, Tensor
+from zimage_ref.model import config, parameters
 
 BITS = 4
 RUNS = (("generate", 512), ("generate", 1024), ("train", 512), ("train", 1024))
@@ -36,14 +37,14 @@ def write_model(folder: Path, small: bool) -> None:
     if small:
         transformer = replace(transformer, dim=384, n_heads=3, n_layers=2)
         text_encoder = replace(text_encoder, num_hidden_layers=3)
-    tiny = Path(zimage_ref.__file__).parent / "tiny"
+    tiny = BUILT_IN
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(tiny / part, folder / part)
     shutil.copy(tiny / "model_index.json", folder)
     for part, stem, network, shapes in (
-        ("transformer", "diffusion_pytorch_model", transformer, names.transformer_parameters(transformer)),
-        ("text_encoder", "model", text_encoder, names.text_encoder_parameters(text_encoder)),
-        ("vae", "diffusion_pytorch_model", config.OFFICIAL_VAE, names.vae_parameters(config.OFFICIAL_VAE)),
+        ("transformer", "diffusion_pytorch_model", transformer, parameters.transformer_parameters(transformer)),
+        ("text_encoder", "model", text_encoder, parameters.text_encoder_parameters(text_encoder)),
+        ("vae", "diffusion_pytorch_model", config.OFFICIAL_VAE, parameters.vae_parameters(config.OFFICIAL_VAE)),
     ):
         (folder / part).mkdir()
         write_zeros(folder / part / f"{stem}.safetensors", shapes)
@@ -54,7 +55,7 @@ def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of bfloat16 zeros, its data a hole."""
     tensors = {name: Tensor(shape, BFLOAT16, lambda: np.empty(0)) for name, shape in shapes.items()}
     with path.open("wb") as file:
-        file.write(safetensors_io.header_of(tensors))
+        file.write(safetensors.header_of(tensors))
         file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from zimage_mlx.compiled import on_gpu
-from zimage_ref import config
+from zimage_mlx.device import on_gpu
+from zimage_ref.model import config
 
 CAPTION = 64  # tokens
 

@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from measure import CAPTION, Bench, random_, random_caption
 from mlx.utils import tree_flatten
 
-from zimage_ref import config
+from zimage_ref.model import config
 
 _PADDED = 512  # tokens that mflux encodes, however short the prompt
 _Z_IMAGE = "mflux.models.z_image.model."

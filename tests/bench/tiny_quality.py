@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from zimage_mlx import ZImagePipeline
-from zimage_ref import drawings
-from zimage_ref.images import Picture, to_array, to_picture, to_unit
-from zimage_ref.judge import Seen, look, share_shown, shows
+from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
+from zimage_ref.tiny import drawings
+from zimage_ref.tiny.judge import Seen, look, share_shown, shows
 
 BATCH = 25
 

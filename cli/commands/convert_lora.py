@@ -1,0 +1,53 @@
+"""zimage convert --model-type lora: LoRAs into another naming, precision or container, several into one."""
+
+from __future__ import annotations
+
+import argparse
+
+from zimage_ref import ConfigError
+from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
+from zimage_ref.lora.merge import combined
+from zimage_ref.lora.namings import NAMINGS
+from zimage_ref.options import flag
+
+from ..terminal.console import Console
+from ..terminal.options import path_and_scale
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage convert` that concern LoRAs."""
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=int, help="reduce to this rank (default: keep, or the sum of several inputs')")
+    group.add_argument(
+        "--merge-lora", action="append", default=[], metavar="PATH[:SCALE]",
+        help="bake this LoRA into a transformer; may be given several times",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Reads every input, `PATH[:SCALE]`, and writes their sum."""
+    for name in ("quantize", "max_shard_size"):
+        if getattr(args, name):
+            raise ConfigError(f"{flag(name)} is not for LoRAs")
+    check_output(args.output)
+    if args.output.exists() and not args.overwrite:
+        raise ConfigError(f"{args.output}: exists: give --overwrite to replace it")
+    if args.merge_lora:
+        raise ConfigError("--merge-lora goes with --model-type transformer; to add up LoRAs give --input several times")
+    loras = []
+    for text in args.inputs:
+        path, scale = path_and_scale(text)
+        file = read_lora(path)
+        console.facts(str(path), {**file.facts(), "used at": f"{scale:g}"})
+        loras.append((file, scale))
+    lora = combined([(file.updates, scale) for file, scale in loras], args.rank)
+    record = {"sources": ", ".join(f"{file.path.name}:{scale:g}" for file, scale in loras)}
+    dtype = args.dtype or _widest([file for file, _ in loras])
+    write_lora(args.output, lora, record, args.naming or NAMINGS[0], dtype, with_sidecar=False)
+    console.wrote(args.output)
+
+
+def _widest(files: list[LoRAFile]) -> str:
+    """As stored where all files are stored alike, else float32, which holds them all."""
+    dtypes = {file.dtype for file in files}
+    return dtypes.pop() if len(dtypes) == 1 else "f32"

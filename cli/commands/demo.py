@@ -1,0 +1,122 @@
+"""zimage demo: a new word, learned from eight drawings by a small model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zimage_ref import TrainConfig
+from zimage_ref.checkpoints.hub import TINY
+from zimage_ref.errors import ConfigError, listing
+from zimage_ref.formats.files import check_writable
+from zimage_ref.pictures.images import Picture, save_picture
+from zimage_ref.tiny.data import GUIDANCE, STEPS
+from zimage_ref.tiny.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
+from zimage_ref.tiny.judge import look, shows
+
+from ..terminal import blas
+from ..terminal.backends import DEFAULT, mlx, pipeline
+from ..terminal.console import Console
+from . import train
+
+WORD = "zorp"
+PICTURES = 4  # of the new word, and as many of words that the model knows
+# Else as by default, which takes three times as many steps; after few, an average does more for known words than a
+# falling rate does
+SETTINGS: dict[str, Any] = {"resolution": (SIDE,), "epochs": 35, "lr": 1e-3, "schedule": "constant", "ema": 0.97}
+_STEMS = [f"{WORD}{i}" for i in range(1, 9)]  # of the lesson's pictures and captions
+_NEXT = """\
+The same on your own pictures, with the real model (each picture with its caption in a .txt of the same name):
+  zimage train --model-dir Z-Image-Turbo --dataset PICTURES --output my.safetensors
+  zimage generate --model-dir Z-Image-Turbo --lora my.safetensors --prompt "..." --output my.png"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage demo`."""
+    parser.add_argument(
+        "--model-dir", type=Path, default=Path(TINY),
+        help=f"a model of such drawings (default: {TINY}, the one in this package)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("zimage-demo"), help="folder (default: zimage-demo)")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Draws, generates, trains, generates again, and shows what has changed. The exit code is that of training."""
+    if note := blas.advice():
+        console.note(note)
+    folder: Path = args.model_dir
+    sheet = args.output / ("before-after.png" if mlx else "pictures.png")
+    check_writable(sheet)
+    dataset, lora = args.output / "dataset", args.output / f"{WORD}.safetensors"
+    new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
+    if mlx is None:
+        pictures = generate(folder, known, [], console, "generate")
+        console.picture(contact_sheet(pictures, PICTURES))
+        compare(console, known, {"by NumPy": pictures})
+        keep(console, sheet, pictures, PICTURES)
+        console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
+        return 0
+
+    check_own(dataset)
+    before = generate(folder, new + known, [], console, "before")
+    config = TrainConfig(folder, write_dataset(dataset), lora, overwrite=True, **SETTINGS)
+    code, losses = train.follow(config, console)
+    if code:
+        return code
+    after = generate(folder, new + known, [lora], console, "after")
+
+    console.curve("loss", losses)
+    console.picture(contact_sheet(before + after, 2 * PICTURES))
+    compare(console, new + known, {"before": before, "after": after})
+    keep(console, sheet, before + after, 2 * PICTURES)
+    console.wrote(lora)
+    console.print(_NEXT)
+    return 0
+
+
+def write_dataset(folder: Path) -> Path:
+    """The eight pictures of the lesson and their captions, as `zimage train` takes them."""
+    for stem, (picture, caption) in zip(_STEMS, illustrated(lesson(WORD), seed=0), strict=True):
+        save_picture(picture, folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+def check_own(folder: Path) -> None:
+    """Raises ConfigError where `folder` holds what the demo did not put there, which it would train on, too."""
+    own = {f"{stem}{suffix}" for stem in _STEMS for suffix in (".png", ".txt")}
+    if strange := sorted(p.name for p in folder.glob("*") if p.name not in own and not p.name.startswith(".")):
+        raise ConfigError(f"{folder}: holds {listing(strange)}, not from this demo: give another --output")
+
+
+def prompt(scene: Scene) -> str:
+    """What the scene is called here: always in the plain wording."""
+    return articles(FORMS[0].format(subject=scene.subject, ground=scene.ground))
+
+
+def generate(
+    folder: Path, wanted: Sequence[Scene], loras: Sequence[Path], console: Console, name: str
+) -> list[Picture]:
+    """A picture for each scene's prompt."""
+    pipe = pipeline(DEFAULT).from_pretrained(folder)
+    with console.progress() as bars:
+        return pipe(
+            [prompt(scene) for scene in wanted], width=SIDE, height=SIDE, steps=STEPS, guidance=GUIDANCE,
+            loras=[(path, 1.0) for path in loras],
+            progress=lambda stage, done, total: bars.update(f"{name}: {stage}", done, total),
+        )  # fmt: skip
+
+
+def compare(console: Console, wanted: Sequence[Scene], made: Mapping[str, Sequence[Picture]]) -> None:
+    """A table of which pictures show what they should, by their pixels."""
+    verdicts = [["yes" if shows(look(p), s) else "no" for p, s in zip(ps, wanted, strict=True)] for ps in made.values()]
+    rows = zip(map(prompt, wanted), *verdicts, strict=True)
+    console.table(("prompt", *made), list(rows), title="Is the picture what the prompt says?")
+
+
+def keep(console: Console, path: Path, pictures: Sequence[Picture], columns: int) -> None:
+    """Writes a contact sheet."""
+    save_picture(contact_sheet(pictures, columns), path)
+    console.wrote(path)

@@ -1,0 +1,161 @@
+"""zimage train: a LoRA from a folder of captioned pictures."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from zimage_ref import TrainConfig
+from zimage_ref.memory import peak
+from zimage_ref.options_file import dump_options, read_options
+from zimage_ref.training.plan import TrainPlan
+from zimage_ref.training.run_folder import RunFolder
+
+from ..terminal import blas
+from ..terminal.backends import require_mlx
+from ..terminal.console import Bars, Console
+from ..terminal.options import add_fields, from_args
+from ..terminal.signals import noted
+
+_LOG_EVERY = 10.0  # seconds between lines where there is no terminal for a bar
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `zimage train`."""
+    add_fields(parser, TrainConfig, from_file=True)
+    parser.add_argument("--config", type=Path, help="file with options (.toml or .json); those given here come first")
+    parser.add_argument("--dump-config", action="store_true", help="print all options as TOML and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, load no weights")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Trains, showing how it goes, and names each file that is written. Returns 128 + the signal that stopped it."""
+    config = from_args(TrainConfig, args, read_options(args.config, TrainConfig) if args.config else None)
+    if args.dump_config:
+        console.print(dump_options(config).rstrip("\n"))
+        return 0
+    mlx = require_mlx("training")
+    if args.dry_run:
+        _show_plan(mlx, config, console)
+        return 0
+
+    if mlx.is_first():
+        _show_options(config, console)
+        if note := blas.advice():
+            console.note(note)
+    code, _ = follow(config, console)
+    if code:
+        console.note("go on with --resume")
+    return code
+
+
+def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
+    """Trains with a progress bar and names the files written. The exit code, and the loss of every step."""
+    mlx = require_mlx("training")
+    with noted() as received, console.progress() as bars:
+        progress = _Progress(mlx, console, bars)
+        for event in mlx.train(config, lambda: bool(received)):
+            progress.show(event)
+    for path in progress.saved:
+        console.wrote(path)
+    return 128 + received[0] if progress.stopped else 0, progress.losses
+
+
+def _show_options(config: TrainConfig, console: Console) -> None:
+    console.facts("train", {
+        "model": config.model_dir, "dataset": config.dataset, "output": config.output,
+        "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
+        "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
+        "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
+        "resolution": ", ".join(map(str, config.resolution)),
+        "report": RunFolder(config.output).report,
+    })  # fmt: skip
+
+
+class _Progress:
+    """Events as bars, and as plain lines where there is no terminal."""
+
+    def __init__(self, mlx: ModuleType, console: Console, bars: Bars) -> None:
+        self._mlx, self._console, self._bars = mlx, console, bars
+        self._held_out, self._logged = "", time.monotonic()
+        self._last: Any = None  # the last Step
+        self.saved: list[Path] = []
+        self.losses: list[float] = []
+        self.stopped = False
+
+    def show(self, event: Any) -> None:
+        """Shows one event."""
+        mlx, console = self._mlx, self._console
+        if isinstance(event, mlx.Step):
+            self._step(event)
+        elif isinstance(event, mlx.Encoded):
+            self._bars.update(event.what, event.done, event.total)
+        elif isinstance(event, mlx.Notice):
+            console.warn(event.text)
+        elif isinstance(event, mlx.Started) and event.step:
+            console.note(f"going on after step {event.step} of {event.total}")
+        elif isinstance(event, mlx.Validated):
+            self._held_out = f"  held out {event.loss:.4f}"
+            if self._last:  # the bar of the last step would keep the loss from before it
+                self._show_step(self._last)
+            each = "  ".join(f"{sigma:g}: {loss:.4f}" for sigma, loss in event.losses.items())
+            console.note(f"step {event.step}: held-out loss {event.loss:.4f}  ({each})")
+        elif isinstance(event, mlx.Saved):
+            self.saved.append(event.path)
+        elif isinstance(event, mlx.Stopped):
+            self.stopped = True
+            console.note(f"stopped after step {event.step}")
+
+    def _step(self, event: Any) -> None:
+        self.losses.append(event.loss)
+        if event.skipped:
+            self._console.note(f"step {event.step}: loss or gradient is not finite, skipped")
+        self._last = event
+        lines = self._show_step(event)
+        now = time.monotonic()
+        if not self._console.err.is_terminal and (now - self._logged > _LOG_EVERY or event.step in (1, event.total)):
+            left = (event.total - event.step) * event.seconds
+            self._console.note(f"step {event.step}/{event.total}  {'  '.join(lines)}  {left / 60:.0f} min left")
+            self._logged = now
+
+    def _show_step(self, event: Any) -> tuple[str, ...]:
+        lines = (
+            f"epoch {event.epoch}  loss {event.smoothed:.4f}{self._held_out}",
+            f"lr {event.lr:.2e}  norm {event.grad_norm:.3f}  {event.peak_memory / 1e9:.1f} GB",
+            f"{event.seconds:.2f} s/step  {event.pictures / max(event.seconds, 1e-9):.2f} pictures/s",
+        )
+        self._bars.update("train", event.step, event.total, "\n".join(lines))
+        return lines
+
+
+def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
+    """What a run would do, from headers and pictures alone."""
+    with console.progress() as bars:
+        for event in mlx.plan_of(config):
+            if isinstance(event, TrainPlan):
+                plan = event
+            else:
+                bars.update(event.what, event.done, event.total)
+    dtype, how = mlx.base_precision(config)
+    stored = plan.stored_bits
+    bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{how.bits} bits" if how else "")
+    console.table(("plan", ""), [
+        ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
+        ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
+        ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
+        ("targets", ", ".join(config.targets)),
+        ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
+        ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
+    ])  # fmt: skip
+    sizes = sorted(plan.batches.sizes().items())
+    console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
+    (captions, pictures, train), fast = (plan.memory(dtype, how, lean) for lean in (True, False))
+    console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
+        "encode captions": captions.total, "encode pictures": pictures.total,
+        "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,
+        "  activations, --memory lean": train.activations, "  activations, --memory fast": fast[-1].activations,
+        "largest stage": peak((captions, pictures, train)).total,
+    }.items()])  # fmt: skip

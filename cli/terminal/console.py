@@ -1,0 +1,144 @@
+"""What a person sees: the only file that knows rich.
+
+Results (tables, paths) go to stdout; progress, facts and errors to stderr. Colours and bars vanish by themselves
+where the output is not a terminal or NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import rich.console
+from rich.color import Color
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import Style
+from rich.table import Column, Table
+from rich.text import Text
+from rich.theme import Theme
+
+from zimage_ref.pictures.images import Picture, half_blocks
+
+with suppress(ImportError):
+    import readline  # noqa: F401  gives `input` line editing; Windows has none
+
+_BARS = "▁▂▃▄▅▆▇█"
+THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
+
+
+class Console:
+    """The two streams of the terminal."""
+
+    def __init__(self, out: rich.console.Console | None = None, err: rich.console.Console | None = None) -> None:
+        self.out = out or rich.console.Console(theme=THEME, highlight=False, emoji=False)
+        self.err = err or rich.console.Console(theme=THEME, highlight=False, emoji=False, stderr=True)
+        self._bars: Bars | None = None  # on the screen now
+
+    def error(self, message: str) -> None:
+        """One line that says what is wrong."""
+        self._say(f"[bad]error:[/] {escape(message)}")
+
+    def note(self, message: str) -> None:
+        """One line that is good to know."""
+        self._say(f"[muted]{escape(message)}[/]")
+
+    def _say(self, markup: str) -> None:
+        """One line of text: broken between words on a terminal, whole for another program."""
+        self.err.print(markup, soft_wrap=not self.err.is_terminal)
+
+    def wrote(self, path: object) -> None:
+        """A result: its path on stdout."""
+        # Bars redraw themselves over what another stream writes to their terminal: there the path goes above them
+        above = self._bars and self.out.is_terminal and self.err.is_terminal
+        (self.err if above else self.out).print(escape(str(path)), style="good", soft_wrap=True)
+
+    def facts(self, title: str, facts: Mapping[str, object]) -> None:
+        """A panel of what is about to happen."""
+        grid = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            grid.add_row(f"[muted]{escape(name)}[/]", f"[fact]{escape(str(value))}[/]")
+        self.err.print(Panel(grid, title=Text(title), title_align="left", expand=False))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+        """A result table; long names fold rather than vanish."""
+        table = Table(*(Column(name, overflow="fold") for name in columns))
+        table.title, table.title_justify = escape(title) or None, "left"
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self.out.print(table)
+
+    def print(self, text: str) -> None:
+        """A plain line of the result."""
+        self.out.print(escape(text), soft_wrap=True)
+
+    def raw(self, data: bytes) -> None:
+        """A result that is not text, on stdout."""
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    def picture(self, image: Picture, columns: int = 64) -> None:
+        """`image`, `columns` wide, in coloured half blocks; nothing where stderr is not a terminal with colours."""
+        if not self.err.is_terminal or self.err.no_color or self.err.color_system not in ("256", "truecolor"):
+            return
+        for cells in half_blocks(image, max(1, min(columns, self.err.width, image.width))):
+            line = Text()
+            for upper, lower in cells:
+                line.append("▀", Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
+            self.err.print(line, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line that something is not as it seems to be meant."""
+        self._say(f"[warn]warning:[/] {escape(message)}")
+
+    def ask(self, prompt: str) -> str:
+        """A line from the person at the keyboard. Raises EOFError at the end of the input."""
+        return self.err.input(f"[muted]{escape(prompt)}[/]").strip()
+
+    def curve(self, name: str, values: Sequence[float], columns: int = 60) -> None:
+        """A line of bars, each the mean of a stretch of `values`, with the first and the last in numbers."""
+        ends = [len(values) * i // columns for i in range(columns + 1)]
+        means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+        low, high = min(means), max(means)
+        bars = "".join(_BARS[round((m - low) / ((high - low) or 1) * (len(_BARS) - 1))] for m in means)
+        self.out.print(f"[muted]{escape(name)}[/] {means[0]:.4f} [fact]{bars}[/] {means[-1]:.4f}", soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Bars]:
+        """Bars that live until the block ends."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+        )
+        progress = Progress(*columns, console=self.err)
+        self._bars = Bars(progress)
+        try:
+            yield self._bars
+        finally:
+            self._bars.finish()
+            self._bars = None
+
+
+class Bars:
+    """Progress bars by name; a bar appears when it first moves."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, name: str, done: float, total: float, detail: str = "") -> None:
+        """Moves the bar `name` to `done` of `total`, with a text beside it."""
+        if name not in self._tasks:
+            self._progress.start()  # not before: without bars it would leave an empty line
+            self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
+        self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
+
+    def finish(self) -> None:
+        """Leaves the bars as they are."""
+        if self._tasks:
+            self._progress.stop()

@@ -1,0 +1,101 @@
+"""A config dataclass as command-line options and back: name, type, default and help are the field's own."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+from zimage_ref.errors import ConfigError
+from zimage_ref.options import flag
+from zimage_ref.options_file import typed
+
+AnyConfig = TypeVar("AnyConfig")
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, config: type[Any], from_file: bool = False, without: Collection[str] = ()
+) -> None:
+    """One option for each field of the dataclass `config` but those `without`; one without a default must be given.
+
+    from_file: values may also come from a file, so what is not given stays out of the parsed arguments.
+    """
+    hints = get_type_hints(config)
+    for field in fields(config):
+        if field.name in without:
+            continue
+        settings = _settings(field, hints[field.name])
+        if from_file:
+            settings |= {"default": argparse.SUPPRESS, "required": False}
+        parser.add_argument(flag(field.name), dest=field.name, **settings)
+
+
+def from_args(config: type[AnyConfig], args: argparse.Namespace, file: Mapping[str, Any] | None = None) -> AnyConfig:
+    """The `config` that the parsed `args` describe, `file` giving what they leave out.
+
+    Raises ConfigError for values out of bounds, and where a required one is in neither.
+    """
+    known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
+    given = {**(file or {}), **{name: getattr(args, name) for name in known if hasattr(args, name)}}
+    missing = [flag(name) for name, field in known.items() if field.default is MISSING and name not in given]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: must be given, here or in --config")
+    return config(**given)
+
+
+def path_and_scale(text: str) -> tuple[Path, float]:
+    """PATH or PATH:SCALE, as LoRAs are given; 1.0 where there is no scale. A file called so wins over a scale."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        return Path(text), 1.0
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    if not path or not math.isfinite(number):
+        raise ConfigError(f"{text}: a LoRA is given as PATH or PATH:SCALE, where SCALE is a finite number")
+    return Path(path), number
+
+
+def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
+    help = field.metadata["help"].replace("%", "%%")
+    if field.default is MISSING:
+        return {"required": True, "type": hint, "metavar": field.name.upper(), "help": help}
+    if hint is bool:
+        return {"action": "store_true", "help": help}
+    several = get_origin(hint) is tuple
+    shown = ",".join(map(str, field.default)) if several else field.default
+    return {
+        "default": field.default,
+        "type": _parser(hint, several and not field.metadata.get("repeatable")),
+        "metavar": field.name.upper(),
+        "help": f"{help} (default: {shown})" if shown not in ("", None) else help,
+        **({"action": _Collect} if several else {}),
+    }
+
+
+def _parser(hint: Any, commas: bool) -> Any:
+    """A function from an option's text to its value, or to several where they are separated by commas."""
+
+    def parse(text: str) -> Any:
+        parts = [part.strip() for part in text.split(",")] if commas else text
+        try:
+            return typed(parts, hint, text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+    return parse
+
+
+class _Collect(argparse.Action):
+    """Values of an option that is given several times, one after the other."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, self.default)
+        seen = before if before is not self.default and isinstance(before, tuple) else ()
+        setattr(namespace, self.dest, (*seen, *values))

@@ -1,0 +1,78 @@
+"""Where pictures go: names with {seed}, {index} and {prompt}, never over a file that is there, or - for stdout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zimage_ref import ConfigError, GenerateConfig
+from zimage_ref.formats.files import check_writable
+from zimage_ref.pictures.images import Picture, check_suffix, encoded, save_picture
+
+from .console import Console
+
+STDOUT = Path("-")
+_PLACEHOLDER = re.compile(r"\{(\w*)\}")
+_KNOWN = ("seed", "index", "prompt")
+_WORDS = 48  # characters of a prompt in a file name
+
+
+class Names:
+    """The files of a run's pictures, by a pattern."""
+
+    def __init__(self, pattern: Path, overwrite: bool) -> None:
+        """Raises ConfigError or DatasetError for a pattern that cannot name a picture."""
+        unknown = [name for name in _PLACEHOLDER.findall(str(pattern)) if name not in _KNOWN]
+        if unknown:
+            raise ConfigError(
+                f"--output {pattern}: {{{unknown[0]}}} is unknown: known are {{seed}}, {{index}}, {{prompt}}"
+            )
+        if pattern != STDOUT:
+            check_suffix(pattern)
+        self.pattern, self.overwrite = pattern, overwrite
+
+    def of(self, configs: Sequence[GenerateConfig]) -> list[Path]:
+        """A file for each picture. Raises ConfigError where one is there or cannot be, or stdout would take several."""
+        if self.pattern == STDOUT:
+            if len(configs) > 1:
+                raise ConfigError(f"--output - takes one picture, not {len(configs)}")
+            return [STDOUT]
+        paths = [self.fill(config, index) for index, config in enumerate(configs, start=1)]
+        if len(set(paths)) < len(paths):  # the pattern does not tell them apart: number them
+            paths = [path.with_stem(f"{path.stem}-{index}") for index, path in enumerate(paths, start=1)]
+        for path in paths:
+            check_writable(path)
+            if path.exists() and not self.overwrite:
+                raise ConfigError(f"{path}: exists: give --overwrite, or another --output such as picture-{{seed}}.png")
+        return paths
+
+    def free(self, config: GenerateConfig) -> Path:
+        """The next file of the pattern that is not there yet, numbered where the pattern does not do it itself."""
+        path, index = self.fill(config, 1), 1
+        while path.exists() and not self.overwrite:
+            index += 1
+            numbered = self.fill(config, index)
+            path = numbered if "{index}" in str(self.pattern) else numbered.with_stem(f"{numbered.stem}-{index}")
+        return path
+
+    def fill(self, config: GenerateConfig, index: int) -> Path:
+        """The pattern for one picture."""
+        words = re.sub(r"[^\w]+", "-", config.prompt).strip("-")[:_WORDS].strip("-") or "empty"
+        values = {"seed": str(config.seed), "index": str(index), "prompt": words}
+        return Path(_PLACEHOLDER.sub(lambda match: values[match[1]], str(self.pattern)))
+
+
+def write(picture: Picture, path: Path, record: Mapping[str, Any] | None, console: Console) -> None:
+    """Writes a picture and says so, or puts it on stdout as PNG."""
+    if path == STDOUT:
+        console.raw(encoded(picture, "PNG", record))
+    else:
+        save_picture(picture, path, record)
+        console.wrote(path)
+
+
+def preview_path(path: Path) -> Path:
+    """Where the picture under way is shown: beside the result, or in the current folder where that goes to stdout."""
+    return Path("preview.png") if path == STDOUT else path.with_name(f"{path.stem}.preview{path.suffix}")

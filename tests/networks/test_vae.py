@@ -1,0 +1,88 @@
+"""The autoencoder both ways: NumPy against diffusers, MLX against NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from support import cases, tiny
+from support.networks import HAS_MLX, mlx_only, native, network, stored
+from support.parity import assert_parity
+
+from zimage_ref.model import parameters
+
+if HAS_MLX:
+    import mlx.core as mx
+
+    import zimage_mlx.networks.strips
+    import zimage_mlx.networks.vae
+
+WAYS = {"encode": ("image", "encoded"), "decode": ("latents", "decoded")}
+
+
+def weights_of(name: str) -> dict[str, np.ndarray]:
+    return tiny.random_weights(parameters.vae_parameters(tiny.VAES[name]))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("config", tiny.VAES)
+def test_numpy_matches_the_official_autoencoder(config: str, way: str, dtype: str) -> None:
+    golden, (given, out) = cases.read(f"vae_{config}"), WAYS[way]
+    model = network("numpy", "vae", tiny.VAES[config], weights_of(config), dtype)
+    assert_parity(getattr(model, way)(golden[given]), golden[out], "golden", dtype)
+
+
+@mlx_only
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("config", tiny.VAES)
+def test_mlx_matches_numpy_and_keeps_its_dtype(config: str, way: str, dtype: str) -> None:
+    given, weights = cases.read(f"vae_{config}")[WAYS[way][0]], stored(weights_of(config), dtype)
+    expected = getattr(network("numpy", "vae", tiny.VAES[config], weights, "float64"), way)(given)
+    model = network("mlx", "vae", tiny.VAES[config], weights, dtype)
+    assert_parity(getattr(model, way)(native("mlx", given)), expected, "twin", dtype)
+
+
+@mlx_only
+@pytest.mark.parametrize("nbytes", [1, 100_000, 1_000_000, 100_000_000])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("config", tiny.VAES)
+def test_strips_give_the_same_without_seams(
+    config: str, way: str, nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zimage_mlx.networks.vae, "_SCORES_AT_ONCE", 64)  # so that the attention takes several turns
+    given = native("mlx", cases.read(f"vae_{config}")[WAYS[way][0]])
+    run = getattr(network("mlx", "vae", tiny.VAES[config], weights_of(config), "float32"), way)
+    assert_parity(run(given, zimage_mlx.networks.strips.Strips(nbytes)), run(given), "same")
+
+
+@mlx_only
+def test_strips_bound_the_memory_of_decoding() -> None:
+    """The peak is that of the last level's first resnet: an input twice as wide, what is between, and the output."""
+    config = dataclasses.replace(tiny.VAE, block_out_channels=(8, 16, 32, 32), norm_num_groups=4)
+    weights = tiny.random_weights(parameters.vae_parameters(config))
+    model, latents = network("mlx", "vae", config, weights, "float32"), mx.zeros((1, 16, 32, 32))
+    layer = 256 * 256 * 8 * 4  # bytes at full size
+
+    def peak(strips: Any) -> float:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(model.decode(latents, strips))
+        return (mx.get_peak_memory() - before) / layer
+
+    assert peak(None) > 20
+    # what was made is given back by a thread, which on a busy machine comes late now and then
+    assert any(peak(zimage_mlx.networks.strips.Strips(layer // 100)) < 5 for _ in range(10))
+
+
+@mlx_only
+def test_small_layers_are_not_cut_and_large_ones_evenly() -> None:
+    strips = zimage_mlx.networks.strips.Strips(3000)
+    assert strips.spans(10, 100) == [(0, 10)]
+    assert strips.spans(10, 101) == [(0, 5), (5, 10)]
+    assert strips.spans(10, 300) == [(0, 4), (4, 8), (8, 10)]
+    assert strips.spans(3, 1 << 30) == [(0, 1), (1, 2), (2, 3)]

@@ -1,0 +1,1 @@
+"""What tests share: small random models, official code, inputs, and one way to compare numbers."""

@@ -1,0 +1,147 @@
+"""The options of a run: from the command line, from a file, from Python, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.training_runs import Workshop, pictures, workshop
+
+from zimage_cli.app import main
+from zimage_ref import ConfigError, TrainConfig
+from zimage_ref.checkpoints.convert import Target, open_source, write_model
+from zimage_ref.formats.quantize import Quantization
+from zimage_ref.options_file import dump_options, read_options, to_json
+
+# A value other than the default for every option
+OTHER: dict[str, Any] = {
+    "model_dir": Path("m"), "dataset": Path("d é"), "output": Path("x.safetensors"), "rank": 3, "alpha": 2.5,
+    "epochs": 7, "steps": 9, "lr": 3e-5, "resolution": (512, 768), "batch_size": 2, "grad_accumulation": 4, "seed": 5,
+    "trigger": 'sks "x"', "caption_dropout": 0.2, "repeats": 3, "flip": True, "max_upscale": 1.5, "square": True,
+    "cache": Path("c"), "validation": "0.1", "validation_every": 11, "targets": ("attention", "adaln"),
+    "optimizer": "lion", "weight_decay": 0.1, "warmup": 8, "schedule": "linear", "grad_clip": 0.5, "ema": 0.99,
+    "lora_format": "kohya",
+    "lora_plus": 16.0, "rank_dropout": 0.1, "timesteps": "shift=2.5", "base_precision": "8",
+    "memory": "lean",
+    "training_adapter": Path("a.safetensors"), "transformer": Path("t.npz"), "text_encoder": Path("q.npz"),
+    "vae": Path("v.npz"), "tokenizer": Path("t.json"), "save_every": 6, "resume_every": 12, "keep_last": 2,
+    "preview_prompt": ("a fox, in snow", "an owl"), "preview_every": 13, "preview_size": 256, "preview_steps": 4,
+    "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,
+    "force": True,
+}  # fmt: skip
+
+
+def test_every_option_goes_through_toml_json_and_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert OTHER.keys() == {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(**OTHER)
+    assert all(getattr(config, f.name) != f.default for f in fields(TrainConfig))
+    (tmp_path / "o.toml").write_text(dump_options(config), encoding="utf-8")
+    (tmp_path / "o.json").write_text(json.dumps(to_json(config)), encoding="utf-8")
+    for name in ("o.toml", "o.json"):
+        assert TrainConfig(**read_options(tmp_path / name, TrainConfig)) == config
+
+    argv = ["train", "--dump-config"]
+    for name, value in OTHER.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "preview_prompt":
+            argv += [part for prompt in value for part in (flag, prompt)]
+        elif value is True:
+            argv.append(flag)
+        else:
+            argv += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    assert main(argv) == 0
+    (tmp_path / "dumped.toml").write_text(capfd.readouterr().out, encoding="utf-8")
+    assert TrainConfig(**read_options(tmp_path / "dumped.toml", TrainConfig)) == config
+
+
+def test_the_command_line_comes_before_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "o.toml"
+    file.write_text('model-dir = "m"\ndataset = "d"\nrank = 8\nlr = 1e-3\nbase-precision = 4\n', encoding="utf-8")
+    argv = ["train", f"--config={file}", "--rank", "4", "--resolution", "512", "--resolution=768,1024", "--dump-config"]
+    assert main(argv) == 0
+    lines = capfd.readouterr().out.splitlines()
+    expected = ("rank = 4", "lr = 0.001", 'base_precision = "4"', "resolution = [512, 768, 1024]", 'model_dir = "m"')
+    assert set(expected) <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fact"),
+    [
+        ("o.toml", "rnak = 3", "unknown option 'rnak': is rank meant?"),
+        ("o.toml", "rank = 3.5", "rank: 3.5 is not a whole number"),
+        ("o.toml", 'flip = "maybe"', "flip: 'maybe' is not true or false"),
+        ("o.toml", "lr = true", "lr: True is not a number"),
+        ("o.toml", "output = 3", "output: 3 is not a path"),
+        ("o.toml", "rank = ", "cannot be read as TOML"),
+        ("o.json", "[1]", "holds a JSON list"),
+        ("o.yaml", "rank: 3", "options are read from .toml or .json"),
+        ("gone.toml", None, "cannot be read as TOML"),
+    ],
+)
+def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, fact: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        read_options(tmp_path / name, TrainConfig)
+    assert fact in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"rank": 0}, "--rank 0 must be at least 1"),
+        ({"lr": float("nan")}, "--lr nan must be 0 or above"),
+        ({"resolution": 250}, "--resolution 250 must be a multiple of 16: 256 is the nearest"),
+        ({"resolution": ()}, "--resolution needs at least one side"),
+        ({"optimizer": "adamw8bit"}, "--optimizer 'adamw8bit' is unknown: known are adamw"),
+        ({"targets": "atention"}, "--targets 'atention' is unknown: known are attention"),
+        ({"preview_size": 40}, "--preview-size 40 must be a multiple of 16"),
+        ({"schedule": "step"}, "--schedule 'step' is unknown"),
+        ({"lora_format": "ggml"}, "--lora-format 'ggml' is unknown"),
+        ({"base_precision": "2"}, "--base-precision '2' is unknown"),
+        ({"timesteps": "gauss"}, "--timesteps 'gauss' is unknown"),
+        ({"timesteps": "shift=-1"}, "shift=S takes a number above 0"),
+        ({"ema": 1.0}, "--ema 1.0 must be a share"),
+        ({"caption_dropout": 1.5}, "--caption-dropout 1.5 must be a share"),
+        ({"output": "x.npz"}, "a LoRA is written as .safetensors"),
+        ({"grad_clip": -1.0}, "--grad-clip -1.0 must be at least 0"),
+        ({"max_upscale": 0.5}, "--max-upscale 0.5 must be at least 1"),
+    ],
+)
+def test_values_out_of_bounds_are_refused(options: dict[str, Any], fact: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig("m", "d", **options)
+    assert fact in str(error.value)
+
+
+def test_what_must_be_given_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model-dir", "m"]) == 1
+    assert "--dataset: must be given, here or in --config" in capfd.readouterr().err
+
+
+def test_a_dry_run_shows_the_plan_and_reads_no_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
+    shop: Workshop = workshop(tmp_path)
+    data = pictures(tmp_path / "shapes", (40, 40), (44, 40), (64, 32), (64, 36))
+    monkeypatch.setattr(mlx.pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
+    argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
+    assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
+    out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())
+    assert (
+        "pictures 3, 1 held out" in out and "steps 9, of 3 an epoch" in out and "learning rate 0.000632, cosine" in out
+    )
+    assert "base Turbo in float32" in out and "LoRA 28 layers, rank 4: 29,184 parameters" in out
+    assert "32 32" in out and "32 16" in out and "largest stage" in out and "memory, about" in out
+    assert not (tmp_path / "x.run").exists() and not (tmp_path / "zimage-cache").exists()
+    file = tmp_path / "q4.npz"
+    write_model(open_source(shop.model, "transformer"), Target(file, "transformer", quantization=Quantization(4)))
+    for option, words in ((f"--transformer={file}", "Turbo in 4 bits as stored"), ("--base-precision=8", "in 8 bits")):
+        assert main([*argv, "--dry-run", "--resolution=32", option]) == 0
+        assert words in capfd.readouterr().out

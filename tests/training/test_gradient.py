@@ -1,0 +1,167 @@
+"""The block-by-block gradient: MLX's own through the whole network is its oracle, in every mode of keeping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support import tiny
+from support.networks import HAS_MLX, mlx_only, network
+from support.parity import assert_parity
+
+from zimage_ref.model import parameters
+
+if HAS_MLX:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from zimage_mlx.lora import layers as lora_layers
+    from zimage_mlx.networks import ops
+    from zimage_mlx.networks.compiled import PerBlock
+    from zimage_mlx.networks.transformer import Block
+    from zimage_mlx.networks.tree import find, replace
+    from zimage_mlx.training import gradient
+    from zimage_mlx.training.gradient import LossAndGradients
+    from zimage_mlx.training.loss import Batch, flow_matching_loss
+
+pytestmark = mlx_only
+SHAPES = parameters.transformer_parameters(tiny.TRANSFORMER)
+WEIGHTS = tiny.random_weights(SHAPES)
+LAYERS = {  # what trains -> layers with a LoRA
+    "every linear layer": [n.removesuffix(".weight") for n, s in SHAPES.items() if len(s) == 2 and "token" not in n],
+    "main blocks": parameters.lora_modules(tiny.TRANSFORMER, ("attention", "feed_forward")),
+    "one late layer": ["layers.1.feed_forward.w2"],
+    "the captions' side": ["cap_embedder.1", "context_refiner.0.attention.to_k"],
+}  # fmt: skip
+
+
+def model_with_loras(layers: list[str]) -> Any:
+    """A transformer with non-zero trainable LoRAs."""
+    rng = np.random.default_rng(1)
+    model = network("mlx", "transformer", tiny.TRANSFORMER, WEIGHTS, "float32")
+    lora_layers.start(model, layers, 3, 6.0, rng)
+    for _, module in model.named_modules():
+        if isinstance(module, lora_layers.LoRALinear):
+            module.lora_B = mx.array(rng.standard_normal(module.lora_B.shape, dtype=np.float32) * 0.1)
+    return model
+
+
+def batch() -> Any:
+    """Two pictures of 6 x 10 tokens, captions of 3 and 40: both paddings and the mask are used."""
+    rng = np.random.default_rng(2)
+    x_0, noise = (mx.array(rng.standard_normal((2, 16, 12, 20), dtype=np.float32)) for _ in range(2))
+    captions = [mx.array(rng.standard_normal((n, 40), dtype=np.float32)) for n in (3, 40)]
+    return Batch(x_0, noise, mx.array([0.3, 0.8]), captions, mx.array([0.5, 1.5]))
+
+
+def bytes_kept(blocks: int) -> float:
+    """What lets the gradient keep the residuals of so many blocks of this batch."""
+    config, tokens = tiny.TRANSFORMER, 2 * (64 + 64)
+    return (blocks + 0.5) * tokens * (7 * config.dim + 2 * config.ffn_dim) * 4
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 99])
+@pytest.mark.parametrize("trains", LAYERS)
+def test_gradients_are_those_of_the_whole_network(trains: str, keep: int, monkeypatch) -> None:
+    model = model_with_loras(LAYERS[trains])
+    loss, tree = nn.value_and_grad(model, flow_matching_loss)(model, batch())
+    expected = dict(tree_flatten(tree))
+    assert len(expected) == 2 * len(LAYERS[trains])
+    differentiate = LossAndGradients(model, bytes_kept(keep), compiled=False)
+    kept = []
+    monkeypatch.setattr(differentiate, "forward", lambda *args: kept.append(1) or gradient.forward(*args))
+    actual_loss, actual = differentiate(batch())
+    assert len(kept) == min(keep, 4)
+    assert actual.keys() == expected.keys()
+    assert_parity(actual_loss, loss, "same", name="loss")
+    for name, array in expected.items():
+        assert_parity(actual[name], array, "same", name=name)
+        assert mx.abs(array).max() > 0
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_compiled_pieces_and_blocks_have_the_same_gradients(keep: int) -> None:
+    model = model_with_loras(LAYERS["every linear layer"])
+    expected = LossAndGradients(model, bytes_kept(keep), compiled=False)(batch())[1]
+    actual = LossAndGradients(model, bytes_kept(keep), compiled=True)(batch())[1]
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert_parity(actual[name], array, "same", name=name)
+
+
+def test_pieces_hold_less_than_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_QUERY_ROWS", 64)
+    model, x = model_with_loras(LAYERS["main blocks"]), mx.random.normal((1, 16, 40, 40))
+    large = Batch(x, x + 1, mx.array([0.3]), [mx.ones((3, 40))])
+    peaks = []
+    for in_pieces in (True, False):
+        differentiate = LossAndGradients(model, 0, compiled=False)
+        if not in_pieces:
+            differentiate.run, differentiate.rerun = Block.__call__, gradient.backward
+        mx.eval(large.x_0, large.noise)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        differentiate(large)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < 0.75 * peaks[1]
+
+
+def test_compiled_blocks_give_the_same_and_share_their_program() -> None:
+    model = model_with_loras(LAYERS["main blocks"])
+    run = PerBlock(Block.__call__)
+    layout = model.layout([3], 12, 20)
+    x = mx.random.normal((1, layout.rotation[0].shape[1], tiny.TRANSFORMER.dim), key=mx.random.key(0))
+    adaln = model.embed_time(mx.array([0.4]))
+    for block in model.layers:
+        assert_parity(run(block, x, layout.rotation, None, adaln), block(x, layout.rotation, None, adaln), "same")
+    assert run.programs == 1
+    replace(
+        model, [(layer, find(model, layer).base) for layer in LAYERS["main blocks"]]
+    )  # another structure of the same blocks
+    for block in model.layers:
+        assert_parity(run(block, x, layout.rotation, None, adaln), block(x, layout.rotation, None, adaln), "same")
+    assert run.programs == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_chunks_of_queries_has_the_gradient_of_all_at_once(masked: bool, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_QUERY_ROWS", 7)  # 20 rows: chunks of 7, 7 and 6
+    q, k, v, d = (mx.random.normal((2, 3, 20, 8), key=mx.random.key(i)) for i in range(4))
+    mask = mx.arange(20) < mx.array([20, 13])[:, None, None, None] if masked else None
+
+    def gradients(attention: Any) -> Any:
+        return mx.vjp(lambda q, k, v: [attention(q, k, v)], [q, k, v], [d])[1]
+
+    def whole(q: Any, k: Any, v: Any) -> Any:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)
+
+    expected = gradients(whole)
+    for name, a, b in zip("qkv", gradients(lambda q, k, v: ops.attention(q, k, v, mask)), expected, strict=True):
+        assert_parity(a, b, "same", name=name)
+
+
+def test_the_norm_has_gradients_of_input_and_weight() -> None:
+    x, d = (mx.random.normal((2, 5, 12), key=mx.random.key(i)) for i in range(2))
+    weight = mx.random.normal((12,), key=mx.random.key(3))
+    ours = mx.vjp(lambda x, w: [ops.rms_norm(x, w, 1e-3)], [x, weight], [d])[1]
+    theirs = mx.vjp(lambda x, w: [mx.fast.rms_norm(x, w, 1e-3)], [x, weight], [d])[1]
+    for name, a, b in zip(("x", "weight"), ours, theirs, strict=True):
+        assert_parity(a, b, "same", name=name)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: bool) -> None:
+    model = model_with_loras(LAYERS["main blocks"])
+    layout, made = model.layout([3], 12, 20), []
+    x = mx.random.normal((1, layout.rotation[0].shape[1], tiny.TRANSFORMER.dim))
+
+    def run(function: Any, *args: Any) -> Any:
+        result = function(*args)
+        if function is not gradient._residuals:
+            made.extend(array.shape for _, array in tree_flatten(result) if isinstance(array, mx.array))
+        return result
+
+    gradient.backward(model.layers[0], x, layout.rotation, None, model.embed_time(mx.array([0.4])), x, wanted, run)
+    assert made.count((1, 1, tiny.TRANSFORMER.dim)) == (4 if wanted else 0)

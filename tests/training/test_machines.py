@@ -1,0 +1,93 @@
+"""Several processes that train one LoRA together, over MLX's ring on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from support.training_runs import Workshop, pictures, workshop
+
+pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
+
+import mlx.core as mx
+
+from zimage_ref.options_file import dump_options
+from zimage_ref.training.run_folder import RunFolder
+
+if not mx.distributed.is_available("ring"):
+    pytest.skip("this build of MLX has no ring to train over", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = workshop(tmp_path_factory.mktemp("machines"))
+    sizes = [(40, 40), (44, 40), (40, 44), (64, 32), (64, 36)]  # three of one shape, two of another: uneven shares
+    return Workshop(shop.folder, shop.model, pictures(shop.folder / "shapes", *sizes))
+
+
+def together(shop: Workshop, name: str, ranks: int = 2, **options: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Trains in `ranks` processes, as `mlx.launch` would start them."""
+    ports = [_free_port() for _ in range(ranks)]
+    hosts = shop.folder / f"{name}-hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]), encoding="utf-8")
+    file = shop.folder / f"{name}.toml"
+    file.write_text(dump_options(shop.config(name, **options)), encoding="utf-8")
+    command = [sys.executable, "-m", "zimage_cli", "train", "--config", str(file)]
+    started = []
+    for rank in range(ranks):
+        environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    done = []
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        done.append(subprocess.CompletedProcess(command, process.returncode, out, err))
+    return done
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) -> None:
+    alone = shop.train("alone", batch_size=2, epochs=2, rank_dropout=0.3)
+    first, second = together(shop, "ring", batch_size=1, epochs=2, rank_dropout=0.3)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert str(shop.folder / "ring.safetensors") in first.stdout
+    assert not (second.stdout + second.stderr).strip()  # only the first writes and reports
+    lines = [json.loads(line) for line in (shop.folder / "ring.run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["pictures"] for line in lines] == [step.pictures for step in alone.steps]
+    assert {step.pictures for step in alone.steps} == {1, 2}
+    assert [line["loss"] for line in lines] == pytest.approx(alone.losses, rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx([s.grad_norm for s in alone.steps], rel=1e-3)
+    ours, theirs = (RunFolder(shop.folder / f"{name}.safetensors").latest()[0] for name in ("ring", "alone"))
+    assert ours is not None and theirs is not None
+    for name, array in theirs.tensors["lora"].items():
+        np.testing.assert_allclose(ours.tensors["lora"][name], array, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_machine_that_cannot_go_on_ends_the_others_in_one_line(shop: Workshop) -> None:
+    (shop.folder / "ends.run").mkdir()
+    with RunFolder(shop.folder / "ends.safetensors").locked():
+        first, second = together(shop, "ends", steps=4)
+    assert first.returncode == second.returncode == 1
+    assert "another run is writing it" in first.stderr
+    assert "error: another machine of the group is gone" in second.stderr and "Traceback" not in second.stderr
+
+
+@pytest.mark.slow
+def test_machines_resume_from_what_the_first_one_saved(shop: Workshop) -> None:
+    whole = together(shop, "whole", steps=4)
+    part = together(shop, "part", steps=2)
+    rest = together(shop, "part", steps=4, resume=True, resume_anyway=True)
+    assert [d.returncode for d in (*whole, *part, *rest)] == [0] * 6, rest[0].stderr + rest[1].stderr
+    assert (shop.folder / "part.safetensors").read_bytes() == (shop.folder / "whole.safetensors").read_bytes()

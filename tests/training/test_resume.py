@@ -1,0 +1,336 @@
+"""A run that is stopped anywhere, in any way, and resumed gives the bytes of one that was not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import tiny
+from support.training_runs import Run, Workshop, after, pictures, workshop
+
+pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
+
+import zimage_ref.training.run_folder
+from zimage_mlx import Checkpointed, Done, Started, Stopped, train
+from zimage_mlx.training.gradient import LossAndGradients
+from zimage_ref import ConfigError, TrainingError
+from zimage_ref.formats import safetensors
+from zimage_ref.options_file import dump_options
+from zimage_ref.training.run_folder import RunFolder
+
+EVERYTHING = {
+    "rank": 3, "batch_size": 2, "grad_accumulation": 2, "ema": 0.9, "caption_dropout": 0.3, "rank_dropout": 0.3,
+    "flip": True, "resolution": (32, 48), "schedule": "cosine", "warmup": 2, "optimizer": "adamw",
+    "lora_plus": 4.0, "steps": 5,
+    "resume_every": 2, "validation": "0.2", "validation_every": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = workshop(tmp_path_factory.mktemp("resume"))
+    sizes = [(40, 40), (44, 40), (40, 44), (64, 32), (64, 36)]
+    return Workshop(shop.folder, shop.model, pictures(shop.folder / "shapes", *sizes))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Workshop) -> Run:
+    """All options together, without interruption."""
+    return shop.train("whole", **EVERYTHING)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_stopping_after_step_k_and_resuming_changes_no_bit(
+    shop: Workshop, whole: Run, preparation: int, k: int
+) -> None:
+    name = f"stopped{k}"
+    first = shop.train(name, after(preparation + k - 1), **EVERYTHING)
+    assert first.events[-1] == Stopped(k) and len(first.steps) == k
+    assert not first.output.exists()
+    rest = shop.train(name, **EVERYTHING, resume=True)
+    assert rest.of(Started) == [Started(k, 5)] and len(rest.steps) == 5 - k
+    assert rest.bytes == whole.bytes
+    assert [step.smoothed for step in first.steps + rest.steps] == [step.smoothed for step in whole.steps]
+    assert _recorded_steps(rest) == [1, 2, 3, 4, 5]
+
+
+def _recorded_steps(run: Run) -> list[int]:
+    lines = RunFolder(run.output).metrics.read_text(encoding="utf-8").splitlines()
+    return [line["step"] for line in map(json.loads, lines) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def preparation(shop: Workshop) -> int:
+    """How often a run asks whether to stop before its first step."""
+    asked = []
+    for event in train(shop.config("prepared", **EVERYTHING, overwrite=True), lambda: bool(asked.append(1))):
+        if isinstance(event, Started):
+            return len(asked)
+    raise AssertionError("the run did not start")
+
+
+@pytest.mark.slow
+def test_leaving_the_loop_anywhere_and_resuming_changes_no_bit(shop: Workshop, whole: Run) -> None:
+    total = len(list(train(shop.config("counted", **EVERYTHING))))
+    rng = random.Random(1)
+    for cut in rng.sample(range(total), 6):
+        config = shop.config(f"left{cut}", **EVERYTHING)
+        events = train(config)
+        for _ in range(cut):
+            next(events)
+        events.close()
+        resumed = shop.train(f"left{cut}", **EVERYTHING, resume=True)
+        assert resumed.bytes == whole.bytes, f"left after event {cut}"
+
+
+def test_a_damaged_resume_folder_is_named_and_the_one_before_used(shop: Workshop) -> None:
+    whole = shop.train("undamaged", steps=3, resume_every=1).bytes
+    events = train(shop.config("damaged", steps=3, resume_every=1))
+    while not (isinstance(event := next(events), Checkpointed) and event.step == 2):
+        pass
+    events.close()
+    file = RunFolder(shop.folder / "damaged.safetensors").path / "resume" / "step2" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    resumed = shop.train("damaged", steps=3, resume_every=1, resume=True)
+    assert resumed.of(Started) == [Started(1, 3)] and "optimizer.safetensors: is damaged" in resumed.notices
+    assert resumed.bytes == whole
+    assert _recorded_steps(resumed) == [1, 2, 3]  # the second was made and recorded twice
+
+
+def test_steps_that_failed_before_an_interruption_count_after_it(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = LossAndGradients.__call__
+
+    def fails(self: Any, batch: Any) -> Any:
+        loss, gradients = compute(self, batch)
+        return loss * float("nan"), gradients
+
+    monkeypatch.setattr(LossAndGradients, "__call__", fails)
+    events = train(shop.config("failing", steps=9, resume_every=2))
+    while not isinstance(next(events), Checkpointed):
+        pass
+    events.close()
+    with pytest.raises(TrainingError, match="step 3: loss or gradient was not finite 3 times in a row"):
+        shop.train("failing", steps=9, resume_every=2, resume=True)
+
+
+def test_only_two_resume_folders_are_kept(shop: Workshop) -> None:
+    run = shop.train("kept", steps=5, resume_every=2)
+    assert {p.name for p in (RunFolder(run.output).path / "resume").iterdir()} == {"step4", "step5"}
+
+
+def _interrupted(shop: Workshop, name: str, **options: Any) -> None:
+    events = train(shop.config(name, steps=4, resume_every=2, **options))
+    while not isinstance(next(events), Checkpointed):
+        pass
+    events.close()
+
+
+def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
+    _interrupted(shop, "precious")
+    with pytest.raises(ConfigError, match=r"stopped at step 2: --resume goes on with it, --overwrite starts anew"):
+        shop.train("precious", steps=4)
+    assert shop.train("precious", steps=4, overwrite=True).of(Started) == [Started(0, 4)]
+    before = shop.config("precious").output.read_bytes()
+    with pytest.raises(ConfigError, match=r"precious\.safetensors: exists: give --overwrite to replace it"):
+        shop.train("precious", steps=1)
+    assert shop.config("precious").output.read_bytes() == before
+    assert shop.train("precious", steps=1, overwrite=True).of(Done)
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"lr": 2e-3}, r"--lr 0\.01 -> 0\.002"),
+        ({"steps": 5}, "--steps 4 -> 5"),
+        ({"ema": 0.9}, r"--ema 0\.0 -> 0\.9"),
+        ({"targets": "attention"}, "--targets"),
+        ({"dataset": "other"}, "the pictures or captions"),
+        ({"model_dir": "other"}, "the model's weights"),
+    ],
+)
+def test_a_changed_run_is_named_and_refused(shop: Workshop, options: dict[str, Any], fact: str, tmp_path: Path) -> None:
+    name = "changed-" + "-".join(options)
+    _interrupted(shop, name)
+    if "dataset" in options:
+        options = {"dataset": tiny.write_dataset(tmp_path / "data")}
+    if "model_dir" in options:
+        model = tiny.write_model_folder(tmp_path / "model")
+        file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors, metadata = safetensors.read(file)
+        scaled = {k: type(t).of(t.read() * (1.001 if k.endswith("to_q.weight") else 1)) for k, t in tensors.items()}
+        scaled = {k: type(t).of(t.read().astype("<f4")) for k, t in scaled.items()}
+        safetensors.write(tmp_path / "changed.safetensors", scaled, metadata)
+        shutil.move(tmp_path / "changed.safetensors", file)
+        options = {"model_dir": model}
+    given = {"steps": 4, "resume_every": 2, **options, "resume": True}
+    with pytest.raises(ConfigError, match=fact + ".*--resume-anyway goes on all the same"):
+        shop.train(name, **given)
+    if "targets" in options:
+        with pytest.raises(ConfigError, match="the saved run has other layers or another rank"):
+            shop.train(name, **given, resume_anyway=True)
+    else:
+        run = shop.train(name, **given, resume_anyway=True)
+        assert run.of(Started)[0].step == 2 and run.of(Done)
+
+
+def test_what_changes_no_result_may_change_on_resuming(shop: Workshop) -> None:
+    _interrupted(shop, "free")
+    options = {"save_every": 1, "keep_last": 1, "preview_prompt": "a fox", "preview_steps": 1, "resume": True}
+    free = shop.train("free", steps=4, **options)
+    assert free.bytes == shop.train("free-whole", steps=4).bytes
+
+
+def test_resuming_with_nothing_saved_starts_at_the_first_step(shop: Workshop) -> None:
+    run = shop.train("fresh", steps=2, resume=True)
+    assert run.of(Started) == [Started(0, 2)] and "nothing to resume yet" in run.notices
+
+
+def test_checkpoints_are_usable_files_and_only_the_last_are_kept(shop: Workshop) -> None:
+    run = shop.train("steps", steps=7, save_every=2, keep_last=2)
+    assert [path.name for path in run.saved] == [
+        "steps.step2.safetensors", "steps.step4.safetensors", "steps.step6.safetensors", "steps.safetensors"
+    ]  # fmt: skip
+    assert {p.name for p in shop.folder.glob("steps.step*")} == {
+        "steps.step4.safetensors", "steps.step4.lora.json", "steps.step6.safetensors", "steps.step6.lora.json"
+    }  # fmt: skip
+    step4 = shop.train("steps4", steps=4)
+    assert (shop.folder / "steps.step4.safetensors").read_bytes() == step4.bytes
+
+
+def test_two_runs_into_one_output_are_refused(shop: Workshop) -> None:
+    with (
+        RunFolder(shop.folder / "locked.safetensors").locked(),
+        pytest.raises(TrainingError, match=r"locked\.safetensors: another run is writing it"),
+    ):
+        shop.train("locked", steps=1)
+    assert shop.train("locked", steps=1).of(Done)
+
+
+def test_a_full_disk_is_foreseen_and_leaves_the_last_state(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    _interrupted(shop, "full")
+    monkeypatch.setattr(
+        zimage_ref.training.run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 + 1000)
+    )
+    fact = r"full\.run: the disk is full: .* MB are missing: make room and go on with --resume, from step 2"
+    with pytest.raises(TrainingError, match=fact):
+        shop.train("full", steps=4, resume=True)
+    monkeypatch.undo()
+    assert shop.train("full", steps=4, resume=True).bytes == shop.train("roomy", steps=4).bytes
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_last_state(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupted(shop, "filling")
+    synced, fsync = [], os.fsync
+
+    def fails(handle: int) -> None:
+        synced.append(handle)
+        if len(synced) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(TrainingError, match="the disk is full"):
+        shop.train("filling", steps=4, resume=True)
+    monkeypatch.undo()
+    assert shop.train("filling", steps=4, resume=True).of(Done)
+
+
+def launched(shop: Workshop, name: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`zimage train` in a process of its own."""
+    file = shop.folder / f"{name}.toml"
+    file.write_text(dump_options(shop.config(name, **options)), encoding="utf-8")
+    command = [sys.executable, "-m", "zimage_cli", "train", "--config", str(file), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _await(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int, code: int) -> None:
+    name, options = f"signal{number}", {"steps": 400, "save_every": 2}
+    process = launched(shop, name, **options)
+    _await(shop.folder / f"{name}.step2.safetensors", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    saved, _ = RunFolder(shop.folder / f"{name}.safetensors").latest()
+    assert saved is not None and 2 <= saved.step < 400
+    assert f"stopped after step {saved.step}\n" in err and "go on with --resume\n" in err
+    assert "Traceback" not in err and f"{name}.step2.safetensors" in out
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) -> None:
+    options = {"steps": 400, "resume_every": 1, "grad_accumulation": 80, "repeats": 80}  # steps last, with any BLAS
+    process = launched(shop, "impatient", **options)
+    _await(shop.folder / "impatient.run" / "resume" / "step1", process)
+    time.sleep(0.3)  # the second step has begun
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().endswith("error: interrupted")
+    saved, faults = RunFolder(shop.folder / "impatient.safetensors").latest()
+    assert saved is not None and saved.step == 1 and not faults
+
+
+def _killed(shop: Workshop, name: str, arguments: list[str], ready: Callable[[], bool], **options: Any) -> bool:
+    """Runs until `ready`, then kills it; False where it ended before."""
+    process = launched(shop, name, *arguments, **options)
+    while process.poll() is None and not ready():
+        time.sleep(0.0005)
+    process.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (0, -signal.SIGKILL), err
+    return process.returncode != 0
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_moments_and_resuming_changes_no_bit(shop: Workshop) -> None:
+    """Seven times while the cache is built, seven while a resume folder is written, else whenever."""
+    rng = random.Random(20)
+    options = {**EVERYTHING, "steps": 12}
+    began = time.monotonic()
+    assert not _killed(shop, "never", [], lambda: False, **options, cache=shop.folder / "never-cache")
+    length = time.monotonic() - began
+    expected = (shop.folder / "never.safetensors").read_bytes()
+    kills = {"cache": 0, "save": 0, "any": 0}
+    for trial in range(20):
+        name, cache = f"kill{trial}", shop.folder / f"kill{trial}-cache"
+        kind = ("cache", "save", "any")[trial % 3]
+        entries, saving = rng.randrange(1, 14), shop.folder / f"{name}.run/resume/.step{rng.choice((2, 4, 6, 8))}.tmp"
+        moment = time.monotonic() + rng.uniform(0.2, 0.8) * length
+        ready = {
+            "cache": lambda: len(list(cache.rglob("*.safetensors*"))) >= entries,  # noqa: B023
+            "save": lambda: saving.exists(),  # noqa: B023
+            "any": lambda: time.monotonic() > moment,  # noqa: B023
+        }[kind]
+        kills[kind] += _killed(shop, name, [], ready, **options, cache=cache)
+        assert not _killed(shop, name, ["--resume"], lambda: False, **options, cache=cache)
+        assert (shop.folder / f"{name}.safetensors").read_bytes() == expected, f"trial {trial}, {kind}"
+        assert not list(shop.folder.glob(f".{name}*")) and not list((shop.folder / f"{name}.run").rglob(".*"))
+        assert not list(cache.rglob(".*"))
+    print(kills)
+    assert kills["cache"] == 7 and kills["save"] >= 6 and kills["any"] >= 5  # a moment may come too late

@@ -1,0 +1,94 @@
+"""Qwen3 as a text encoder on MLX: token ids to the hidden states before the last layer.
+
+Source: modeling_qwen3.py of transformers; `hidden_states[-2]` of the official pipeline is the output of the last
+layer but one, before any final norm. Attribute names are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from zimage_ref.model.config import TextEncoderConfig
+
+from .ops import silu
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys and values, RMS-normed and rotated queries and keys."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, T, _ = x.shape
+        K, theta = self.config.head_dim, self.config.rope_theta
+        q = self.q_norm(self.q_proj(x).reshape(B, T, -1, K)).swapaxes(1, 2)  # (B, H, T, K)
+        k = self.k_norm(self.k_proj(x).reshape(B, T, -1, K)).swapaxes(1, 2)  # (B, fewer H, T, K)
+        v = self.v_proj(x).reshape(B, T, -1, K).swapaxes(1, 2)
+        q, k = (mx.fast.rope(a, K, traditional=False, base=theta, scale=1.0, offset=0) for a in (q, k))
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=K**-0.5, mask="causal")
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Pre-normed attention and feed-forward."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    """Embedding and all layers but the last."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config) for _ in range(config.used_layers)]
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        x = self.embed_tokens(ids)  # (B, T, hidden_size)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextEncoder(nn.Module):
+    """The encoder, its parameters under `model.` as in the checkpoint."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.model = Model(config)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """ids (T,) -> (T, hidden_size), or a batch (B, T) -> (B, T, hidden_size)."""
+        return self.model(ids[None])[0] if ids.ndim == 1 else self.model(ids)

@@ -1,0 +1,54 @@
+"""Parts of a module by name: found, replaced, put in place. Only what is named is gone through, not the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .parameters import Parameters
+
+
+def find(model: nn.Module, name: str) -> Any:
+    """The module called `name`, such as layers.0.attention.to_out.0, or the list or dict of modules."""
+    module: Any = model
+    for part in name.split("."):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
+def replace(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Puts each named module in its place in the tree."""
+    model.update_modules(tree_unflatten(list(modules)))
+
+
+def place(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Puts arrays in the places of parameters, by name."""
+    for name, array in arrays.items():
+        path, _, parameter = name.rpartition(".")
+        find(model, path)[parameter] = array
+
+
+@contextmanager
+def substituted(model: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[None]:
+    """`model` with other arrays as the parameters of these names, until the block ends."""
+    own = {name: find(model, name) for name in arrays}
+    place(model, arrays)
+    try:
+        yield
+    finally:
+        place(model, own)
+
+
+def trainable(model: nn.Module, owners: Iterable[str]) -> Parameters:
+    """The trainable parameters of the modules called `owners`, and of those below them, by name."""
+    found: Parameters = {}
+    for owner in owners:
+        modules: Any = tree_flatten(find(model, owner), f".{owner}", is_leaf=lambda part: isinstance(part, nn.Module))
+        for name, module in modules:
+            found |= dict(tree_flatten(module.trainable_parameters(), f".{name}"))
+    return found

@@ -1,0 +1,162 @@
+"""Weights from disk into MLX modules: one tensor at a time, in the layout and precision that MLX wants."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from zimage_ref.errors import WeightError, listing
+from zimage_ref.formats.npz import npy_header
+from zimage_ref.formats.quantize import Quantization, QuantizedTensor
+from zimage_ref.formats.tensors import BFLOAT16, Array, Tensor, Tensors
+
+from .quantized import QuantizedLinear
+
+_LARGE = 1 << 20  # bytes
+_READERS = 2  # threads; more were not faster
+# one for the life of the process: what MLX keeps for the stream of a thread outlives the thread
+_POOL = ThreadPoolExecutor(_READERS, "weights")
+_READS_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quantization | None = None) -> None:
+    """Fills every parameter of `model` from `tensors`, which must hold exactly these.
+
+    Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
+    WeightError where names or shapes differ. Beside what is loaded, memory holds three tensors on their way, never a
+    second copy of the model.
+    """
+    expected = dict(tree_flatten(model.parameters()))
+    if expected.keys() != tensors.keys():
+        raise WeightError(f"weights differ from the model in {listing(sorted(expected.keys() ^ tensors.keys()))}")
+    loaded, layers = [], []
+    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
+    for name, tensor in stored.items():
+        parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
+        layers.append(_quantized_linear(name, tensor.shape, tensor.quantization, parts))
+    for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
+        if quantization and quantization.covers(name, tensors[name].shape):
+            made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
+            parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
+            layers.append(_quantized_linear(name, tensors[name].shape, quantization, parts))
+            continue
+        if array.shape != expected[name].shape:
+            raise WeightError(f"{name} has shape {array.shape}, the model needs {expected[name].shape}")
+        mx.eval(array)
+        loaded.append((name, array))
+    model.update_modules(tree_unflatten(layers))
+    model.update(tree_unflatten(loaded))
+
+
+def _quantized_linear(
+    name: str, shape: Sequence[int], how: Quantization, parts: dict[str, mx.array]
+) -> tuple[str, QuantizedLinear]:
+    outputs, inputs = shape
+    layer = QuantizedLinear(inputs, outputs, bias=False, group_size=how.group_size, bits=how.bits)
+    mx.eval(parts)
+    layer.update(parts)
+    return name.removesuffix(".weight"), layer
+
+
+def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """Each of `tensors` by name, as `to_mlx` makes it, the next two being read meanwhile.
+
+    Most of the time goes into memory that is touched for the first time, one thread at a time, so two are faster.
+    """
+    if not _READS_ON_CPU:
+        yield from ((name, to_mlx(tensor, dtype)) for name, tensor in tensors.items())
+        return
+    waiting: deque[tuple[str, Future[mx.array | Array]]] = deque()
+
+    def first() -> tuple[str, mx.array]:
+        name, future = waiting.popleft()
+        read = future.result()
+        return name, _in_layout(read if isinstance(read, mx.array) else from_stored(read), dtype)
+
+    for name, tensor in tensors.items():
+        waiting.append((name, _POOL.submit(_read, tensor)))
+        if len(waiting) > _READERS:
+            yield first()
+    while waiting:
+        yield first()
+
+
+def _read(tensor: Tensor) -> mx.array | Array:
+    """The data of a tensor: a large one as MLX's own, which leaves Python to other threads while it is copied."""
+    stored = tensor.read()
+    if stored.nbytes < _LARGE or stored.dtype == np.float64:  # GPUs have no float64
+        return stored
+    file: Any = _Npy(stored)
+    # it is read when this returns; a stream set for a block would be set for all threads in some versions of MLX
+    return cast(mx.array, mx.load(file, format="npy", stream=mx.cpu))
+
+
+class _Npy(io.RawIOBase):
+    """An array as the .npy file that `mx.load` would read it from: MLX makes the memory, NumPy copies once."""
+
+    def __init__(self, stored: Array) -> None:
+        self._stored, self._header, self._position = stored, npy_header(Tensor.of(stored), 0), 0
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Some of the header, or all the data, as MLX asks for them."""
+        start, self._position = self._position, self._position + len(buffer)
+        if self._position <= len(self._header):
+            buffer[:] = self._header[start : self._position]
+        else:
+            np.copyto(np.frombuffer(buffer, self._stored.dtype).reshape(self._stored.shape), self._stored)
+        return len(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Where the next read begins, from the start."""
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("only from the start")
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
+
+
+def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
+    """A stored tensor as an MLX array: floats as `dtype`, packed integers as they are.
+
+    Convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I).
+    """
+    return _in_layout(from_stored(tensor.read()), dtype)
+
+
+def _in_layout(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    if array.ndim == 4:
+        array = mx.contiguous(array.transpose(0, 2, 3, 1))
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def from_stored(stored: Array) -> mx.array:
+    """An array as files hold it, bfloat16 included, as MLX's own."""
+    if stored.dtype == BFLOAT16:
+        return mx.array(np.ascontiguousarray(stored).view(np.uint16)).view(mx.bfloat16)
+    return mx.array(stored)
+
+
+def to_stored(array: mx.array) -> Array:
+    """The way back from `from_stored`."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(BFLOAT16)
+    return np.array(array)
+
+
+def to_numpy(array: mx.array) -> Array:
+    """A parameter as float32 in the layout of a checkpoint: the way back from `to_mlx`."""
+    if array.ndim == 4:
+        array = array.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(array.astype(mx.float32))

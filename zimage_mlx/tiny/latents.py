@@ -1,0 +1,69 @@
+"""The latents of the tiny autoencoder, measured and made more even.
+
+Trained on reconstruction alone, it gives colour, which one cell tells as well as all, hundreds of times the power of
+outlines; a denoiser would see outlines only in the last of its eight steps. A change of basis makes the powers of the
+directions their square roots. It is folded into the convolutions on both sides of the latents, and changes no picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from zimage_mlx.networks.vae import VAE
+from zimage_ref.formats.tensors import Array
+
+from .losses import to_signed
+
+_BATCH = 250
+
+
+def finish(vae: VAE, pictures: Array) -> None:
+    """Evens out the latents of `pictures` (N, H, W, 3) uint8; their mean and deviation become the factors."""
+    mean, variance = moments(vae, pictures)
+    basis = evening(mean)
+    _fold(vae, basis, variance)
+    even = mean @ basis.T
+    vae.config = replace(
+        vae.config, shift_factor=round(float(even.mean()), 5), scaling_factor=round(1 / float(even.std()), 5)
+    )
+
+
+def in_batches(pictures: Array) -> Iterator[Array]:
+    """`pictures` as many at a time as the autoencoder takes without strain."""
+    yield from (pictures[i : i + _BATCH] for i in range(0, len(pictures), _BATCH))
+
+
+def moments(vae: VAE, pictures: Array) -> tuple[Array, Array]:
+    """The posterior's mean of every cell (cells, C), and its variance (C,) over all of them."""
+    means, variances = [], []
+    for batch in in_batches(pictures):
+        h = vae.encoder(to_signed(mx.array(batch)))  # (B, h, w, 2C)
+        mean, log_variance = (np.array(part, np.float64).reshape(-1, part.shape[-1]) for part in mx.split(h, 2, -1))
+        means.append(mean)
+        variances.append(np.exp(log_variance).mean(0))
+    return np.concatenate(means), np.mean(variances, axis=0)
+
+
+def evening(latents: Array) -> Array:
+    """The symmetric matrix (C, C) after which every direction of `latents` (cells, C) has the root of its power."""
+    power, directions = np.linalg.eigh(np.cov(latents.T))
+    return np.asarray((directions * power**-0.25) @ directions.T)
+
+
+def _fold(vae: VAE, basis: Array, variance: Array) -> None:
+    """The encoder's last convolution gives basis @ latents, the decoder's first takes them.
+
+    In the new basis the posterior's variance is the same in every cell, what it was in the mean.
+    """
+    C = len(basis)
+    last, first = vae.encoder.conv_out, vae.decoder.conv_in
+    weight, bias = np.array(last.weight, np.float64), np.array(last.bias, np.float64)  # (2C, 3, 3, D), (2C,)
+    weight[:C], weight[C:] = np.einsum("oc,cyxd->oyxd", basis, weight[:C]), 0
+    bias[:C], bias[C:] = basis @ bias[:C], np.log(basis**2 @ variance)
+    last.weight, last.bias = mx.array(weight.astype(np.float32)), mx.array(bias.astype(np.float32))
+    back = np.array(first.weight, np.float64) @ np.linalg.inv(basis)  # (D, 3, 3, C)
+    first.weight = mx.array(back.astype(np.float32))

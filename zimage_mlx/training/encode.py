@@ -1,0 +1,101 @@
+"""Pictures and captions through the autoencoder and the text encoder, once: what training reads from disk.
+
+Memory holds one picture at a time whatever the size of the dataset, and one network at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from zimage_mlx.networks.weights import from_stored, to_stored
+from zimage_mlx.pipeline import ZImagePipeline
+from zimage_ref.errors import FormatError, TrainingError
+from zimage_ref.formats.files import disk_is_full, remove_stale
+from zimage_ref.formats.tensors import Array
+from zimage_ref.training.buckets import Size
+from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
+from zimage_ref.training.dataset import Example
+from zimage_ref.training.events import Encoded
+from zimage_ref.training.plan import TrainPlan
+
+_Work = tuple[Path, Callable[[], mx.array]]  # an entry, and what computes it
+
+
+class EncodedDataset:
+    """Latents and caption features of a plan's pictures, and of its previews' prompts."""
+
+    def __init__(self, plan: TrainPlan, pipeline: ZImagePipeline) -> None:
+        folder = plan.config.cache or plan.config.output.parent / "zimage-cache"
+        engine = f"mlx {mx.default_device().type} {pipeline.dtype}"
+        self._plan, self._pipeline = plan, pipeline
+        self._cache = TrainCache(folder, plan.model, engine, pipeline.quantization)
+
+    def build(self, rank: int = 0, ranks: int = 1) -> Iterator[Encoded]:
+        """Computes every entry that is missing or damaged; the networks are freed when their part is done.
+
+        Machines that share a disk begin at different places and find each other's entries.
+        """
+        remove_stale(self._cache.folder)
+        for what, network, work in (
+            ("captions", "text_encoder", self._caption_work()),
+            ("latents", "vae", self._latent_work()),
+        ):
+            first = rank * len(work) // ranks
+            for done, (path, compute) in enumerate(work[first:] + work[:first], start=1):
+                if not is_entry(path):
+                    self._write(path, to_stored(compute()), len(work) - done + 1)
+                yield Encoded(done, len(work), what)
+            self._pipeline.release(network)
+
+    def _write(self, path: Path, value: Array, left: int) -> None:
+        try:
+            write_entry(path, value)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            raise TrainingError(
+                f"{self._cache.folder}: the disk is full: about {left * value.nbytes / 1e6:,.1f} MB are missing: make "
+                f"room or give --cache on another disk"
+            ) from error
+
+    def latents(self, example: Example, size: Size, flip: bool = False) -> mx.array:
+        """(C, h, w) float32."""
+        return _read(self._cache.latents(example, size, flip))
+
+    def caption(self, text: str) -> mx.array:
+        """(T, cap_feat_dim) in the text encoder's precision."""
+        return _read(self._cache.caption(text))
+
+    def _caption_work(self) -> list[_Work]:
+        plan, config = self._plan, self._plan.config
+        texts = [example.caption for example in (*plan.examples, *plan.held_out)]
+        texts += config.preview_prompt
+        if config.caption_dropout or config.preview_prompt:
+            texts.append("")
+        return [(self._cache.caption(text), partial(self._encode_caption, text)) for text in dict.fromkeys(texts)]
+
+    def _latent_work(self) -> list[_Work]:
+        plan = self._plan
+        wanted = [(plan.examples[item.example], item.size) for item in plan.batches.items]
+        flips = (False, True) if plan.config.flip else (False,)
+        seen = [(example, size, flip) for example, size in wanted for flip in flips]
+        seen += [(example, size, False) for example, size in zip(plan.held_out, plan.held_out_sizes, strict=True)]
+        work = {self._cache.latents(*picture): partial(self._encode_picture, *picture) for picture in seen}
+        return list(work.items())
+
+    def _encode_caption(self, text: str) -> mx.array:
+        return self._pipeline.encode_prompt(text)
+
+    def _encode_picture(self, example: Example, size: Size, flip: bool) -> mx.array:
+        return self._pipeline.encode(example.pixels(*size, flip)[None])[0]  # of (1, 3, H, W)
+
+
+def _read(path: Path) -> mx.array:
+    try:
+        return from_stored(read_entry(path))
+    except FormatError as error:
+        raise TrainingError(f"{path}: the cache was changed during the run: go on with --resume: {error}") from error

@@ -1,0 +1,155 @@
+"""The LoRA as it learns: parameters, optimizer and average, one step at a time, whole state in and out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from zimage_mlx.device import number, on_gpu
+from zimage_mlx.lora import layers
+from zimage_mlx.networks.parameters import Parameters
+from zimage_mlx.networks.transformer import Transformer
+from zimage_mlx.networks.tree import place
+from zimage_ref.errors import ConfigError
+from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.updates import LoRA
+from zimage_ref.training.batches import INITIAL, RANKS, stream
+from zimage_ref.training.plan import TrainPlan
+
+from .feed import Feed
+from .gradient import LossAndGradients
+from .optimizer import Optimizer, averaged, clipped, learning_rate
+from .packing import Packing, Vectors
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    pictures: int
+    finite: bool
+
+
+class Learner:
+    """Trains the LoRA of a plan on a transformer, alone or with the other machines of a group."""
+
+    def __init__(
+        self, plan: TrainPlan, model: Transformer, feed: Feed, group: mx.distributed.Group, budget: float = math.inf
+    ) -> None:
+        """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
+        config = plan.config
+        self._plan, self._model, self._feed, self._group = plan, model, feed, group
+        layers.start(model, plan.layers, config.rank, config.alpha, stream(config.seed, INITIAL))
+        parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
+        self._packing = Packing(parameters)
+        self._vectors = self._packing.pack(parameters)
+        self._average = dict(self._vectors) if config.ema else {}
+        self._optimizer = Optimizer(config, self._packing, self._vectors)
+        self._differentiate = LossAndGradients(model, budget, compiled=on_gpu())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the LoRA in float32."""
+        return sum(vector.nbytes for vector in self._vectors.values())
+
+    def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
+        """Makes step `step`, from 0, on batches of items; changes nothing where loss or gradient is not finite."""
+        config = self._plan.config
+        loss, gradients = self._gradients(step, epoch, batches)
+        gradients, norm = clipped(gradients, config.grad_clip)
+        lr = learning_rate(self._plan, step)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self._vectors = self._optimizer.apply(self._vectors, gradients, lr)
+            if config.ema:
+                self._average = averaged(self._average, self._vectors, config.ema, step + 1)
+        return Outcome(loss, norm, lr, sum(map(len, batches)), finite)
+
+    @contextmanager
+    def result(self) -> Iterator[Transformer]:
+        """The transformer with the LoRA as it would be saved: the average, where there is one."""
+        self._use(self._average or self._vectors)
+        yield self._model
+
+    def factors(self) -> LoRA:
+        """The LoRA as it would be saved."""
+        with self.result() as model:
+            return layers.factors(model)
+
+    def state(self) -> dict[str, dict[str, Array]]:
+        """All that the next step depends on: lora, optimizer and, where there is one, ema."""
+        parts = {"lora": self._vectors, "ema": self._average}
+        matrices = {part: self._packing.unpack(vectors) for part, vectors in parts.items() if vectors}
+        arrays = {part: {k: np.array(v) for k, v in values.items()} for part, values in matrices.items()}
+        return {**arrays, "optimizer": self._optimizer.state()}
+
+    def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Takes up a state that `state` gave. Raises ConfigError where it is of another LoRA or optimizer."""
+        fresh = self.state()
+        for part, what in (("lora", "layers or another rank"), ("optimizer", "optimizer state")):
+            if _shapes(state[part]) != _shapes(fresh[part]):
+                raise ConfigError(
+                    f"{self._plan.config.output}: the saved run has other {what}: it cannot be resumed so"
+                )
+
+        def packed(part: str) -> Vectors:
+            return self._packing.pack({name: mx.array(array) for name, array in state[part].items()})
+
+        self._vectors = packed("lora")
+        self._average = packed("ema" if "ema" in state else "lora") if self._plan.config.ema else {}
+        self._optimizer.restore(state["optimizer"])
+
+    def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Vectors]:
+        """Loss and gradients, means over all pictures of the step, the same on every machine."""
+        mask = self._mask(step)
+        masked = {"lora_A": self._vectors["lora_A"], "lora_B": self._vectors["lora_B"] * mask}
+        self._use(masked, self._model.dtype)  # the branches work in the stream's dtype
+        pictures = sum(map(len, batches))
+        loss, gradients = mx.array(0.0), {factor: mx.zeros_like(vector) for factor, vector in masked.items()}
+        for batch in batches:
+            if own := self._own(batch):
+                part_loss, part = self._differentiate(self._feed.batch(epoch, own))
+                share, packed = len(own) / pictures, self._packing.pack(part)
+                loss = loss + share * part_loss
+                gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
+                mx.eval(loss, gradients)
+        if self._group.size() > 1:
+            loss = mx.distributed.all_sum(loss, group=self._group)
+            means: Any = nn.average_gradients(gradients, self._group)
+            gradients = {factor: mean * self._group.size() for factor, mean in means.items()}
+        return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
+
+    def _own(self, batch: Sequence[int]) -> Sequence[int]:
+        """This machine's share of a batch."""
+        rank, each = self._group.rank(), self._plan.config.batch_size
+        return batch[rank * each : (rank + 1) * each]
+
+    def _mask(self, step: int) -> mx.array | float:
+        """For every element of the Bs: 0 where its rank rests in `step`, more than 1 for the others."""
+        rest = self._plan.config.rank_dropout
+        if not rest:
+            return 1.0
+        rng = stream(self._plan.config.seed, RANKS, step)
+        rows = []
+        for shape in self._packing.shapes["lora_B"].values():
+            awake = rng.random((1, shape[1])) >= rest
+            rows.append(np.broadcast_to(awake / (1 - rest), shape).astype(np.float32).ravel())
+        return mx.array(np.concatenate(rows))
+
+    def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
+        place(self._model, self._packing.unpack(vectors, dtype))
+
+
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}

@@ -1,0 +1,17 @@
+"""The frozen base in the precision that a config asks for."""
+
+from __future__ import annotations
+
+from zimage_mlx.device import on_gpu
+from zimage_ref.formats.quantize import Quantization
+from zimage_ref.training.config import TrainConfig
+
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+
+
+def base_precision(config: TrainConfig) -> tuple[str, Quantization | None]:
+    """The dtype of the networks by name, and how the base is quantized, if it is."""
+    asked = config.base_precision
+    bits = int(asked) if asked in ("8", "4") else None
+    default = "bf16" if on_gpu() else "f32"
+    return _DTYPES.get(asked, _DTYPES[default]), Quantization(bits) if bits else None

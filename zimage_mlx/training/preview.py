@@ -1,0 +1,59 @@
+"""Pictures of prompts while training goes on: always from the same noise, so that they show what changes.
+
+Prompts are encoded before training; the autoencoder is in memory only while a preview is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from zimage_mlx.lora.adapter import TrainingAdapter
+from zimage_mlx.pipeline import ZImagePipeline
+from zimage_ref.generation.config import BASE, TURBO
+from zimage_ref.model.flow import starting_noise
+from zimage_ref.pictures.images import save_picture, to_picture, to_unit
+from zimage_ref.training.events import Previewed
+from zimage_ref.training.plan import TrainPlan
+
+from .encode import EncodedDataset
+from .learner import Learner
+
+
+class Previewer:
+    """Draws the previews of a plan."""
+
+    def __init__(
+        self, plan: TrainPlan, pipeline: ZImagePipeline, learner: Learner, adapter: TrainingAdapter, folder: Path
+    ) -> None:
+        self._plan, self._pipeline, self._learner, self._adapter = plan, pipeline, learner, adapter
+        self._folder = folder
+
+    def draw(self, step: int, data: EncodedDataset) -> Iterator[Previewed]:
+        """Draws every prompt with the LoRA as it would be saved, and without the training adapter."""
+        with self._adapter.removed(), self._learner.result():
+            drawn = [self._latents(index, prompt, data) for index, prompt in enumerate(self._prompts)]
+        for index, (prompt, latents) in enumerate(zip(self._prompts, drawn, strict=True)):
+            path = self._folder / f"step{step}-{index}.png"
+            save_picture(to_picture(to_unit(self._pipeline.decode(latents))), path)
+            yield Previewed(step, index, prompt, path)
+        self._pipeline.release("vae")
+
+    @property
+    def _prompts(self) -> tuple[str, ...]:
+        return self._plan.config.preview_prompt
+
+    def _latents(self, index: int, prompt: str, data: EncodedDataset) -> mx.array:
+        """(1, C, h, w) of the finished picture."""
+        config, model = self._plan.config, self._plan.model
+        defaults = TURBO if self._plan.turbo else BASE
+        steps = config.preview_steps or defaults.preview_steps
+        guidance = defaults.guidance if config.preview_guidance < 0 else config.preview_guidance
+        side = (config.preview_size or max(config.resolution)) // model.vae.factor
+        x = mx.array(starting_noise(config.seed + index, (model.transformer.in_channels, side, side)))[None]
+        captions = [data.caption(prompt)] + ([data.caption("")] if guidance else [])
+        for latest in self._pipeline.denoise(x, captions, steps, guidance):
+            x = latest
+        return x

@@ -1,0 +1,84 @@
+"""What a run leaves on disk: LoRA files that are usable at once, and folders to resume from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from zimage_ref import __version__
+from zimage_ref.lora.file import write_lora
+from zimage_ref.training.events import Checkpointed, Saved
+from zimage_ref.training.plan import TrainPlan
+from zimage_ref.training.run_folder import RunFolder
+
+from .learner import Learner
+
+
+class Saver:
+    """Saves the LoRA and the state of a learner."""
+
+    def __init__(self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: Mapping[str, Any]) -> None:
+        """facts: what the run is, kept in every resume folder."""
+        self._plan, self._run, self._learner, self._facts = plan, run, learner, facts
+
+    def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
+        """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept."""
+        factors = self._learner.factors()
+        ordered = {name: factors[name] for name in self._plan.layers}  # as they run
+        nbytes = self._learner.nbytes
+        with self._run.room_for(nbytes // 2):  # it is written as bfloat16
+            write_lora(path, ordered, self._record(step), self._plan.config.lora_format)
+        self._drop_old(step)
+        return event(path, step)
+
+    def state(self, step: int, progress: Mapping[str, Any]) -> Checkpointed:
+        """Writes all that `--resume` needs to go on after `step`, `progress` of the loop included."""
+        return Checkpointed(self._run.save(step, self._learner.state(), {**self._facts, **progress}), step)
+
+    def _drop_old(self, step: int) -> None:
+        keep, output = self._plan.config.keep_last, self._plan.config.output
+        numbered: dict[int, Path] = {}
+        for path in output.parent.glob(f"{output.stem}.step*.safetensors"):
+            number = path.name.removeprefix(f"{output.stem}.step").removesuffix(".safetensors")
+            if number.isdecimal() and int(number) <= step:
+                numbered[int(number)] = path
+        for number_ in sorted(numbered)[:-keep] if keep else ():
+            numbered[number_].unlink()
+            numbered[number_].with_suffix(".lora.json").unlink(missing_ok=True)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What a LoRA file says about itself."""
+        config, sides = self._plan.config, self._plan.config.resolution
+        trained = {target: target in config.targets or "all" in config.targets for target in _RECORDED}
+        return {
+            "base_model": config.model_dir.resolve().name,
+            "rank": config.rank,
+            "alpha": config.alpha,
+            **{f"target_{target}": on for target, on in trained.items()},
+            "steps": step,
+            "resolution": sides[0] if len(sides) == 1 else list(sides),
+            "timesteps": config.timesteps,
+            "trigger": config.trigger,
+            "training_adapter": config.training_adapter.name if config.training_adapter else "",
+            "dataset": self._facts["dataset"],
+        }
+
+
+_RECORDED = ("attention", "feed_forward", "refiners", "adaln")
+
+
+def environment() -> dict[str, str]:
+    """The software and the machine, for the record."""
+    return {
+        "zimage-mlx": __version__,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(mx.default_device()),
+    }

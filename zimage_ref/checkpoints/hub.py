@@ -1,0 +1,61 @@
+"""Models named by their repository on Hugging Face, such as Tongyi-MAI/Z-Image-Turbo (extra `hub`)."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+from zimage_ref.errors import BackendError, ConfigError
+
+TINY = "tiny"  # names the model inside this package, unless a folder has that name
+BUILT_IN = Path(__file__).parents[1] / "tiny" / "weights"
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ["*.json", "*.safetensors", "tokenizer/*"]
+
+
+def resolved(path: Path) -> Path:
+    """`path`, or the folder of the model that it names where there is no such path. Raises as `local_folder` does."""
+    return local_folder(path) if _is_name(path) else path
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of `model`: itself, that of the built-in model, or where the repository of that id is cached.
+
+    What is missing of a repository is downloaded.
+    Raises ConfigError if there is none, BackendError if the id needs a package that is not installed.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.as_posix() == TINY:
+        if not BUILT_IN.is_dir():
+            raise ConfigError(
+                f"{TINY}: this package holds no weights of the small model: make them with "
+                f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give --model-dir DIR"
+            )
+        return BUILT_IN
+    if not _is_name(path):
+        raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
+    name = path.as_posix()
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise BackendError(
+            f"{name}: is not a folder; to use it as a repository on Hugging Face: pip install 'zimage-mlx[hub]'"
+        ) from error
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError):
+        pass
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=_FILES))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        fact = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{name}: is neither a folder nor a repository that can be downloaded: {fact}") from error
+
+
+def _is_name(model: Path) -> bool:
+    name = model.as_posix()
+    return not model.exists() and (name == TINY or _REPOSITORY.fullmatch(name) is not None)

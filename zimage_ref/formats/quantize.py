@@ -1,0 +1,223 @@
+"""Affine quantization in MLX's layout: 4 or 8 bits a weight, a scale and a bias for each group of a row.
+
+    w = scale * q + bias          q: unsigned, packed into uint32 from the lowest bits up
+
+A quantized Linear layer is three tensors: X.weight (out, in * bits / 32) uint32, X.scales and X.biases (out, in /
+group).
+Bit for bit what `mx.quantize` and `mx.dequantize` compute on a CPU. Source: mlx/backend/cpu/quantized.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.errors import ConfigError, FormatError
+
+from .tensors import DTYPE_NAMES, FLOATS, Array, Tensor, cast, float_dtype, row_blocks
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+GROUP_SIZE = 64  # default, as MLX's
+
+# What follows the block's name in the layers that stand it; embedders, adaLN, final layer and norms stay as they are
+_SUFFIXES = (
+    ".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight", ".attention.to_out.0.weight",
+    ".feed_forward.w1.weight", ".feed_forward.w2.weight", ".feed_forward.w3.weight",
+    ".self_attn.q_proj.weight", ".self_attn.k_proj.weight", ".self_attn.v_proj.weight", ".self_attn.o_proj.weight",
+    ".mlp.gate_proj.weight", ".mlp.up_proj.weight", ".mlp.down_proj.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a file is quantized. Raises ConfigError for what MLX does not offer."""
+
+    bits: int
+    group_size: int = GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("bits", self.bits, BITS), ("group size", self.group_size, GROUP_SIZES)):
+            if value not in known:
+                raise ConfigError(f"quantization: {name} {value!r} must be one of {', '.join(map(str, known))}")
+
+    def covers(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the parameter `name` is quantized: a big matrix of a block, in whole groups."""
+        return len(shape) == 2 and name.endswith(_SUFFIXES) and shape[1] % self.group_size == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file's record."""
+        return {"mode": "affine", "bits": self.bits, "group_size": self.group_size}
+
+    @classmethod
+    def from_json(cls, data: Any, source: Path) -> Quantization:
+        """From a file's record. Raises FormatError naming `source`."""
+        if not isinstance(data, dict) or data.get("mode", "affine") != "affine":
+            raise FormatError(f"{source}: its record has a quantization this program does not know: {data!r}")
+        try:
+            return cls(data.get("bits", 0), data.get("group_size", 0))
+        except ConfigError as error:
+            raise FormatError(f"{source}: {error}") from error
+
+
+@dataclass(frozen=True)
+class QuantizedTensor(Tensor):
+    """A matrix stored quantized; shape and dtype are those of the weights that `read` makes of it."""
+
+    packed: Tensor = Tensor((), np.dtype("<u4"), lambda: np.zeros((), "<u4"))
+    scales: Tensor = packed
+    biases: Tensor = packed
+    quantization: Quantization = Quantization(BITS[0])
+
+    @classmethod
+    def of_parts(cls, packed: Tensor, scales: Tensor, biases: Tensor, how: Quantization) -> QuantizedTensor:
+        """The tensor of which these three are stored."""
+
+        def read() -> Array:
+            return dequantized(packed.read(), scales.read(), biases.read(), how)
+
+        shape = (packed.shape[0], packed.shape[1] * 32 // how.bits)
+        return cls(shape, scales.dtype, read, f"q{how.bits}", packed, scales, biases, how)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What is stored, by the last part of its name."""
+        return {"weight": self.packed, "scales": self.scales, "biases": self.biases}
+
+    def cast(self, name: str | None) -> Tensor:
+        """With scales and biases, and therefore weights, in another float dtype."""
+        return self.of_parts(self.packed, self.scales.cast(name), self.biases.cast(name), self.quantization)
+
+    def plain(self, name: str | None = None) -> Tensor:
+        """An ordinary tensor of the dequantized weights, computed in the dtype `name`."""
+        tensor = self.cast(name)
+        return Tensor(tensor.shape, tensor.dtype, tensor.read)
+
+
+def fold(tensors: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file with each quantized layer's three as one. Raises FormatError where they do not fit."""
+    if "quantization" not in record:
+        return dict(tensors)
+    how = Quantization.from_json(record["quantization"], path)
+    folded = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        layer = name.removesuffix(".scales")
+        parts = [folded.pop(f"{layer}.{part}", None) for part in ("scales", "biases")]
+        packed = tensors.get(f"{layer}.weight")
+        scales, biases = parts
+        if packed is None or scales is None or biases is None:
+            raise FormatError(f"{path}: {layer} lacks one of weight, scales and biases of a quantized layer")
+        groups = packed.shape[-1] * 32 // (how.bits * how.group_size) if packed.shape else 0
+        if (
+            len(packed.shape) != 2
+            or DTYPE_NAMES[packed.dtype] != "u32"
+            or not scales.shape == biases.shape == (packed.shape[0], groups)
+            or packed.shape[1] * 32 != groups * how.group_size * how.bits
+            or scales.dtype != biases.dtype
+            or DTYPE_NAMES[scales.dtype] not in FLOATS
+        ):
+            raise FormatError(
+                f"{path}: {layer} has weight {packed.shape}, scales {scales.shape}, biases {biases.shape}, "
+                f"which are not {how.bits} bits in groups of {how.group_size}"
+            )
+        folded[f"{layer}.weight"] = QuantizedTensor.of_parts(packed, scales, biases, how)
+    return folded
+
+
+def unfold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file stores them: three for each quantized one."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            stored.update({f"{name.removesuffix('weight')}{part}": t for part, t in tensor.parts.items()})
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def quantized(tensor: Tensor, how: Quantization, keep: bool = False) -> QuantizedTensor:
+    """`tensor` (out, in), to be quantized when it is read; scales and biases get its dtype.
+
+    The three parts, read one after the other, are computed once; with `keep` they stay in memory from then on.
+    """
+    rows, columns = tensor.shape
+    memory: dict[str, Array] = {}
+
+    def part(name: str) -> Array:
+        if name not in memory:
+            memory.update(zip(("weight", "scales", "biases"), quantize(tensor.read(), how), strict=True))
+        return memory[name] if keep else memory.pop(name)
+
+    words, groups = columns * how.bits // 32, columns // how.group_size
+    packed = Tensor((rows, words), np.dtype("<u4"), partial(part, "weight"))
+    scales = Tensor((rows, groups), tensor.dtype, partial(part, "scales"))
+    biases = Tensor((rows, groups), tensor.dtype, partial(part, "biases"))
+    return QuantizedTensor.of_parts(packed, scales, biases, how)
+
+
+def quantize(weight: Array, how: Quantization) -> tuple[Array, Array, Array]:
+    """Packed weights, scales and biases of `weight` (out, in)."""
+    rows, columns = weight.shape
+    packed = np.empty((rows, columns * how.bits // 32), "<u4")
+    scales = np.empty((rows, columns // how.group_size), weight.dtype)
+    biases = np.empty_like(scales)
+    for block in row_blocks(weight.shape):
+        packed[block], scale, bias = _quantize(cast(weight[block], np.dtype("<f4")), how)
+        scales[block], biases[block] = cast(scale, weight.dtype), cast(bias, weight.dtype)
+    return packed, scales, biases
+
+
+def _quantize(weight: Array, how: Quantization) -> tuple[Array, Array, Array]:
+    groups = weight.reshape(len(weight), -1, how.group_size)  # (out, in / group, group)
+    levels = np.float32(2**how.bits - 1)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    below = np.abs(low) > np.abs(high)
+    step = np.maximum((high - low) / levels, np.float32(1e-7))
+    step = np.where(below, step, -step)
+    edge = np.where(below, low, high)  # the value of largest magnitude, which is to be met exactly
+    level = np.rint(edge / step)
+    step = np.where(level != 0, edge / np.where(level != 0, level, 1), step)
+    bias = np.where(level == 0, np.float32(0), edge)
+    q = np.clip(np.rint((groups - bias) / step), 0, levels).astype(np.uint8).reshape(len(weight), -1)
+    if how.bits == 4:
+        q = q[:, ::2] | q[:, 1::2] << 4
+    return np.ascontiguousarray(q).view("<u4"), step[..., 0], bias[..., 0]
+
+
+def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) -> Array:
+    """The weights (out, in), in the dtype of `scales`; product and sum are each rounded to it."""
+    dtype = scales.dtype
+    wide = dtype if DTYPE_NAMES[dtype] in ("f32", "f64") else float_dtype("f32")
+    weight = np.empty((len(packed), scales.shape[1] * how.group_size), dtype)
+    for block in row_blocks(weight.shape):
+        q = np.ascontiguousarray(packed[block]).view(np.uint8)
+        if how.bits == 4:
+            q = np.stack([q & 0xF, q >> 4], axis=-1)
+        q = q.reshape(len(q), -1, how.group_size).astype(wide)
+        scale, bias = (cast(part[block], wide)[..., None] for part in (scales, biases))
+        product = cast(cast(q * scale, dtype), wide)
+        weight[block] = cast(product + bias, dtype).reshape(len(q), -1)
+    return weight
+
+
+def without_quantization(tensors: Mapping[str, Tensor], dtype: str | None = None) -> dict[str, Tensor]:
+    """The tensors, quantized ones to be dequantized in the dtype `dtype` when they are read."""
+    return {n: t.plain(dtype) if isinstance(t, QuantizedTensor) else t for n, t in tensors.items()}
+
+
+def quantize_all(tensors: Mapping[str, Tensor], how: Quantization, keep: bool = False) -> dict[str, Tensor]:
+    """The tensors of a model by official name, with those that `how` covers to be quantized when they are read.
+
+    What is quantized already stays as it is.
+    """
+    return {
+        name: quantized(tensor, how, keep)
+        if how.covers(name, tensor.shape) and not isinstance(tensor, QuantizedTensor)
+        else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,103 @@
+"""safetensors files: tensors mapped from disk, and a writer that streams them.
+
+The format is an 8-byte little-endian header length, a JSON header, then the data. The safetensors library judges
+whether a header is valid; what it does not expose (offsets, bfloat16 without torch) is read here.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
+
+from zimage_ref.errors import FormatError
+
+from .files import MappedFile, atomic_write
+from .tensors import DTYPES, Tensor, Tensors, write_data
+
+_TAGS = {
+    "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "I32": "i32", "I16": "i16",
+    "I8": "i8", "U64": "u64", "U32": "u32", "U16": "u16", "U8": "u8", "BOOL": "bool",
+}  # fmt: skip
+_TAG_OF = {DTYPES[name]: tag for tag, name in _TAGS.items()}
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of `path` in the order they are stored, and its metadata.
+
+    Raises FormatError for anything that is not a whole, valid safetensors file of known dtypes.
+    """
+    try:
+        with safe_open(path, framework="np"):  # validates lengths, offsets and overlaps
+            pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FormatError(f"{path}: not a valid safetensors file: {error}") from error
+    file = MappedFile(path)
+    start = 8 + int.from_bytes(file.bytes(0, 8), "little")
+    header = json.loads(file.bytes(8, start - 8))
+    metadata = header.pop("__metadata__", None) or {}
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return {name: _tensor(file, start, name, entry) for name, entry in entries}, metadata
+
+
+def _tensor(file: MappedFile, start: int, name: str, entry: dict[str, Any]) -> Tensor:
+    if entry["dtype"] not in _TAGS:
+        raise FormatError(f"{file.path}: {name} has dtype {entry['dtype']}, which this program cannot read")
+    dtype = DTYPES[_TAGS[entry["dtype"]]]
+    shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+    return Tensor(shape, dtype, partial(file.array, offset, shape, dtype))
+
+
+def write(
+    path: Path,
+    tensors: Tensors,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes `tensors` to `path`, one at a time, calling `progress` with bytes as they go; whole or not at all."""
+    with atomic_write(path) as file:
+        write_to(file, tensors, metadata, progress)
+
+
+def write_to(
+    file: BinaryIO,
+    tensors: Tensors,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """`write` for a file that is open."""
+    ordered = _aligned_order(tensors)
+    file.write(header_of(dict(ordered), metadata))
+    for _, tensor in ordered:
+        write_data(tensor, file.write, progress)
+
+
+def header_of(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a file begins with, before the data of `tensors` in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _TAG_OF[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _aligned_order(tensors: Tensors) -> list[tuple[str, Tensor]]:
+    """The tensors as they come if that puts each at a multiple of its item's size, else the widest items first."""
+    offset = 0
+    for tensor in tensors.values():
+        if offset % tensor.dtype.itemsize:
+            return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+        offset += tensor.nbytes
+    return list(tensors.items())

@@ -1,0 +1,145 @@
+"""A tensor in a file, and what its bytes mean.
+
+NumPy has no bfloat16. In this project an array of dtype '|V2' *is* bfloat16, as in the .npz files that MLX writes:
+two opaque bytes, the upper half of a float32. Only this file knows how to turn it into numbers and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zimage_ref.errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+BFLOAT16 = np.dtype("V2")
+
+# Every dtype a weight may have, by the short name that files, options and tables use
+DTYPES: dict[str, np.dtype[Any]] = {
+    "f64": np.dtype("<f8"),
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "bf16": BFLOAT16,
+    "i64": np.dtype("<i8"),
+    "i32": np.dtype("<i4"),
+    "i16": np.dtype("<i2"),
+    "i8": np.dtype("i1"),
+    "u64": np.dtype("<u8"),
+    "u32": np.dtype("<u4"),
+    "u16": np.dtype("<u2"),
+    "u8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("f64", "f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype of a tensor, known before its data is touched; `read()` gives the data.
+
+    What `read` returns may be a read-only view of a memory-mapped file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], Array]
+    storage: str = ""  # what the file holds where that is not `dtype`, such as a quantized format
+
+    @property
+    def stored_as(self) -> str:
+        """The dtype's short name, or the quantized format that the file holds."""
+        return self.storage or DTYPE_NAMES.get(self.dtype, str(self.dtype))
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data in the stored dtype."""
+        return self.size * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, array: Array) -> Tensor:
+        """An array in memory, seen as a stored tensor."""
+        return cls(array.shape, array.dtype, lambda: array)
+
+    def cast(self, name: str | None) -> Tensor:
+        """The same tensor in the float dtype `name` (f32, f16, bf16, f64); None, or integers: unchanged."""
+        if name is None:
+            return self
+        dtype = float_dtype(name)
+        if DTYPE_NAMES.get(self.dtype) not in FLOATS or dtype == self.dtype:
+            return self
+        return Tensor(self.shape, dtype, lambda: cast(self.read(), dtype))
+
+    def view(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Tensor:
+        """A tensor of `shape` that `change` makes of this one's data when it is read."""
+        return Tensor(shape, self.dtype, lambda: change(self.read()))
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def float_dtype(name: str) -> np.dtype[Any]:
+    """The dtype that `name` (f64, f32, f16, bf16) stands for. Raises ConfigError for any other name."""
+    if name not in FLOATS:
+        raise ConfigError(f"unknown dtype {name!r}: known are {', '.join(FLOATS)}")
+    return DTYPES[name]
+
+
+_CHUNK = 1 << 20  # bytes
+_BLOCK = 1 << 18  # elements converted at a time: temporaries stay small, and in the cache
+
+
+def cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    """`array` in another float dtype. To bfloat16 it rounds to nearest, ties to even; NaN stays NaN."""
+    if array.dtype == dtype or not array.ndim or array.size <= _BLOCK:
+        return _cast(array, dtype)
+    result = np.empty(array.shape, dtype)
+    for rows in row_blocks(array.shape):
+        result[rows] = _cast(array[rows], dtype)
+    return result
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices of the first axis that together cover an array of `shape` in blocks of bounded size."""
+    if not shape:
+        return iter(((),))
+    step = max(1, _BLOCK * shape[0] // max(1, prod(shape)))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Callable[[int], None]) -> None:
+    """Hands the bytes of `tensor` in C order to `write`, a cache's worth at a time, and their number to `progress`."""
+    flat = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
+    for start in range(0, len(flat), _CHUNK):
+        progress(write(flat[start : start + _CHUNK]))
+
+
+def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    if array.dtype == dtype:
+        return array
+    if array.dtype == BFLOAT16:
+        bits = np.ascontiguousarray(array).view("<u2").astype("<u4")
+        return (bits << 16).view("<f4").reshape(array.shape).astype(dtype, copy=False)
+    if dtype == BFLOAT16:
+        return _round_to_bfloat16(array)
+    with np.errstate(over="ignore"):  # float16 overflows to infinity, as every other tool's does
+        return array.astype(dtype)
+
+
+def _round_to_bfloat16(array: Array) -> Array:
+    values = np.ascontiguousarray(array, dtype="<f4")
+    bits = values.view("<u4")
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    rounded = np.where(np.isnan(values), (bits >> 16) | 0x0040, rounded)  # rounding could turn NaN into infinity
+    return rounded.astype("<u2").view(BFLOAT16).reshape(array.shape)

@@ -1,0 +1,175 @@
+"""From what was asked for to what will be done: every choice made, every picture read, before any weights are.
+
+What a user leaves open is decided by the checkpoint's scheduler (steps, guidance, shift: it tells Turbo from the base
+model) and by the picture to start from (size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.errors import ConfigError
+from zimage_ref.formats.tensors import Array
+from zimage_ref.model.config import SchedulerConfig
+from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
+from zimage_ref.pictures.images import Picture, Source, fit, fit_mask, read_mask, to_rgb
+
+from .config import BASE, DEFAULT_SIDE, IMAGE_STRENGTH, MASK_STRENGTH, TURBO, GenerateConfig, check_area, shrunk
+from .samplers import Guidance
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make."""
+
+    config: GenerateConfig  # everything decided: None only where there is no picture to start from
+    width: int  # pixels
+    height: int
+    sigmas: tuple[float, ...]  # from where it starts down to 0
+    guidance: Guidance
+    noise: Array  # (C, h, w) float32
+    picture: Picture | None  # to start from, at the size of the result
+    mask: Array | None  # (height, width) boolean, True is painted anew
+
+    def latent_mask(self, h: int, w: int) -> Array | None:
+        """The mask on latents, (h, w) float32: 1 wherever a pixel of the cell is to be painted anew."""
+        if self.mask is None:
+            return None
+        rows, columns = (side // cells for side, cells in zip(self.mask.shape, (h, w), strict=True))
+        return np.asarray(self.mask.reshape(h, rows, w, columns).any(axis=(1, 3)), np.float32)
+
+    def batches_with(self, other: Request) -> bool:
+        """Whether both can be denoised in one batch: they differ in words and noise alone."""
+        return _wordless(self.config) == _wordless(other.config)
+
+
+def configs(prompt: str | Sequence[str], seed: int | Sequence[int], **options: Any) -> list[GenerateConfig]:
+    """A config for each prompt, picture i with seed + i; with a list of seeds, for each prompt with each seed."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if isinstance(seed, Sequence):
+        pairs = [(text, one) for text in prompts for one in seed]
+    else:
+        pairs = [(text, seed + i) for i, text in enumerate(prompts)]
+    return [GenerateConfig(prompt=text, seed=one, **options) for text, one in pairs]
+
+
+def plan(configs: Sequence[GenerateConfig], folder: ModelFolder) -> list[Request]:
+    """What to do for each of `configs` with the model in `folder`.
+
+    Raises ConfigError for what does not fit the model or itself, DatasetError for a picture that cannot be read.
+    """
+    if not configs:
+        raise ConfigError("at least one prompt is needed")
+    requests: list[Request] = []
+    for i, config in enumerate(configs):
+        if i and _wordless(config) == _wordless(configs[i - 1]):  # pictures are read, and later encoded, once
+            last = requests[-1]
+            own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
+            requests.append(replace(last, config=own, noise=starting_noise(config.seed, last.noise.shape)))
+        else:
+            requests.append(_request(config, folder))
+    return requests
+
+
+def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+    """The requests in order, in runs of at most `size` that can be denoised together."""
+    run: list[Request] = []
+    for request in requests:
+        if run and (len(run) == size or not run[0].batches_with(request)):
+            yield run
+            run = []
+        run.append(request)
+    if run:
+        yield run
+
+
+def _wordless(config: GenerateConfig) -> GenerateConfig:
+    return replace(config, prompt="", negative_prompt="", seed=0)
+
+
+def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:
+    """Width and height: as asked, else in the shape of `picture`, else the default."""
+    width, height = config.width, config.height
+    if picture is None:
+        return width or DEFAULT_SIDE, height or DEFAULT_SIDE
+    if width and not height:
+        height = shrunk(width, width * picture.height / picture.width)[1]
+    elif height and not width:
+        width = shrunk(height * picture.width / picture.height, height)[0]
+    return (width, height) if width and height else shrunk(*picture.size)
+
+
+def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
+    picture = None if config.init_image is None else to_rgb(config.init_image)
+    white = None if config.mask is None or picture is None else _mask(config.mask, config, picture)
+    width, height = _size(config, picture)
+    _check_size(width, height, folder)
+    config = replace(_decided(config, folder.scheduler), width=width, height=height)
+    painted = None if white is None else fit_mask(white, width, height, config.fit)
+    if painted is not None and not painted.any():
+        raise ConfigError(f"--mask {_named(config.mask)} is black: paint white what is to be made anew")
+    shape = (folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor)
+    return Request(
+        config=config,
+        width=width,
+        height=height,
+        sigmas=_sigmas(config, folder, width * height),
+        guidance=Guidance(config.guidance or 0.0, config.cfg_normalization, config.cfg_truncation),
+        noise=starting_noise(config.seed, shape),
+        picture=None if picture is None else fit(picture, width, height, config.fit),
+        mask=painted,
+    )
+
+
+def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConfig:
+    """`config` with steps, guidance and strength. Raises ConfigError where the whole does not fit together."""
+    defaults, strength = TURBO if is_turbo(scheduler) else BASE, config.strength
+    if strength is None and config.init_image is not None:
+        strength = IMAGE_STRENGTH if config.mask is None else MASK_STRENGTH
+    return replace(
+        config,
+        steps=defaults.steps if config.steps is None else config.steps,
+        guidance=defaults.guidance if config.guidance is None else config.guidance,
+        strength=strength,
+    )
+
+
+def _mask(source: Source, config: GenerateConfig, picture: Picture) -> Picture:
+    mask = read_mask(source)
+    if mask.size != picture.size:
+        raise ConfigError(
+            f"--mask {_named(source)} is {mask.width} x {mask.height}, --init-image {_named(config.init_image)} "
+            f"{picture.width} x {picture.height}: they must be of one size"
+        )
+    return mask
+
+
+def _named(source: object) -> str:
+    return "(a picture in memory)" if isinstance(source, Picture) else str(source)
+
+
+def _check_size(width: int, height: int, folder: ModelFolder) -> None:
+    multiple = folder.size_multiple
+    longest = multiple * min(folder.transformer.axes_lens[1:])
+    for side in (width, height):
+        if side % multiple:
+            raise ConfigError(f"width and height must be multiples of {multiple} for {folder.path}, not {side}")
+        if side > longest:
+            raise ConfigError(f"width and height must be at most {longest} for {folder.path}, not {side}")
+    check_area(width, height)
+
+
+def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int) -> tuple[float, ...]:
+    scheduler = folder.scheduler
+    if config.shift is not None:
+        scheduler = replace(scheduler, shift=config.shift, use_dynamic_shifting=False)
+    steps, strength = config.steps or TURBO.steps, 1.0 if config.strength is None else config.strength
+    schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength)
+    if len(schedule) < 2:
+        raise ConfigError(f"--strength {strength:g} leaves none of {steps} steps to make: give more of it")
+    return tuple(schedule)

@@ -1,0 +1,95 @@
+"""Samplers: from noise to a picture along a list of sigmas, whatever predicts it.
+
+    euler     x' = x + (sigma' - sigma) velocity                                    1 prediction a step, order 1
+    heun      the same with the mean of the velocities at both ends                 2 predictions a step, order 2
+    dpm++2m   exact for a prediction of x_0 linear in log-SNR, from the last two    1 prediction a step, order 2
+
+Sources: FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler and DPMSolverMultistepScheduler (midpoint) of
+diffusers; DPM-Solver++, arXiv 2211.01095; guidance as in pipeline_z_image.py of diffusers. The functions take NumPy or
+MLX arrays alike and only do arithmetic on them. Signs and times: `model.flow`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from zimage_ref.model.flow import euler_step, guided, model_time, predicted_picture
+
+Predict = Callable[[Any, float], Any]  # x (B, C, h, w) and sigma -> the guided raw output
+Blend = Callable[[Any, float], Any]  # x and the sigma that it has come to -> x, what must be kept put back
+Sampler = Callable[[Any, Sequence[float], Predict, Blend], Iterator[tuple[Any, Any]]]
+
+
+def euler(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Iterator[tuple[Any, Any]]:
+    """Yields x (B, C, h, w) after each step, and the picture that was predicted on the way."""
+    for sigma, next_sigma in pairwise(sigmas):
+        raw = predict(x, sigma)
+        x_0 = predicted_picture(x, raw, sigma)
+        x = blend(euler_step(x, raw, sigma, next_sigma), next_sigma)
+        yield x, x_0
+
+
+def heun(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Iterator[tuple[Any, Any]]:
+    """As `euler`; the last step, to sigma 0, is an Euler step."""
+    for sigma, next_sigma in pairwise(sigmas):
+        raw = predict(x, sigma)
+        x_0 = predicted_picture(x, raw, sigma)
+        if next_sigma > 0:
+            raw = (raw + predict(euler_step(x, raw, sigma, next_sigma), next_sigma)) / 2
+        x = blend(euler_step(x, raw, sigma, next_sigma), next_sigma)
+        yield x, x_0
+
+
+def dpmpp_2m(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Iterator[tuple[Any, Any]]:
+    """As `euler`; the first step and the last, where log-SNR is infinite, are of order 1, which is an Euler step."""
+    previous, previous_width = None, math.inf
+    for sigma, next_sigma in pairwise(sigmas):
+        x_0 = predicted_picture(x, predict(x, sigma), sigma)
+        width = _log_snr(next_sigma) - _log_snr(sigma)  # infinite at both ends
+        target = x_0
+        if previous is not None and math.isfinite(width):
+            target = x_0 + width / (2 * previous_width) * (x_0 - previous)  # nothing of it after an infinite step
+        ratio = next_sigma / sigma
+        x = blend(ratio * x + (1 - ratio) * target, next_sigma)
+        previous, previous_width = x_0, width
+        yield x, x_0
+
+
+def _log_snr(sigma: float) -> float:
+    """log(alpha / sigma), alpha = 1 - sigma: the lambda of DPM-Solver++."""
+    if sigma <= 0:
+        return math.inf
+    return math.log(model_time(sigma) / sigma) if sigma < 1 else -math.inf
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpm++2m": dpmpp_2m}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance with the two brakes of the official pipeline."""
+
+    scale: float  # 0 is none
+    normalization: float = 0.0  # a guided prediction is at most this many times as long as the plain one; 0: no limit
+    truncation: float = 1.0  # from this model time on there is no guidance
+
+    def active(self, sigma: float) -> bool:
+        """Whether the prediction at `sigma` is guided."""
+        return self.scale > 0 and model_time(sigma) <= self.truncation
+
+    def __call__(self, positive: Any, negative: Any) -> Any:
+        """The guided raw output of two (B, C, h, w)."""
+        raw = guided(positive, negative, self.scale)
+        if not self.normalization:
+            return raw
+        ratio = self.normalization * (_square_norm(positive) / _square_norm(raw)) ** 0.5  # (B, 1, 1, 1)
+        too_long = ratio < 1
+        return raw * (ratio * too_long + (1 - too_long))
+
+
+def _square_norm(x: Any) -> Any:
+    return (x * x).sum(axis=(1, 2, 3), keepdims=True)

@@ -1,0 +1,228 @@
+"""LoRA files: any dialect of `keys` is read, whole or not at all; those of `namings` are written.
+
+Every tensor of a file is used or named in an error. Fused modules (qkv) become the official layers on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.errors import ConfigError, WeightError, listing
+from zimage_ref.formats import npz, safetensors
+from zimage_ref.formats.checkpoint import SUFFIXES, Checkpoint
+from zimage_ref.formats.files import atomic_write, check_writable
+from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
+from zimage_ref.model.parameters import Shapes
+
+from .alpha import PEFT_METADATA, Scale, scales, sidecar
+from .keys import OFFICIAL_PATCH_KEY, SOFTWARE, Key, other_model, parse
+from .namings import NAMINGS, spelled
+from .parts import Parts, bias_of, same_matrices, split, update_of
+from .updates import BIAS, LoRA, Update, rank
+
+Modules = dict[tuple[str, ...], Parts]  # official layers -> the tensors of the module that stands for them
+
+
+_KINDS = {"LowRank": "LoRA", "Kronecker": "LoKr", "Hadamard": "LoHa", "Dense": "full difference"}  # as people say
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A LoRA, and how its file put it."""
+
+    path: Path
+    updates: LoRA
+    dialect: str  # such as "kohya (lora_unet_*.lora_down/up, fused qkv)"
+    alpha_from: str  # where the strength was found
+    dtype: str  # that most of the numbers are stored in
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many updates of each kind: LowRank, Dense, Kronecker, Hadamard, DoRA."""
+        return dict(Counter(type(update).__name__ for update in self.updates.values()))
+
+    @property
+    def ranks(self) -> list[int]:
+        """Every rank that occurs, ascending."""
+        return sorted({r for update in self.updates.values() if (r := rank(update)) is not None})
+
+    @property
+    def scales(self) -> list[float]:
+        """Every effective scale (alpha / rank) that occurs, ascending."""
+        return sorted({update.scale for update in self.updates.values()})
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know of the file, by name."""
+        return {
+            "dialect": self.dialect,
+            "modules": ", ".join(f"{count} {_KINDS.get(kind, kind)}" for kind, count in self.kinds.items()),
+            "rank": ", ".join(map(str, self.ranks)) or "none",
+            "scale": ", ".join(f"{scale:g}" for scale in self.scales),
+            "alpha from": self.alpha_from,
+            "dtype": self.dtype,
+        }
+
+
+def read_lora(path: Path, parameters: Shapes | None = None) -> LoRAFile:
+    """The LoRA in `path`, a file or a folder that holds one, for a transformer with `parameters` (None: any Z-Image).
+
+    Raises FormatError for what is not a file of tensors, WeightError naming each key that is unknown, or whose
+    layer, shape or other half is not there, ConfigError where the JSON that holds its alpha is unusable.
+    """
+    file = Checkpoint.open(path)
+    keys = _parsed(file, parameters)
+    modules = _modules(file, keys)
+    style = _main(key.style for key in keys.values() if key.style)
+    prefix = next(iter(keys.values())).prefix
+    alpha_from, default_scale = _alpha(file, modules, prefix, style)
+
+    single: LoRA = {}
+    fused: LoRA = {}
+    for layers, parts in modules.items():
+        _check_layers(parts, layers, parameters)
+        home = single if len(layers) == 1 else fused
+        home |= _updates(parts, layers, parameters, default_scale)
+    for layers, parts in modules.items():
+        for layer in layers if len(layers) > 1 else ():
+            if layer in single and not same_matrices(fused[layer], single[layer]):
+                raise parts.error(f"{parts.keys}: differ from what there is for {layer} alone")
+    dialect = f"{SOFTWARE.get(style) or SOFTWARE[prefix]} ({prefix}*.{style}{', fused qkv' if fused else ''})"
+    dtype = _main(DTYPE_NAMES[tensor.dtype] for tensor in file.tensors.values())
+    return LoRAFile(file.path, {**fused, **single}, dialect, alpha_from, dtype)
+
+
+def write_lora(
+    path: Path,
+    lora: LoRA,
+    record: Mapping[str, Any],
+    naming: str = NAMINGS[0],
+    dtype: str | None = "bf16",
+    with_sidecar: bool = True,
+) -> None:
+    """Writes `lora` in one of NAMINGS, as .safetensors or .npz, with a sidecar beside it (burn: always).
+
+    `record` (rank, alpha, targets, base model, ...) goes into the metadata and the sidecar. An alpha is float32
+    whatever the `dtype`. Raises ConfigError for an unknown naming or suffix, WeightError for updates that the naming
+    has no keys for, or numbers that the dtype does not hold.
+    """
+    check_output(path)
+    if not lora:
+        raise ConfigError(f"{path}: not written: the LoRA changes nothing")
+    arrays, extra = spelled(lora, naming)
+    facts, number = {**record, **extra}, float_dtype(dtype or "f32")
+    tensors = {
+        name: Tensor.of(array if name.endswith(".alpha") else _cast(path, name, array, number))
+        for name, array in arrays.items()
+    }
+    if with_sidecar or naming == "burn":
+        beside = {key: value for key, value in facts.items() if key != PEFT_METADATA}
+        with atomic_write(sidecar(path)) as file:
+            file.write((json.dumps(beside, indent=2) + "\n").encode())
+    if path.suffix == ".npz":
+        npz.write(path, tensors, {"model_type": "lora", **facts})
+    else:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+        safetensors.write(path, tensors, {"format": "pt", **texts})
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError where no LoRA can be written to `path`."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(SUFFIXES))}")
+    check_writable(path)
+
+
+def _cast(path: Path, name: str, array: Array, dtype: np.dtype[Any]) -> Array:
+    result = cast(array, dtype)
+    if not np.isfinite(cast(result, array.dtype)).all():
+        raise WeightError(f"{path}: {name} does not fit in {DTYPE_NAMES[dtype]}: choose bf16 or f32")
+    return result
+
+
+def _alpha(file: Checkpoint, modules: Modules, prefix: str, style: str) -> tuple[str, Scale]:
+    """Where alpha comes from, and the scale of modules that have no alpha key."""
+    if any("alpha" in parts for parts in modules.values()):
+        return "alpha keys", lambda module, rank: 1.0
+    return scales(file.path, prefix, style, file.metadata)
+
+
+def _updates(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None, default_scale: Scale) -> LoRA:
+    """What one module changes, by layer."""
+    found: LoRA = {}
+    if "bias" in parts:
+        name = layers[0] + BIAS
+        found[name] = bias_of(parts)
+        if parameters is not None and found[name].shape != parameters[name]:
+            raise parts.error(f"{parts.key('bias')} {found[name].shape} does not fit {name} {parameters[name]}")
+    update = update_of(parts, default_scale)
+    if update is not None:
+        if parameters is not None:
+            _check_shape(parts, layers, update, parameters)
+        found |= zip(layers, split(parts, update, len(layers)), strict=True)
+    return found
+
+
+def _parsed(file: Checkpoint, parameters: Shapes | None) -> dict[str, Key]:
+    """Every key of the file, understood."""
+    names = (name.split(".")[1] for name in parameters or () if name.startswith("all_x_embedder."))
+    patch_key = next(names, OFFICIAL_PATCH_KEY)
+    keys = {name: parse(name, patch_key) for name in file.tensors}
+    unknown = [name for name, key in keys.items() if key is None]
+    if unknown or not keys:
+        other = next(filter(None, map(other_model, unknown)), "")
+        hint = f" (they look like those of {other})" if other else ""
+        fact = f"holds keys that no Z-Image LoRA has{hint}: {listing(unknown)}" if unknown else "holds no tensors"
+        raise WeightError(f"{file.path}: {fact}")
+    known = {name: key for name, key in keys.items() if key is not None}
+    prefix = _main(key.prefix for key in known.values())
+    strays = [name for name, key in known.items() if key.prefix != prefix]
+    if strays:
+        raise WeightError(
+            f"{file.path}: most keys start with {prefix or 'the name of a layer'!r}, not {listing(strays)}"
+        )
+    return known
+
+
+def _modules(file: Checkpoint, keys: Mapping[str, Key]) -> Modules:
+    """The tensors by module. What is there twice under two spellings must be the same."""
+    found: dict[tuple[str, ...], dict[str, tuple[str, Tensor]]] = {}
+    names: dict[tuple[str, ...], str] = {}
+    for name, key in keys.items():
+        parts = found.setdefault(key.layers, {})
+        names.setdefault(key.layers, key.module)
+        first = parts.setdefault(key.part, (name, file.tensors[name]))
+        if first[0] != name and not np.array_equal(first[1].read(), file.tensors[name].read()):
+            raise WeightError(f"{file.path}: {first[0]} and {name} are for the same layer, and differ")
+    return {layers: Parts(file.path, names[layers], parts) for layers, parts in found.items()}
+
+
+def _check_layers(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None) -> None:
+    """Every parameter that the module changes is one of the transformer's, and alone where it must be."""
+    if "bias" in parts and len(layers) > 1:
+        raise parts.error(f"{parts.key('bias')} is for a layer without a bias")
+    for kind in ("weight", "bias") if parameters is not None else ():
+        changing = [part for part in parts.tensors if (part == "bias") == (kind == "bias")]
+        absent = [layer for layer in layers if f"{layer}.{kind}" not in (parameters or {})]
+        if changing and absent:
+            keys = listing(parts.key(part) for part in changing)
+            raise parts.error(f"{keys}: this transformer has no {listing(f'{layer}.{kind}' for layer in absent)}")
+
+
+def _check_shape(parts: Parts, layers: tuple[str, ...], update: Update, parameters: Shapes) -> None:
+    shapes = [parameters[f"{layer}.weight"] for layer in layers]
+    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if update.shape != expected:
+        facts = listing(f"{key} {tensor.shape}" for key, tensor in parts.tensors.values())
+        raise parts.error(f"{facts}: does not fit {parts.module} {expected}")
+
+
+def _main(values: Iterable[str]) -> str:
+    """The most frequent of the values, '' if there are none."""
+    return next((value for value, _ in Counter(values).most_common(1)), "")

@@ -1,0 +1,314 @@
+"""What a model is: its sizes and constants, read from the checkpoint's own JSON, never assumed.
+
+The three `OFFICIAL_*` presets are Tongyi-MAI/Z-Image-Turbo's files; they stand in where a single-file checkpoint
+has no config beside it, and its shapes must then match. A key that changes the mathematics and has a value this
+program does not implement is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from zimage_ref.errors import ConfigError
+
+Json = Mapping[str, Any]
+
+ADALN_DIM = 256  # width of the time embedding at most; official transformer_z_image.py, ADALN_EMBED_DIM
+TIME_HIDDEN_DIM = 1024  # inner width of t_embedder; the same file, mid_size
+TIME_FREQUENCIES = 256  # sinusoidal features of the time; the same file, frequency_embedding_size
+QK_NORM_EPS = 1e-5  # fixed in the official block, whatever norm_eps says
+
+
+_MOST_LAYERS = 1000  # so that no config can ask for names without end
+
+
+def _check_values(config: Any) -> None:
+    """Raises ConfigError unless every field is what its annotation says: whole and positive, or a finite number."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        most = _MOST_LAYERS if "layers" in field.name else 1 << 31
+        if field.type == "float":
+            good = all(type(v) in (int, float) and abs(v) < float("inf") for v in values)
+        else:
+            good = len(values) <= _MOST_LAYERS and all(type(v) is int and 0 < v < most for v in values)
+        if not good:
+            raise ConfigError(f"{field.name} = {value!r} is no size or number that a model can have")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The single-stream diffusion transformer (S3-DiT)."""
+
+    dim: int
+    n_layers: int
+    n_refiner_layers: int
+    n_heads: int
+    in_channels: int
+    cap_feat_dim: int
+    patch_size: int
+    norm_eps: float
+    rope_theta: float
+    t_scale: float
+    axes_dims: tuple[int, ...]
+    axes_lens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.dim % self.n_heads:
+            raise ConfigError(f"transformer: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if self.head_dim != sum(self.axes_dims):
+            raise ConfigError(
+                f"transformer: head width {self.head_dim} differs from the sum of axes_dims {sum(self.axes_dims)}"
+            )
+        if len(self.axes_dims) != 3 or len(self.axes_lens) != 3 or any(d % 2 for d in self.axes_dims):
+            raise ConfigError(
+                f"transformer: axes_dims {self.axes_dims} and axes_lens {self.axes_lens} must be three, and even"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """K, the width of one attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Inner width of the feed-forward."""
+        return int(self.dim / 3 * 8)
+
+    @property
+    def adaln_dim(self) -> int:
+        """Width of the time embedding that modulates the blocks."""
+        return min(self.dim, ADALN_DIM)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one image token."""
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def patch_key(self) -> str:
+        """The checkpoint's key for this patch size: spatial-temporal."""
+        return f"{self.patch_size}-1"
+
+    @classmethod
+    def from_json(cls, data: Json, source: str) -> TransformerConfig:
+        """Reads diffusers' `transformer/config.json`. Raises ConfigError naming `source`."""
+        read = _Reader(data, source)
+        read.require("qk_norm", True)
+        read.require("n_kv_heads", read("n_heads"))
+        read.require("all_f_patch_size", [1])
+        read.require("siglip_feat_dim", None, default=None)
+        patches = read("all_patch_size")
+        if len(patches) != 1:
+            raise ConfigError(f"{source}: all_patch_size {patches} must name one size")
+        return cls(
+            patch_size=patches[0],
+            axes_dims=tuple(read("axes_dims")),
+            axes_lens=tuple(read("axes_lens")),
+            **{key: read(key) for key in _TRANSFORMER_KEYS},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The official keys again."""
+        return {
+            "_class_name": "ZImageTransformer2DModel",
+            **{key: getattr(self, key) for key in _TRANSFORMER_KEYS},
+            "all_patch_size": [self.patch_size],
+            "all_f_patch_size": [1],
+            "n_kv_heads": self.n_heads,
+            "qk_norm": True,
+            "axes_dims": list(self.axes_dims),
+            "axes_lens": list(self.axes_lens),
+        }
+
+
+_TRANSFORMER_KEYS = (
+    "dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels", "cap_feat_dim",
+    "norm_eps", "rope_theta", "t_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Qwen3, of which the pipeline uses all layers but the last."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"text encoder: {self.num_attention_heads} heads are not a multiple of "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if self.num_hidden_layers < 2:
+            raise ConfigError(f"text encoder: hidden_states[-2] needs 2 layers, not {self.num_hidden_layers}")
+
+    @property
+    def used_layers(self) -> int:
+        """Layers that hidden_states[-2] depends on."""
+        return self.num_hidden_layers - 1
+
+    @classmethod
+    def from_json(cls, data: Json, source: str) -> TextEncoderConfig:
+        """Reads transformers' `config.json`, of version 4 (`rope_theta`) or 5 (`rope_parameters`)."""
+        read = _Reader(data, source)
+        read.require("model_type", "qwen3")
+        read.require("hidden_act", "silu")
+        read.require("attention_bias", False, default=False)
+        read.require("rope_scaling", None, default=None)
+        read.require("use_sliding_window", False, default=False)
+        rope = data.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ConfigError(f"{source}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+        theta = rope["rope_theta"] if "rope_theta" in rope else read("rope_theta")
+        return cls(rope_theta=theta, **{key: read(key) for key in _TEXT_ENCODER_KEYS})
+
+    def to_json(self) -> dict[str, Any]:
+        """The official keys again, in the style of the published file (transformers 4)."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **asdict(self),
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rope_scaling": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+        }
+
+
+_TEXT_ENCODER_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The Flux autoencoder."""
+
+    in_channels: int
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    scaling_factor: float
+    shift_factor: float
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ConfigError(f"vae: {channels} channels are not a multiple of {self.norm_num_groups} groups")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side: every level but the last halves the picture."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_json(cls, data: Json, source: str) -> VAEConfig:
+        """Reads diffusers' `vae/config.json`."""
+        read = _Reader(data, source)
+        read.require("act_fn", "silu")
+        read.require("use_quant_conv", False)
+        read.require("use_post_quant_conv", False)
+        read.require("mid_block_add_attention", True, default=True)
+        read.require("out_channels", read("in_channels"))
+        read.require("latents_mean", None, default=None)
+        read.require("latents_std", None, default=None)
+        levels = len(read("block_out_channels"))
+        read.require("down_block_types", ["DownEncoderBlock2D"] * levels)
+        read.require("up_block_types", ["UpDecoderBlock2D"] * levels)
+        return cls(block_out_channels=tuple(read("block_out_channels")), **{key: read(key) for key in _VAE_KEYS})
+
+    def to_json(self) -> dict[str, Any]:
+        """The official keys again."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            **{key: getattr(self, key) for key in _VAE_KEYS},
+            "act_fn": "silu",
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "out_channels": self.in_channels,
+            "mid_block_add_attention": True,
+            "force_upcast": True,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        }
+
+
+_VAE_KEYS = (
+    "in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "scaling_factor", "shift_factor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """FlowMatchEulerDiscreteScheduler: how sigmas are spaced. Used by `flow`."""
+
+    shift: float
+    use_dynamic_shifting: bool = False
+
+    @classmethod
+    def from_json(cls, data: Json, source: str) -> SchedulerConfig:
+        """Reads diffusers' `scheduler/scheduler_config.json`."""
+        read = _Reader(data, source)
+        read.require("_class_name", "FlowMatchEulerDiscreteScheduler")
+        read.require("num_train_timesteps", 1000)
+        for key in ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            read.require(key, None, default=None)
+        for key in ("invert_sigmas", "stochastic_sampling"):
+            read.require(key, False, default=False)
+        read.require("time_shift_type", "exponential", default="exponential")
+        return cls(shift=read("shift"), use_dynamic_shifting=bool(data.get("use_dynamic_shifting", False)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The official keys again."""
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **asdict(self)}
+
+
+OFFICIAL_TRANSFORMER = TransformerConfig(
+    dim=3840, n_layers=30, n_refiner_layers=2, n_heads=30, in_channels=16, cap_feat_dim=2560, patch_size=2,
+    norm_eps=1e-5, rope_theta=256.0, t_scale=1000.0, axes_dims=(32, 48, 48), axes_lens=(1536, 512, 512),
+)  # fmt: skip
+OFFICIAL_TEXT_ENCODER = TextEncoderConfig(
+    vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1_000_000,
+)  # fmt: skip
+OFFICIAL_VAE = VAEConfig(
+    in_channels=3, latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+    norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159,
+)  # fmt: skip
+OFFICIAL_SCHEDULER = SchedulerConfig(shift=3.0)  # Turbo's; the base model's file says 6
+
+
+class _Reader:
+    """Strict access to a JSON object: a missing key, or a value that is not implemented, raises."""
+
+    def __init__(self, data: Json, source: str) -> None:
+        self.data, self.source = data, source
+
+    def __call__(self, key: str) -> Any:
+        if key not in self.data:
+            raise ConfigError(f"{self.source}: the key {key!r} is missing")
+        return self.data[key]
+
+    def require(self, key: str, value: Any, **default: Any) -> None:
+        actual = self.data.get(key, default["default"]) if default else self(key)
+        if actual != value and (actual or value):  # null, false and 0 all mean: not used
+            raise ConfigError(f"{self.source}: {key} = {actual!r} is not supported, only {value!r}")

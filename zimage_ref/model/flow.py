@@ -1,0 +1,148 @@
+"""Time, noise and sign: the one place where the flow-matching convention is written down.
+
+    sigma in [0, 1]      1 is pure noise, 0 the picture
+    x_sigma            = (1 - sigma) x_0 + sigma noise
+    model time t       = 1 - sigma                       what the transformer is given
+    raw                = transformer(x_sigma, t, ...)    it predicts x_0 - noise
+    velocity           = d x_sigma / d sigma = noise - x_0 = -raw
+    Euler step           x_sigma' = x_sigma + (sigma' - sigma) velocity
+
+Sources: FlowMatchEulerDiscreteScheduler and pipeline_z_image.py of diffusers; Z-Image, arXiv 2511.22699, section 4.3
+for the sampling of training times. The functions take NumPy or MLX arrays alike and only do arithmetic on them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.errors import ConfigError
+from zimage_ref.formats.tensors import Array
+
+from .config import SchedulerConfig
+
+# Resolution shift, exp(mu) with mu linear in the image tokens: calculate_shift of the official pipeline
+_BASE_TOKENS, _MAX_TOKENS = 256, 4096
+_BASE_MU, _MAX_MU = 0.5, 1.15
+TRAINING_SHIFT_RANGE = (1.0, 3.2)  # beyond 1024 x 1024 the formula would leave hardly any low noise
+TIMESTEP_SAMPLINGS = ("auto", "uniform", "logit-normal", "sigmoid", "weighted")
+_NEAREST = 1e-5  # that a training sigma comes to 0 or 1
+# `weighted`: sigma -> weight, the curve that ai-toolkit measured on a model of this kind, through its published points
+_WEIGHT_CURVE = ((0.0, 0.1, 0.3, 0.5, 0.875, 1.0), (0.72, 0.72, 0.72, 0.93, 1.52, 0.45))
+_WEIGHT_MEAN = float(np.interp(np.linspace(0, 1, 10_001), *_WEIGHT_CURVE).mean())
+VALIDATION_SIGMAS = (0.25, 0.5, 0.75, 1.0)  # where the held-out loss is measured
+BASE_SHIFT = 4.5  # between Turbo's shift, 3, and the base model's, 6
+
+
+def sigmas(steps: int, config: SchedulerConfig, image_tokens: int, strength: float = 1.0) -> list[float]:
+    """The `steps + 1` sigmas of a sampling run, from 1 down to exactly 0.
+
+    With a strength below 1, only the last steps of it: that share of them, rounded up, as in diffusers.
+    """
+    spaced = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
+    shift = resolution_shift(image_tokens) if config.use_dynamic_shifting else config.shift
+    skipped = int(max(steps - steps * strength, 0))
+    return [*(float(s) for s in shifted(spaced, shift)), 0.0][skipped:]
+
+
+def shifted(sigma: Any, shift: float) -> Any:
+    """Moves sigmas towards noise (shift > 1), keeping 0 and 1 where they are."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def resolution_shift(image_tokens: int) -> float:
+    """exp(mu): the shift that keeps the noise as visible in a large picture as in a small one."""
+    slope = (_MAX_MU - _BASE_MU) / (_MAX_TOKENS - _BASE_TOKENS)
+    return math.exp(_BASE_MU + slope * (image_tokens - _BASE_TOKENS))
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """How noise levels are drawn in training, and how the loss is weighted by them.
+
+    auto           logit-normal, shifted by resolution within TRAINING_SHIFT_RANGE
+    uniform        every level alike
+    logit-normal   the logistic function of a normal variable; `sigmoid` is another name for it
+    weighted       uniform levels, a loss weight that favours high noise
+    shift=S        uniform levels, shifted by S
+    """
+
+    kind: str
+    shift: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> TimestepSampling:
+        """The sampling that `text` names. Raises ConfigError for an unknown one."""
+        kind, _, value = text.partition("=")
+        if kind == "shift":
+            try:
+                shift = float(value)
+            except ValueError:
+                shift = 0.0
+            if not 0 < shift < math.inf:
+                raise ConfigError(f"--timesteps {text}: shift=S takes a number above 0, such as shift=3")
+            return cls(kind, shift)
+        if text not in TIMESTEP_SAMPLINGS:
+            raise ConfigError(f"--timesteps {text!r} is unknown: known are {', '.join(TIMESTEP_SAMPLINGS)} and shift=S")
+        return cls(text)
+
+    def sigmas(self, rng: np.random.Generator, count: int, image_tokens: int) -> Array:
+        """Random sigmas (count,) float32 for pictures of `image_tokens` tokens, never 0 or 1."""
+        if self.kind in ("auto", "logit-normal", "sigmoid"):
+            plain = 1 / (1 + np.exp(-rng.standard_normal(count)))
+        else:
+            plain = rng.random(count)
+        shift = self.shift
+        if self.kind == "auto":
+            low, high = TRAINING_SHIFT_RANGE
+            shift = min(max(resolution_shift(image_tokens), low), high)
+        return np.clip(shifted(plain, shift), _NEAREST, 1 - _NEAREST).astype(np.float32)
+
+    def weights(self, sigma: Array) -> Array:
+        """Loss weights (count,) float32 of pictures at `sigma`; 1 on average over the draws."""
+        if self.kind != "weighted":
+            return np.ones(len(sigma), np.float32)
+        return (np.interp(sigma, *_WEIGHT_CURVE) / _WEIGHT_MEAN).astype(np.float32)
+
+
+def is_turbo(config: SchedulerConfig) -> bool:
+    """Whether the model is the distilled one, as its scheduler's shift tells: few steps, no guidance."""
+    return config.shift < BASE_SHIFT
+
+
+def model_time(sigma: Any) -> Any:
+    """What the transformer is told for `sigma`."""
+    return 1 - sigma
+
+
+def add_noise(x_0: Any, noise: Any, sigma: Any) -> Any:
+    """x_sigma, on the straight line from picture to noise."""
+    return (1 - sigma) * x_0 + sigma * noise
+
+
+def training_target(x_0: Any, noise: Any) -> Any:
+    """What the transformer's raw output should be."""
+    return x_0 - noise
+
+
+def guided(positive: Any, negative: Any, guidance: float) -> Any:
+    """Classifier-free guidance as the official pipeline counts it: 0 is none."""
+    return positive + guidance * (positive - negative)
+
+
+def predicted_picture(x: Any, raw: Any, sigma: float) -> Any:
+    """x_0 as the raw output `raw` at `sigma` implies it."""
+    return x + sigma * raw
+
+
+def euler_step(x: Any, raw: Any, sigma: float, next_sigma: float) -> Any:
+    """x at `next_sigma`, following the velocity -raw."""
+    return x + (next_sigma - sigma) * -raw
+
+
+def starting_noise(seed: int, shape: tuple[int, ...]) -> Array:
+    """x at sigma = 1 for one picture: float32 from NumPy's generator, the same on every backend."""
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

@@ -1,0 +1,192 @@
+"""Parameter names and shapes of the three models, as the official checkpoints spell them.
+
+A tensor is an entry of one of these tables or it is an error. Shapes are PyTorch's: Linear (out, in), Conv2d
+(out, in, kh, kw). Source: the published index files; counts and totals are checked in tests/test_names.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from zimage_ref.errors import ConfigError
+
+from .config import TIME_FREQUENCIES, TIME_HIDDEN_DIM, TextEncoderConfig, TransformerConfig, VAEConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+# LoRA targets: what --targets names -> the modules of one block
+LORA_TARGETS = {
+    "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+    "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+}
+_ADALN = "adaLN_modulation.0"
+TARGETS = (*LORA_TARGETS, "refiners", "adaln", "all")
+
+
+def transformer_parameters(config: TransformerConfig) -> Shapes:
+    """Every parameter of the diffusion transformer: 521 at full size."""
+    dim, adaln, key = config.dim, config.adaln_dim, config.patch_key
+    shapes: Shapes = {
+        "x_pad_token": (1, dim),
+        "cap_pad_token": (1, dim),
+        **_linear(f"all_x_embedder.{key}", config.patch_dim, dim),
+        **_linear(f"all_final_layer.{key}.linear", dim, config.patch_dim),
+        **_linear(f"all_final_layer.{key}.adaLN_modulation.1", adaln, dim),
+        **_linear("t_embedder.mlp.0", TIME_FREQUENCIES, TIME_HIDDEN_DIM),
+        **_linear("t_embedder.mlp.2", TIME_HIDDEN_DIM, adaln),
+        "cap_embedder.0.weight": (config.cap_feat_dim,),
+        **_linear("cap_embedder.1", config.cap_feat_dim, dim),
+    }
+    for block in transformer_blocks(config):
+        modulated = not block.startswith("context_refiner")
+        shapes.update({f"{block}.{name}": shape for name, shape in _block(config, modulated).items()})
+    return shapes
+
+
+def transformer_blocks(config: TransformerConfig) -> Iterator[str]:
+    """Names of all blocks in the order they run."""
+    for i in range(config.n_refiner_layers):
+        yield f"noise_refiner.{i}"
+    for i in range(config.n_refiner_layers):
+        yield f"context_refiner.{i}"
+    for i in range(config.n_layers):
+        yield f"layers.{i}"
+
+
+def _block(config: TransformerConfig, modulated: bool) -> Shapes:
+    dim, ffn = config.dim, config.ffn_dim
+    norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+    return {
+        **{f"attention.{name}.weight": (dim, dim) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        "attention.norm_q.weight": (config.head_dim,),
+        "attention.norm_k.weight": (config.head_dim,),
+        **{f"{name}.weight": (dim,) for name in norms},
+        "feed_forward.w1.weight": (ffn, dim),
+        "feed_forward.w2.weight": (dim, ffn),
+        "feed_forward.w3.weight": (ffn, dim),
+        **(_linear("adaLN_modulation.0", config.adaln_dim, 4 * dim) if modulated else {}),
+    }
+
+
+def text_encoder_parameters(config: TextEncoderConfig) -> Shapes:
+    """Every parameter of the official text encoder file: 398 at full size. See `text_encoder_unused`."""
+    hidden, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes: Shapes = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    layer = {
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "self_attn.q_norm.weight": (head,),
+        "self_attn.k_norm.weight": (head,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for i in range(config.num_hidden_layers):
+        shapes.update({f"model.layers.{i}.{name}": shape for name, shape in layer.items()})
+    return shapes
+
+
+def text_encoder_unused(config: TextEncoderConfig) -> set[str]:
+    """Parameters in the file that hidden_states[-2] does not depend on: the last layer and the final norm."""
+    last = f"model.layers.{config.used_layers}."
+    return {name for name in text_encoder_parameters(config) if name.startswith((last, "model.norm."))}
+
+
+def vae_parameters(config: VAEConfig) -> Shapes:
+    """Every parameter of the autoencoder: 244 at full size."""
+    widths, latent = config.block_out_channels, config.latent_channels
+    top, last = widths[-1], len(widths) - 1
+    shapes: Shapes = {
+        **_conv("encoder.conv_in", config.in_channels, widths[0]),
+        **_mid("encoder.mid_block", top),
+        **_norm("encoder.conv_norm_out", top),
+        **_conv("encoder.conv_out", top, 2 * latent),  # mean and log-variance
+        **_conv("decoder.conv_in", latent, top),
+        **_mid("decoder.mid_block", top),
+        **_norm("decoder.conv_norm_out", widths[0]),
+        **_conv("decoder.conv_out", widths[0], config.in_channels),
+    }
+    previous = widths[0]
+    for i, width in enumerate(widths):
+        for j in range(config.layers_per_block):
+            shapes |= _resnet(f"encoder.down_blocks.{i}.resnets.{j}", width if j else previous, width)
+        if i < last:
+            shapes |= _conv(f"encoder.down_blocks.{i}.downsamplers.0.conv", width, width)
+        previous = width
+    for i, width in enumerate(reversed(widths)):
+        for j in range(config.layers_per_block + 1):
+            shapes |= _resnet(f"decoder.up_blocks.{i}.resnets.{j}", width if j else previous, width)
+        if i < last:
+            shapes |= _conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width)
+        previous = width
+    return shapes
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Raises ConfigError unless all `targets` are in TARGETS."""
+    for target in targets:
+        if target not in TARGETS:
+            raise ConfigError(f"--targets {target!r} is unknown: known are {', '.join(TARGETS)}")
+
+
+def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]:
+    """Names of the Linear layers that `targets` (any of TARGETS) select, in running order.
+
+    refiners adds what the others select in the refiner blocks; all is everything. Raises ConfigError for an unknown
+    target, or when nothing is selected.
+    """
+    check_targets(targets)
+    chosen = TARGETS if "all" in targets else targets
+    suffixes = [suffix for target, known in LORA_TARGETS.items() if target in chosen for suffix in known]
+    if "adaln" in chosen:
+        suffixes.append(_ADALN)
+    if not suffixes:
+        raise ConfigError(f"LoRA targets {', '.join(targets)} select no layer: add attention, feed-forward or adaln")
+    blocks = [b for b in transformer_blocks(config) if b.startswith("layers.") or "refiners" in chosen]
+    known_layers = transformer_parameters(config)  # the context refiner is not modulated
+    names = (f"{block}.{suffix}" for block in blocks for suffix in suffixes)
+    return [name for name in names if f"{name}.weight" in known_layers]
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _conv(name: str, inputs: int, outputs: int, kernel: int = 3) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs, kernel, kernel), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _resnet(name: str, inputs: int, outputs: int) -> Shapes:
+    return {
+        **_norm(f"{name}.norm1", inputs),
+        **_conv(f"{name}.conv1", inputs, outputs),
+        **_norm(f"{name}.norm2", outputs),
+        **_conv(f"{name}.conv2", outputs, outputs),
+        **(_conv(f"{name}.conv_shortcut", inputs, outputs, kernel=1) if inputs != outputs else {}),
+    }
+
+
+def _mid(name: str, width: int) -> Shapes:
+    attention = f"{name}.attentions.0"
+    return {
+        **_resnet(f"{name}.resnets.0", width, width),
+        **_norm(f"{attention}.group_norm", width),
+        **{
+            k: v
+            for p in ("to_q", "to_k", "to_v", "to_out.0")
+            for k, v in _linear(f"{attention}.{p}", width, width).items()
+        },
+        **_resnet(f"{name}.resnets.1", width, width),
+    }

@@ -1,0 +1,53 @@
+"""Prompt text to token ids: Qwen's chat template around one user message, then the checkpoint's own tokenizer.
+
+Thinking is enabled in the official pipeline, which for this template means that nothing is appended after the
+assistant's header. Source: encode_prompt in pipeline_z_image.py of diffusers; chat_template of Qwen3-4B.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from zimage_ref.errors import FormatError
+from zimage_ref.formats.tensors import Array
+
+MAX_TOKENS = 512  # longer prompts are cut, end first, template included, as in the official pipeline
+_TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def render(prompt: str) -> str:
+    """`prompt` in the chat template."""
+    return _TEMPLATE.format(prompt=prompt)
+
+
+class Tokenizer:
+    """The tokenizer in a `tokenizer.json`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FormatError where `path` is not a tokenizer with Qwen's chat tokens."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every fault
+            raise FormatError(f"{path}: not a tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        for token in ("<|im_start|>", "<|im_end|>"):
+            if self._tokenizer.token_to_id(token) is None:
+                raise FormatError(f"{path}: has no token {token}: it is not the tokenizer of Z-Image's text encoder")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to this, exclusive."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def count(self, prompt: str) -> int:
+        """Tokens of `prompt` in its template, before any cut."""
+        return len(self._tokenizer.encode(render(prompt), add_special_tokens=False).ids)
+
+    def encode(self, prompt: str) -> Array:
+        """Token ids (T,) int32 of `prompt` in its template, at most MAX_TOKENS."""
+        ids = self._tokenizer.encode(render(prompt), add_special_tokens=False).ids
+        return np.asarray(ids[:MAX_TOKENS], np.int32)

@@ -1,0 +1,86 @@
+"""The tensor operations of the three models, by their definitions, in whatever float dtype comes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.formats.tensors import Array
+
+_QUERY_CHUNK = 512  # rows of attention scores held at once: memory grows linearly with the sequence
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x W^T + b over the last axis; weight (out, in)."""
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        e = np.exp(-x)
+    e += 1
+    return np.divide(x, e, out=e)
+
+
+def softmax(x: Array) -> Array:
+    """Along the last axis, in place."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / rms(x) * weight over the last axis."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def layer_norm(x: Array, eps: float) -> Array:
+    """(x - mean) / std over the last axis, without weights."""
+    return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + eps)
+
+
+def group_norm(x: Array, weight: Array, bias: Array, groups: int, eps: float) -> Array:
+    """x (B, C, h, w), normed over each of `groups` runs of channels."""
+    B, C, h, w = x.shape
+    y = layer_norm(x.reshape(B, groups, -1), eps).reshape(B, C, h, w)
+    return y * weight[:, None, None] + bias[:, None, None]
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """softmax(q k^T / sqrt(K)) v for q (B, H, S, K) and k, v (B, H, T, K).
+
+    mask: boolean, broadcast to (B, H, S, T); a False key is not attended.
+    """
+    B, H, S, K = q.shape
+    out, scale = np.empty_like(q), q.dtype.type(K**-0.5)
+    allowed = None if mask is None else np.broadcast_to(mask, (B, H, S, k.shape[2]))
+    for b, h in np.ndindex(B, H):  # one head's scores at a time stay in the processor's cache
+        for start in range(0, S, _QUERY_CHUNK):
+            rows = (b, h, slice(start, start + _QUERY_CHUNK))
+            scores = (q[rows] * scale) @ k[b, h].T  # (rows, T)
+            if allowed is not None:
+                scores[~allowed[rows]] = -np.inf
+            out[rows] = softmax(scores) @ v[b, h]
+    return out
+
+
+def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
+    """x (B, C, h, w) by weight (O, C, kh, kw), without padding: one matrix product per tap of the kernel."""
+    B, C = x.shape[:2]
+    outputs, _, kh, kw = weight.shape
+    rows, columns = (x.shape[2] - kh) // stride + 1, (x.shape[3] - kw) // stride + 1
+    y: Any = bias[:, None]
+    for i in range(kh):
+        for j in range(kw):
+            tap = x[:, :, i : i + rows * stride : stride, j : j + columns * stride : stride]
+            y = y + weight[:, :, i, j] @ tap.reshape(B, C, rows * columns)
+    return np.asarray(y.reshape(B, outputs, rows, columns))
+
+
+def pad_hw(x: Array, top_left: int, bottom_right: int) -> Array:
+    """Zeros around the last two axes."""
+    return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(top_left, bottom_right)] * 2)

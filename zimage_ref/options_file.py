@@ -1,0 +1,109 @@
+"""Options in a file, TOML or JSON: read strictly into a config dataclass, and written from one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError, reason
+from .formats.json_file import read_json
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def read_options(path: Path, config: type[Any]) -> dict[str, Any]:
+    """The options in `path` (.toml or .json) as keyword arguments of the dataclass `config`.
+
+    Names are spelled with - or _. Raises ConfigError for a name or a type that `config` does not have.
+    """
+    if path.suffix == ".toml":
+        data = _read_toml(path)
+    elif path.suffix == ".json":
+        data = read_json(path)
+    else:
+        raise ConfigError(f"{path}: options are read from .toml or .json")
+    hints = get_type_hints(config)
+    options = {}
+    for key, value in data.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, 1)
+            raise ConfigError(f"{path}: unknown option {key!r}" + (f": is {close[0]} meant?" if close else ""))
+        options[name] = typed(value, hints[name], f"{path}: {key}")
+    return options
+
+
+def dump_options(config: Any) -> str:
+    """`config`, every option of it, as TOML that `read_options` takes."""
+    lines = []
+    for name, value in to_json(config).items():
+        if value is not None:  # TOML has no null: the option is left out, and its default is none
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")  # these JSON values are TOML too
+    return "\n".join(lines) + "\n"
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """`config` as JSON values: paths as text, tuples as lists."""
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def typed(value: Any, hint: Any, what: str) -> Any:
+    """`value`, from a file or as text from a command line, as the type `hint`.
+
+    Raises ConfigError, naming `what`, where it is not one.
+    """
+    if isinstance(hint, UnionType):  # X | None
+        inner = next(part for part in get_args(hint) if part is not NoneType)
+        return None if value in (None, "auto") else typed(value, inner, what)
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(typed(item, get_args(hint)[0], what) for item in items)
+    if hint is bool:
+        return _boolean(value, what)
+    if isinstance(value, str) and hint in (str, Path):
+        return hint(value)
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and hint in (int, float):
+        try:
+            number = hint(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (hint is float or isinstance(value, str) or number == value):
+            return number
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # base_precision = 8, validation = 0.1
+    raise ConfigError(f"{what}: {value!r} is not {_KINDS[hint]}")
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
+
+
+def _boolean(value: Any, what: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in (*TRUE, *FALSE):
+        return value.lower() in TRUE
+    raise ConfigError(f"{what}: {value!r} is not true or false")
+
+
+def _read_toml(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {reason(error)}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,58 @@
+"""What the tiny model learns from: many drawings with captions, and captions as tokens of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing import get_context
+
+import numpy as np
+
+from zimage_ref.formats.tensors import Array
+from zimage_ref.model.positions import SEQUENCE_MULTIPLE
+from zimage_ref.model.tokenizer import Tokenizer
+
+from .drawings import SHAPES, articles, describe, draw, made_up_word, scenes
+
+STEPS, GUIDANCE = 8, 3.0  # at which the model is used; it is made to manage with so few steps
+TOKENS = SEQUENCE_MULTIPLE  # of every caption, filled up
+MADE_UP = 0.06  # of captions name a shape by a word that means nothing
+BARE = 0.06  # of captions leave the background unsaid
+_PART = 1000  # drawings of one stream of scenes, and of one call of a worker process
+
+
+def drawings(count: int, seed: int) -> tuple[Array, list[str]]:
+    """`count` pictures (N, SIDE, SIDE, 3) uint8 and their captions, drawn by up to 16 processes."""
+    sizes = [min(_PART, count - start) for start in range(0, count, _PART)]
+    work = [(seed, i, size) for i, size in enumerate(sizes)]
+    if len(work) == 1:
+        return _part(*work[0])
+    with get_context("spawn").Pool(min(len(work), 16)) as pool:
+        parts = pool.starmap(_part, work)
+    return np.concatenate([pictures for pictures, _ in parts]), [c for _, captions in parts for c in captions]
+
+
+def _part(seed: int, part: int, size: int) -> tuple[Array, list[str]]:
+    rng = np.random.default_rng((seed, part))
+    chosen = [scene for scene, _ in zip(scenes(rng), range(size), strict=False)]
+    pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
+    captions = []
+    for scene in chosen:
+        words = scene.subject.split(" ")
+        named = [i for i, word in enumerate(words) if word in SHAPES]
+        if named and rng.uniform() < MADE_UP:
+            words[named[rng.integers(len(named))]] = made_up_word(rng)
+        subject = " ".join(words)
+        bare = rng.uniform() < BARE
+        captions.append(articles(subject) if bare else describe(replace(scene, subject=subject), rng))
+    return pictures, captions
+
+
+def tokenized(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Array, Array]:
+    """Token ids (N + 1, TOKENS) int32 filled up with 0, and lengths (N + 1,), of "" and then the captions."""
+    encoded = [tokenizer.encode(text) for text in ("", *captions)]
+    lengths = np.array([len(e) for e in encoded], np.int32)
+    ids = np.zeros((len(encoded), TOKENS), np.int32)
+    for row, tokens in zip(ids, encoded, strict=True):
+        row[: len(tokens)] = tokens
+    return ids, lengths

@@ -1,0 +1,114 @@
+"""A judge of pictures: reads shapes, colours and background off the pixels, so that a model's work can be counted.
+
+It knows what `drawings` can draw and nothing of how a picture was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from zimage_ref.formats.tensors import Array
+from zimage_ref.pictures.images import Picture
+
+from .drawings import COLOURS, OUTLINES, Scene, Thing, draw
+
+_MASK = 32  # side at which outlines are compared
+_LARGEST = 0.5  # of the picture: more is not a shape on a background
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture holds: the background's colour, and shape and colour of each patch that stands out from it."""
+
+    ground: str
+    things: tuple[tuple[str, str], ...]  # (shape, colour); shape "" where it is like none
+
+
+def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
+    """Reads a picture of SIDE x SIDE.
+
+    contrast: distance in RGB levels from which a pixel is not background; smallest: pixels from which a patch counts;
+    alike: intersection over union with a drawn shape from which a patch is one.
+    """
+    pixels = np.asarray(picture.convert("RGB"), np.float32)  # (SIDE, SIDE, 3)
+    sides = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
+    frame = np.concatenate([side.reshape(-1, 3) for side in sides])
+    ground = np.median(frame, axis=0)
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    labels = _patches(distance > contrast)
+    sizes = np.bincount(labels.ravel())
+    things = []
+    for patch in (labels == i for i in np.flatnonzero(sizes >= smallest) if i):
+        core = patch & (distance >= np.median(distance[patch]))  # without the edge, where colours mix
+        colour = np.median(pixels[core], axis=0)
+        # a blurred edge runs where the colour is half that of the background, whatever the contrast
+        inside = patch & (distance > np.linalg.norm(colour - ground) / 2)
+        things.append((_shape(inside, alike), _nearest(colour)))
+    return Seen(_nearest(ground), tuple(things))
+
+
+def shows(seen: Seen, scene: Scene) -> bool:
+    """Whether background and every thing of the scene, by shape and colour, are there, and nothing else."""
+    wanted = sorted((thing.shape, thing.colour) for thing in scene.things)
+    return seen.ground == scene.ground and sorted(seen.things) == wanted
+
+
+def share_shown(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> float:
+    """The share of pictures that show the scene of their place."""
+    return sum(shows(look(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)) / len(scenes)
+
+
+def _nearest(rgb: Array) -> str:
+    palette = np.array(list(COLOURS.values()), np.float32)
+    return list(COLOURS)[int(np.argmin(np.linalg.norm(palette - rgb, axis=-1)))]
+
+
+def _patches(mask: Array) -> Array:
+    """Labels (SIDE, SIDE) of connected patches of a boolean mask, 0 outside: the largest index spreads in each."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        spread = _along_rows(_along_rows(labels).T).T
+        if (spread == labels).all():
+            return np.unique(labels, return_inverse=True)[1].reshape(mask.shape)
+        labels = spread
+
+
+def _along_rows(labels: Array) -> Array:
+    """Each label raised to the largest in its unbroken run of a row."""
+    begins = np.ones(labels.shape, bool)
+    begins[:, 1:] = (labels[:, 1:] > 0) != (labels[:, :-1] > 0)
+    first = np.flatnonzero(begins)
+    lengths = np.diff(np.append(first, labels.size))
+    return np.repeat(np.maximum.reduceat(labels.ravel(), first), lengths).reshape(labels.shape)
+
+
+def _shape(patch: Array, alike: float) -> str:
+    mask = _cut(patch)
+    scores = {name: (mask & known).sum() / (mask | known).sum() for name, known in _known_masks().items()}
+    best = max(scores, key=lambda name: scores[name])
+    return best if scores[best] >= alike and patch.mean() < _LARGEST else ""
+
+
+def _cut(patch: Array) -> Array:
+    """(_MASK, _MASK) boolean: the patch in a square around it, so that wide and tall stay what they are."""
+    rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
+    box = patch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side = max(box.shape)
+    square = np.zeros((side, side), bool)
+    top, left = (side - box.shape[0]) // 2, (side - box.shape[1]) // 2
+    square[top : top + box.shape[0], left : left + box.shape[1]] = box
+    return np.asarray(Image.fromarray(square).convert("L").resize((_MASK, _MASK), Image.Resampling.BOX)) > 127
+
+
+@lru_cache(maxsize=1)
+def _known_masks() -> dict[str, Array]:
+    masks = {}
+    for name in OUTLINES:
+        scene = Scene((Thing(name, "black", radius=40),), "white", "")
+        masks[name] = _cut(np.asarray(draw(scene, np.random.default_rng(0)).convert("L")) < 128)
+    return masks

@@ -1,0 +1,177 @@
+"""Pictures with captions, in a folder and its subfolders.
+
+Captions come from a .txt of the picture's name, or all of them from one file in the folder:
+
+    metadata.jsonl    one JSON object a line: {"file_name": "sub/fox.png", "text": "a fox"}    (datasets' imagefolder)
+    captions.json     one JSON object: {"sub/fox.png": "a fox"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.errors import DatasetError, listing, reason
+from zimage_ref.formats.json_file import read_json
+from zimage_ref.formats.tensors import Array
+from zimage_ref.pictures.images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
+
+_CAPTION_KEYS = ("text", "caption", "prompt")
+TRIGGER_MARK = "[trigger]"
+RUN_SUFFIX = ".run"  # of the folder that a run keeps beside its output: see run_folder
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture to train on and what it shows."""
+
+    picture: Path
+    caption: str
+    size: tuple[int, int]  # width, height in pixels, upright
+    digest: str  # SHA-256 of the file
+
+    @classmethod
+    def open(cls, picture: Path, caption: str) -> Example:
+        """Reads the picture once. Raises DatasetError where it cannot be."""
+        size = read_picture(picture).size
+        return cls(picture, caption, size, hashlib.sha256(picture.read_bytes()).hexdigest())
+
+    def pixels(self, width: int, height: int, flip: bool = False) -> Array:
+        """(3, height, width) float32 in [-1, 1], scaled to cover and cut around the centre; mirrored with `flip`."""
+        picture = cover(read_picture(self.picture), width, height)
+        return to_array(mirror(picture) if flip else picture)
+
+
+def read_dataset(folder: Path, trigger: str = "") -> list[Example]:
+    """All examples of `folder`, sorted by path, every picture and caption read once to know that it can be.
+
+    Raises DatasetError naming the file: see `list_dataset`; or an unreadable picture.
+    """
+    return [Example.open(picture, caption) for picture, caption in list_dataset(folder, trigger)]
+
+
+def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
+    """Every picture of `folder` with its caption, `trigger` put in, sorted by path; pictures are not yet read.
+
+    Raises DatasetError naming the file: no folder, no pictures, a missing or empty caption, two pictures that share
+    one caption file, a caption without its picture.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: is not a folder: --dataset takes one with pictures and captions")
+    pictures = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURE_SUFFIXES and not _hidden(path.relative_to(folder)) and path.is_file()
+    )
+    if not pictures:
+        raise DatasetError(f"{folder}: holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    captions = _captions(folder, pictures)
+    return [(picture, with_trigger(caption, trigger)) for picture, caption in zip(pictures, captions, strict=True)]
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """`caption` with `trigger` for [trigger]; before it, where it has neither that nor the word itself."""
+    if not trigger:
+        return caption
+    if TRIGGER_MARK in caption:
+        return caption.replace(TRIGGER_MARK, trigger)
+    return caption if trigger in caption else f"{trigger}, {caption}"
+
+
+def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`examples` in two, the second with `fraction` of them, at least one, chosen by `seed`.
+
+    Raises DatasetError where nothing would be left to train on.
+    """
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise DatasetError(f"--validation {fraction:g} of {len(examples)} pictures leaves none to train on")
+    held = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    return (
+        [example for i, example in enumerate(examples) if i not in held],
+        [example for i, example in enumerate(examples) if i in held],
+    )
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A digest of all pictures and captions and of their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.digest, example.caption]).encode())
+    return digest.hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    """Whether `path` lies in a hidden folder, or in the folder of a run, which holds previews."""
+    return any(part.startswith(".") or part.endswith(RUN_SUFFIX) for part in path.parts)
+
+
+def _captions(folder: Path, pictures: Sequence[Path]) -> list[str]:
+    """The caption of each picture, from the folder's one file where it has one."""
+    files = [path for path in (folder / "metadata.jsonl", folder / "captions.json") if path.is_file()]
+    if len(files) > 1:
+        raise DatasetError(f"{folder}: has both metadata.jsonl and captions.json: keep one of them")
+    if files:
+        return _captions_of(files[0], pictures)
+    by_caption: dict[Path, list[str]] = {}
+    for picture in pictures:
+        by_caption.setdefault(picture.with_suffix(".txt"), []).append(picture.name)
+    for caption, sharing in by_caption.items():
+        if len(sharing) > 1:
+            raise DatasetError(f"{caption}: would be the caption of {listing(sharing)}: give each picture its own name")
+    return [_caption_beside(picture) for picture in pictures]
+
+
+def _caption_beside(picture: Path) -> str:
+    path = picture.with_suffix(".txt")
+    try:
+        caption = path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        raise DatasetError(f"{picture}: has no caption: write one into {path.name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
+    if not caption:
+        raise DatasetError(f"{path}: is empty: write what {picture.name} shows")
+    return caption
+
+
+def _captions_of(file: Path, pictures: Sequence[Path]) -> list[str]:
+    captions = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file)
+    names = [picture.relative_to(file.parent).as_posix() for picture in pictures]
+    if missing := [name for name in names if name not in captions]:
+        raise DatasetError(f"{file}: has no caption for {listing(missing)}")
+    known = set(names)
+    if strange := [name for name in captions if name not in known]:
+        raise DatasetError(f"{file}: names {listing(strange)}, which the folder does not hold")
+    for name, caption in captions.items():
+        if not isinstance(caption, str) or not caption.strip():
+            raise DatasetError(f"{file}: the caption of {name} is not a text: write what it shows")
+    return [captions[name].strip() for name in names]
+
+
+def _read_jsonl(file: Path) -> dict[str, Any]:
+    captions: dict[str, Any] = {}
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read as UTF-8 text: {reason(error)}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{file}: line {number} is not JSON: {error}") from error
+        found = [key for key in _CAPTION_KEYS if isinstance(entry, dict) and key in entry]
+        if not found or not isinstance(entry.get("file_name"), str):
+            raise DatasetError(f"{file}: line {number} needs file_name and one of {', '.join(_CAPTION_KEYS)}")
+        if entry["file_name"] in captions:
+            raise DatasetError(f"{file}: line {number} names {entry['file_name']} a second time")
+        captions[entry["file_name"]] = entry[found[0]]
+    return captions

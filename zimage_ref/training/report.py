@@ -1,0 +1,152 @@
+"""report.html: a run at a glance, in one file that opens anywhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from zimage_ref.pictures.images import thumbnail
+
+from .chart import Line, Point, chart
+from .run_folder import RunFolder
+
+_THUMBNAIL = 192  # pixels
+_COLUMNS = 12  # previews of a prompt that are shown: the first, the last, and evenly between
+_AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reads the page of a run that goes on every 30 s
+
+Entries = Sequence[Mapping[str, Any]]
+
+
+def page(run: RunFolder, lines: Entries, config: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """The whole page of a run with `lines` of metrics."""
+    steps = [line for line in lines if "loss" in line]
+    last = max((line["step"] for line in lines), default=0)
+    ended = bool(steps) and steps[-1]["step"] == steps[-1]["total"]
+    title = escape(run.output.name)
+    return (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8>{'' if ended else _AGAIN}"
+        f'<meta name=viewport content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head><body>'
+        f"<h1>{title}</h1>{_tiles(steps, lines)}<div class=charts>{_charts(steps, lines, last)}</div>"
+        f"{_previews(run.path, lines)}"
+        f"<div class=tables>{_table('Options', config)}{_table('Environment', environment)}</div></body></html>\n"
+    )
+
+
+def _tiles(steps: Entries, lines: Entries) -> str:
+    if not steps:
+        return "<p class=muted>no step made yet</p>"
+    latest, recent = steps[-1], steps[-50:]
+    seconds = sum(line["seconds"] for line in recent)
+    facts = {
+        "step": f"{latest['step']:,} of {latest['total']:,}",
+        "epoch": f"{latest['epoch']:,}",
+        "smoothed loss": _text(latest["smoothed"]),
+        "seconds a step": f"{seconds / len(recent):.3g}",
+        "pictures a second": f"{sum(line['pictures'] for line in recent) / max(seconds, 1e-9):.3g}",
+        "peak memory": f"{max(line['peak_memory'] for line in steps) / 1e9:.3g} GB",
+    }
+    if measured := [line["validation"] for line in lines if "validation" in line]:
+        losses = [loss for loss in measured[-1].values() if loss is not None]
+        facts["held-out loss"] = _text(sum(losses) / len(losses)) if losses else "not finite"
+    if skipped := sum(line["skipped"] for line in steps):
+        facts["steps skipped"] = str(skipped)
+    tiles = (
+        f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts.items()
+    )
+    return f"<div class=tiles>{''.join(tiles)}</div>"
+
+
+def _charts(steps: Entries, lines: Entries, last: int) -> str:
+    measured = [line for line in lines if "validation" in line]
+    levels = list(measured[0]["validation"]) if measured else []
+    held_out = [
+        Line(f"σ {level}", f"c{i}", [(m["step"], m["validation"][level]) for m in measured if m["validation"][level]])
+        for i, level in enumerate(levels)
+    ]
+    loss = [Line("each step", "c0 faint", _series(steps, "loss")), Line("smoothed", "c0", _series(steps, "smoothed"))]
+    figures = [chart("Training loss", loss, last)]
+    if held_out:
+        figures.append(chart("Held-out loss by noise level σ", held_out, last))
+    figures.append(chart("Learning rate", [Line("learning rate", "c1", _series(steps, "lr"))], last))
+    figures.append(chart("Gradient norm, before clipping", [Line("norm", "c2", _series(steps, "grad_norm"))], last))
+    return "".join(figures)
+
+
+def _series(steps: Entries, name: str) -> list[Point]:
+    return [(line["step"], line[name]) for line in steps if line[name] is not None]
+
+
+def _previews(folder: Path, lines: Entries) -> str:
+    by_prompt: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if "preview" in line and (folder / line["preview"]).is_file():
+            by_prompt.setdefault((line["index"], line["prompt"]), []).append(line)
+    strips = []
+    for (_, prompt), drawn in sorted(by_prompt.items()):
+        figures = "".join(
+            f'<figure class=shot><img alt="step {line["step"]}" src="{_thumbnail(folder / line["preview"])}">'
+            f"<figcaption>step {line['step']:,}</figcaption></figure>"
+            for line in _spread(drawn)
+        )
+        strips.append(f"<h3>{escape(prompt)}</h3><div class=strip>{figures}</div>")
+    return f"<h2>Previews</h2>{''.join(strips)}" if strips else ""
+
+
+def _spread(drawn: Entries) -> Entries:
+    if len(drawn) <= _COLUMNS:
+        return drawn
+    return [drawn[round(i * (len(drawn) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
+
+
+def _thumbnail(path: Path) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(thumbnail(path, _THUMBNAIL)).decode()}"
+
+
+def _table(title: str, facts: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(k.replace('_', '-'))}</th><td>{escape(_cell(v))}</td></tr>" for k, v in facts.items()
+    )
+    return f"<section><h2>{escape(title)}</h2><table>{rows}</table></section>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value in (None, "") else str(value)
+
+
+def _text(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+_STYLE = """
+:root{color-scheme:light dark;--fg:#1d2330;--muted:#68718a;--line:#e3e6ee;--bg:#fff;--card:#f7f8fb;
+--c0:#2f6fde;--c1:#d9662b;--c2:#2a9461;--c3:#9a4fc4}
+@media(prefers-color-scheme:dark){:root{--fg:#e6e9f2;--muted:#98a1b8;--line:#2c3242;--bg:#12151d;--card:#1a1f2b;
+--c0:#6fa3ff;--c1:#ff9a66;--c2:#5fcb96;--c3:#c88bf0}}
+*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);
+max-width:1200px;margin:32px auto;padding:0 24px}h1{font-size:24px;margin:0 0 16px}h2{font-size:17px;margin:28px 0 8px}
+h3{font-size:14px;font-weight:600;margin:16px 0 6px}.muted{color:var(--muted)}
+.tiles{display:flex;flex-wrap:wrap;gap:12px;margin-bottom:20px}.tile{background:var(--card);border-radius:8px;
+padding:10px 16px;min-width:120px}.tile b{display:block;font-size:20px;font-variant-numeric:tabular-nums}
+.tile span{color:var(--muted);font-size:13px}.charts{display:grid;grid-template-columns:
+repeat(auto-fit,minmax(420px,1fr));gap:16px}figure{margin:0;background:var(--card);border-radius:8px;padding:12px}
+figcaption{font-size:14px;font-weight:600;display:flex;justify-content:space-between;gap:12px;flex-wrap:wrap}
+.legend{font-weight:400;color:var(--muted);font-size:13px}.key{margin-left:12px}.key::before{content:"";display:inline-block;
+width:14px;height:3px;border-radius:2px;background:currentColor;margin-right:5px;vertical-align:middle}
+.key.c0::before{background:var(--c0)}.key.c1::before{background:var(--c1)}.key.c2::before{background:var(--c2)}
+.key.c3::before{background:var(--c3)}svg{width:100%;height:auto;display:block;margin-top:6px}
+svg text{fill:var(--muted);font-size:11px;font-variant-numeric:tabular-nums}.grid{stroke:var(--line)}
+polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}polyline.c0{stroke:var(--c0)}polyline.c1{stroke:var(--c1)}
+polyline.c2{stroke:var(--c2)}polyline.c3{stroke:var(--c3)}circle.c0{fill:var(--c0)}circle.c1{fill:var(--c1)}
+circle.c2{fill:var(--c2)}circle.c3{fill:var(--c3)}.faint{opacity:.3;stroke-width:1}
+.strip{display:flex;gap:10px;overflow-x:auto;padding-bottom:6px}.shot{padding:6px;flex:none}.shot img{display:block;
+border-radius:4px;max-width:160px}.shot figcaption{font-weight:400;font-size:12px;color:var(--muted);margin-top:4px}
+.tables{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:16px;align-items:start}
+table{border-collapse:collapse;width:100%;font-size:13px}th{text-align:left;font-weight:400;color:var(--muted);
+white-space:nowrap;padding:3px 16px 3px 0;vertical-align:top}td{padding:3px 0;word-break:break-word}
+tr{border-bottom:1px solid var(--line)}
+"""

@@ -1,0 +1,195 @@
+"""What a training run keeps beside its output, in <stem>.run/: everything in it is whole or absent at any moment.
+
+lock                     held while a run is at work
+resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with their checksums and the run's facts
+metrics.jsonl            one line a step, measurement or preview
+report.html              the same, to look at
+previews/                pictures
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zimage_ref.errors import ConfigError, FormatError, TrainingError
+from zimage_ref.formats import safetensors
+from zimage_ref.formats.files import atomic_write, disk_is_full, remove_stale
+from zimage_ref.formats.json_file import read_json
+from zimage_ref.formats.tensors import Array, Tensor
+
+from .dataset import RUN_SUFFIX
+
+if sys.platform != "win32":
+    import fcntl
+
+_KEPT = 2  # resume folders: the latest, and one to fall back on should it be damaged
+_MARGIN = 2**20  # bytes that a save needs beside its tensors
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a resume folder holds."""
+
+    step: int
+    facts: dict[str, Any]  # what the run was: config, fingerprints, ...
+    tensors: dict[str, dict[str, Array]]  # lora, optimizer, ema
+
+
+class RunFolder:
+    """The folder of the run that writes `output`."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_suffix(RUN_SUFFIX)
+        self.metrics, self.report = self.path / "metrics.jsonl", self.path / "report.html"
+        self.previews, self._resume = self.path / "previews", self.path / "resume"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; the system lets go however the process ends.
+
+        Raises TrainingError where another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a+") as file:
+            if sys.platform != "win32":
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise TrainingError(
+                        f"{self.output}: another run is writing it: wait for it or give another --output"
+                    ) from None
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        """Deletes what a run that was killed had half written."""
+        for half in (*self._resume.glob(".step*.tmp"), *self._resume.glob(".step*.old")):
+            shutil.rmtree(half)
+        remove_stale(self.path)
+        remove_stale(self.output.parent, f".{glob.escape(self.output.stem)}.*.tmp")
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: Mapping[str, Any]) -> Path:
+        """Writes a resume folder and drops all but the last two.
+
+        It gets its name when every byte is on disk. Raises TrainingError where the disk is too full for it.
+        """
+        target = self._resume / f"step{step}"
+        temporary = self._resume / f".step{step}.tmp"
+        with self.room_for(sum(array.nbytes for part in tensors.values() for array in part.values())):
+            remove_folder(temporary)
+            temporary.mkdir(parents=True)
+            digests = {}
+            for name, part in tensors.items():
+                file = temporary / f"{name}.safetensors"
+                safetensors.write(file, {key: Tensor.of(array) for key, array in part.items()})
+                digests[file.name] = _file_digest(file)
+            with atomic_write(temporary / "state.json") as out:
+                out.write(json.dumps({"step": step, "files": digests, "facts": facts}, indent=1).encode())
+            _sync(temporary)
+            remove_folder(target)
+            temporary.rename(target)
+            _sync(self._resume)
+        for _, old in self._saves()[:-_KEPT]:
+            remove_folder(old)
+        return target
+
+    def latest(self) -> tuple[Saved | None, list[str]]:
+        """The last whole resume folder, and what is wrong with any later one."""
+        faults: list[str] = []
+        for step, folder in reversed(self._saves()):
+            try:
+                return _read_save(step, folder), faults
+            except (FormatError, ConfigError, OSError, KeyError, TypeError) as error:
+                faults.append(f"{folder}: cannot be resumed from: {error}")
+        return None, faults
+
+    def unfinished(self) -> int:
+        """The step that an interrupted run can be resumed from; 0 where there is none, or it ran to its end."""
+        saved, _ = self.latest()
+        return saved.step if saved and saved.step < saved.facts.get("total", 0) else 0
+
+    def clear(self) -> None:
+        """Forgets an earlier run."""
+        remove_folder(self._resume)
+        remove_folder(self.previews)
+        for file in (self.metrics, self.report):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def room_for(self, nbytes: int) -> Iterator[None]:
+        """A block that writes `nbytes`. Raises TrainingError, before or after, where the disk has no room for it."""
+        needed = nbytes + _MARGIN
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self.path).free) < needed:
+            raise self._full(needed, free)
+        try:
+            yield
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            raise self._full(needed, shutil.disk_usage(self.path).free) from error
+
+    def _full(self, needed: int, free: int) -> TrainingError:
+        step = self._saves()[-1][0] if self._saves() else 0
+        return TrainingError(
+            f"{self.path}: the disk is full: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free, "
+            f"{max(needed - free, 0) / 1e6:,.1f} MB are missing: make room and go on with --resume, from step {step}"
+        )
+
+    def _saves(self) -> list[tuple[int, Path]]:
+        """Steps and resume folders, oldest first."""
+        found = [(p.name.removeprefix("step"), p) for p in self._resume.glob("step*")]
+        return sorted((int(step), folder) for step, folder in found if step.isdecimal())
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes `folder` such that no half of it is ever seen under its name."""
+    with suppress(FileNotFoundError):
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _read_save(step: int, folder: Path) -> Saved:
+    state = read_json(folder / "state.json")
+    tensors = {}
+    for name, digest in state["files"].items():
+        file = folder / name
+        if _file_digest(file) != digest:
+            raise FormatError(f"{file}: is damaged: its checksum differs")
+        stored, _ = safetensors.read(file)
+        tensors[file.stem] = {key: np.array(tensor.read()) for key, tensor in stored.items()}
+    return Saved(step, state["facts"], tensors)
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
