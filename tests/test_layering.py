@@ -23,7 +23,7 @@ ROOMS = {
     "zimage_ref.pictures": "errors formats",
     "zimage_ref.lora": _BASE,
     "zimage_ref.networks": "formats model lora",
-    "zimage_ref.checkpoints": f"{_BASE} options",
+    "zimage_ref.checkpoints": _BASE,
     "zimage_ref.memory": f"{_BASE} checkpoints",
     "zimage_ref.generation": f"{_BASE} options options_file pictures lora checkpoints memory",
     "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
@@ -42,7 +42,7 @@ ROOMS = {
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
     "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training training",
-    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
+    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options_file pictures generation",
     "zimage_cli.commands":
         "zimage_cli.terminal zimage_ref errors formats model options options_file pictures lora checkpoints memory "
         "generation training inspection tiny",

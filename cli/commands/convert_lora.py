@@ -8,10 +8,9 @@ from zimage_ref import ConfigError
 from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
 from zimage_ref.lora.merge import combined
 from zimage_ref.lora.namings import NAMINGS
-from zimage_ref.options import flag
 
 from ..terminal.console import Console
-from ..terminal.options import path_and_scale
+from ..terminal.options import flag, path_and_scale
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -18,14 +18,14 @@ from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.generation.provenance import ENGINE, Repeat, identity, record
 from zimage_ref.memory import peak, require_memory
 from zimage_ref.model.tokenizer import MAX_TOKENS
-from zimage_ref.options import MEMORY, PARTS, flag
+from zimage_ref.options import MEMORY, PARTS
 from zimage_ref.pictures.images import save_picture
 from zimage_ref.pictures.metadata import read_record
 
 from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
-from ..terminal.options import add_fields, from_args, path_and_scale
+from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
 from ..terminal.pictures import STDOUT, Names, preview_path, write
 from . import interactive
 
@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="precision of the networks, such as bfloat16 or float32 (default: the engine's)")
     add("--quantize", type=int, choices=BITS, help="bits that the big matrices are quantized to as they load")
     for part, help in PARTS.items():
-        add(flag(part), type=Path, metavar="FILE", help=help)
+        add(flag(part), type=Path, metavar="FILE", help=in_flags(help))
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

@@ -22,6 +22,8 @@ from rich.theme import Theme
 
 from zimage_ref.pictures.images import Picture, half_blocks
 
+from .options import in_flags
+
 with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
 
@@ -47,7 +49,7 @@ class Console:
 
     def _say(self, markup: str) -> None:
         """One line of text: broken between words on a terminal, whole for another program."""
-        self.err.print(markup, soft_wrap=not self.err.is_terminal)
+        self.err.print(in_flags(markup), soft_wrap=not self.err.is_terminal)
 
     def wrote(self, path: object) -> None:
         """A result: its path on stdout."""

@@ -115,7 +115,7 @@ def test_what_fits_one_shard_is_one_file_and_replaces_old_shards(model: Path, tm
     source = open_source(model, "vae")
     write_model(source, Target(tmp_path / "a.safetensors", "vae", max_shard_size=200_000))
     assert not (tmp_path / "a.safetensors").exists() and len(list(tmp_path.iterdir())) > 3
-    with pytest.raises(ConfigError, match="exists: give --overwrite"):
+    with pytest.raises(ConfigError, match="exists: give `overwrite`"):
         Target(tmp_path / "a.safetensors", "vae")
     write_model(source, Target(tmp_path / "a.safetensors", "vae", max_shard_size=10**9, overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

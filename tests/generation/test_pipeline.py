@@ -159,7 +159,7 @@ def test_lean_runs_make_the_same_picture(backend: str, model_dir: Path) -> None:
     ("options", "fact"),
     [
         ({"width": 40}, "40 must be a multiple of 16: "),
-        ({"steps": 0}, "steps 0"),
+        ({"steps": 0}, "`steps` 0"),
         ({"guidance": -1.0}, "guidance"),
         ({"output": "jpeg"}, "output 'jpeg' must be one of pil, array, latents"),
         (

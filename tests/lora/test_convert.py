@@ -107,7 +107,7 @@ def test_dora_is_not_combined_without_its_base(tmp_path: Path) -> None:
     dora = read_lora(make("onetrainer_dora", tmp_path), SHAPES).updates
     assert combined([(dora, 1.0)]) == dora
     for loras, rank in (([(dora, 0.5)], None), ([(dora, 1.0), (dora, 1.0)], None), ([(dora, 1.0)], 2)):
-        with pytest.raises(WeightError, match=r"\.attention\.to_k: .*--merge-lora"):
+        with pytest.raises(WeightError, match=r"\.attention\.to_k: .*`merge_lora`"):
             combined(loras, rank)
 
 

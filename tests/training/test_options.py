@@ -381,14 +381,14 @@ def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, mon
 
 
 @pytest.mark.parametrize(
-    ("memory", "way_out"), [("auto", "--resolution, or"), ("fast", "--resolution, --memory lean, or")]
+    ("memory", "way_out"), [("auto", "`resolution`, or"), ("fast", "`resolution`, `memory` lean, or")]
 )
 def test_a_run_that_does_not_fit_into_memory_is_refused(
     memory: str, way_out: str, shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 1000)
     monkeypatch.setattr(zimage_mlx.training.run, "EncodedDataset", lambda *args: pytest.fail("went on"))
-    with pytest.raises(ConfigError, match=f"there are 0.0 GB: .*{way_out}.*--force") as caught:
+    with pytest.raises(ConfigError, match=f"there are 0.0 GB: .*{way_out}.*`force`") as caught:
         shop.train("refused", steps=1, memory=memory)
     assert "\n" not in str(caught.value)
     assert not shop.config("refused").output.exists()

@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 from zimage_mlx.networks.vae import VAE
 from zimage_mlx.networks.weights import load, to_numpy
 from zimage_mlx.pipeline import ZImagePipeline
-from zimage_ref.errors import ZImageError
+from zimage_ref.errors import ConfigError, ZImageError
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Array
@@ -271,7 +271,7 @@ def judge_model(folder: Path, count: int) -> Shares:
 def read_vae(folder: Path) -> VAE:
     """The autoencoder in `folder`, its weights float32."""
     file = folder / "vae" / "config.json"
-    vae = VAE(VAEConfig.from_json(read_json(file), str(file)))
+    vae = VAE(VAEConfig.from_json(read_json(file, ConfigError), str(file)))
     load(vae, Checkpoint.open(folder / "vae").tensors, mx.float32)
     return vae
 

@@ -37,7 +37,7 @@ class Saver:
         return event(path, step)
 
     def state(self, step: int, progress: Mapping[str, Any]) -> Checkpointed:
-        """Writes all that `--resume` needs to go on after `step`, `progress` of the loop included."""
+        """Writes all that `resume` needs to go on after `step`, `progress` of the loop included."""
         return Checkpointed(self._run.save(step, self._learner.state(), {**self._facts, **progress}), step)
 
     def _drop_old(self, step: int) -> None:

@@ -172,7 +172,7 @@ def config_of(file: Checkpoint, component: str, folder: Path | None = None) -> A
     places = [beside, *([folder / component / "config.json"] if folder else [])]
     for path in places:
         if path.is_file() and (path != beside or _is_of(path, component)):
-            return parse_config(kind, read_json(path), str(path))
+            return parse_config(kind, read_json(path, ConfigError), str(path))
     if file.path.parent.name == component and folder and file.path.parent.parent == folder:
         raise ConfigError(f"{beside}: is missing")
     return None
@@ -188,7 +188,7 @@ def parse_config(kind: Any, data: Mapping[str, Any], source: str) -> Any:
 
 def _is_of(path: Path, component: str) -> bool:
     """Whether the config.json beside a file is that component's: folders of single files hold foreign ones."""
-    data = read_json(path)
+    data = read_json(path, ConfigError)
     key = {"transformer": "axes_dims", "text_encoder": "head_dim", "vae": "latent_channels"}[component]
     return key in data or path.parent.name == component
 

@@ -68,7 +68,7 @@ class Target:
         if self.path.suffix not in SUFFIXES and not self.is_folder:
             raise ConfigError(
                 f"{self.path}: unknown format: the suffix must be {' or '.join(SUFFIXES)}; "
-                f"a folder, without one, needs --max-shard-size"
+                f"a folder, without one, needs `max_shard_size`"
             )
         if self.path.suffix == ".npz" and self.max_shard_size:
             raise ConfigError(f"{self.path}: only safetensors is written in shards")
@@ -76,7 +76,7 @@ class Target:
             float_dtype(self.dtype)
         if self.naming not in NAMINGS[self.component]:
             title, known = COMPONENTS[self.component].title, ", ".join(NAMINGS[self.component])
-            raise ConfigError(f"--naming {self.naming} is not for the {title}: known are {known}")
+            raise ConfigError(f"`naming` {self.naming} is not for the {title}: known are {known}")
         if self.quantization and self.component == "vae":
             raise ConfigError("the autoencoder is not quantized: it is small and made of convolutions")
         if self.quantization and not self.official:
@@ -84,7 +84,7 @@ class Target:
         check_writable(self.file)
         existing = self.existing()
         if existing and not self.overwrite:
-            raise ConfigError(f"{existing[0]}: exists: give --overwrite to replace it")
+            raise ConfigError(f"{existing[0]}: exists: give `overwrite` to replace it")
 
     @property
     def is_folder(self) -> bool:

@@ -226,7 +226,7 @@ DIALECTS = {
 }
 OFFICIAL = {component: Dialect("diffusers", component, _official) for component in DIALECTS}
 
-# component -> value of --naming -> the dialect that is written
+# component -> value of `naming` -> the dialect that is written
 NAMINGS = {
     "transformer": {"diffusers": OFFICIAL["transformer"], "comfy": DIALECTS["transformer"]["comfy"]},
     "text_encoder": {"diffusers": OFFICIAL["text_encoder"], "comfy": OFFICIAL["text_encoder"]},

@@ -21,7 +21,6 @@ from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.model import config as cfg
 from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
-from zimage_ref.options import flag
 
 from .components import COMPONENTS, config_of, official_weights, parse_config
 from .hub import local_folder
@@ -87,7 +86,7 @@ def find_parts(folder: Path, parts: Mapping[str, Path | None] | None = None) -> 
     given = {name: Path(path) for name, path in (parts or {}).items() if path is not None}
     for name, path in given.items():
         if not path.exists():
-            raise FormatError(f"{flag(name)} {path}: is not there")
+            raise FormatError(f"`{name}` {path}: is not there")
     found = {name: given[name] if name in given else find_component(folder, name) for name in COMPONENTS}
     return found | {"tokenizer": _tokenizer(folder, given.get("tokenizer"))}
 
@@ -109,7 +108,7 @@ def find_component(folder: Path, component: str) -> Path:
     folders = ", ".join(f"{name}/" for name in dict.fromkeys((component, *comfy)))
     raise FormatError(
         f"{folder}: holds no {COMPONENTS[component].title}: looked for {folders}, and for "
-        f"{', '.join(FLAT_STEMS[component])} with {', '.join(READABLE)}; {flag(component)} FILE names one"
+        f"{', '.join(FLAT_STEMS[component])} with {', '.join(READABLE)}; give one as `{component}`"
     )
 
 
@@ -125,7 +124,7 @@ def _tokenizer(folder: Path, given: Path | None) -> Path:
         if (home / name).is_file():
             return home / name
     raise FormatError(
-        f"{home}: holds no tokenizer: looked for {', '.join(TOKENIZERS)}; --tokenizer FILE names one"
+        f"{home}: holds no tokenizer: looked for {', '.join(TOKENIZERS)}; give one as `tokenizer`"
         + ("" if given else " (ComfyUI has none: take tokenizer/tokenizer.json of Tongyi-MAI/Z-Image-Turbo)")
     )
 
@@ -138,4 +137,6 @@ def _used(file: Checkpoint, component: str, config: Any) -> dict[str, Tensor]:
 def scheduler_config(folder: Path) -> SchedulerConfig:
     """The sampling schedule of a model's folder; Turbo's where it has none."""
     file = folder / "scheduler" / "scheduler_config.json"
-    return parse_config(SchedulerConfig, read_json(file), str(file)) if file.is_file() else cfg.OFFICIAL_SCHEDULER
+    if not file.is_file():
+        return cfg.OFFICIAL_SCHEDULER
+    return parse_config(SchedulerConfig, read_json(file, ConfigError), str(file))

@@ -33,11 +33,11 @@ def local_folder(model: str | Path) -> Path:
         if not BUILT_IN.is_dir():
             raise ConfigError(
                 f"{TINY}: this package holds no weights of the small model: make them with "
-                f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give --model-dir DIR"
+                f"`python -m zimage_mlx.tiny --output DIR` (minutes on a GPU), then give DIR as `model_dir`"
             )
         return BUILT_IN
     if not _is_name(path):
-        raise ConfigError(f"{path}: is not a folder: --model-dir takes one that holds a Z-Image model")
+        raise ConfigError(f"{path}: is not a folder: `model_dir` takes one that holds a Z-Image model")
     name = path.as_posix()
     try:
         hub = importlib.import_module("huggingface_hub")

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zimage_ref.errors import ConfigError, reason
+from zimage_ref.errors import FormatError, ZImageError, reason
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ConfigError where there is none."""
+def read_json(path: Path, error: type[ZImageError] = FormatError) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `error`, the one that the caller promises, if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {reason(error)}") from error
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
+        raise error(f"{path}: cannot be read as JSON: {reason(cause)}") from cause
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(data).__name__} where an object belongs")
+        raise error(f"{path}: holds a JSON {type(data).__name__} where an object belongs")
     return data

@@ -112,7 +112,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
     painted = None if white is None else fit_mask(white, width, height, config.fit)
     if painted is not None and not painted.any():
-        raise ConfigError(f"--mask {_named(config.mask)} is black: paint white what is to be made anew")
+        raise ConfigError(f"`mask` {_named(config.mask)} is black: paint white what is to be made anew")
     shape = (folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor)
     return Request(
         config=config,
@@ -143,7 +143,7 @@ def _mask(source: Source, config: GenerateConfig, picture: Picture) -> Picture:
     mask = read_mask(source)
     if mask.size != picture.size:
         raise ConfigError(
-            f"--mask {_named(source)} is {mask.width} x {mask.height}, --init-image {_named(config.init_image)} "
+            f"`mask` {_named(source)} is {mask.width} x {mask.height}, `init_image` {_named(config.init_image)} "
             f"{picture.width} x {picture.height}: they must be of one size"
         )
     return mask
@@ -171,5 +171,5 @@ def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int) -> tuple[f
     steps, strength = config.steps or TURBO.steps, 1.0 if config.strength is None else config.strength
     schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength)
     if len(schedule) < 2:
-        raise ConfigError(f"--strength {strength:g} leaves none of {steps} steps to make: give more of it")
+        raise ConfigError(f"`strength` {strength:g} leaves none of {steps} steps to make: give more of it")
     return tuple(schedule)

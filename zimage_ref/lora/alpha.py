@@ -44,7 +44,7 @@ def scales(path: Path, prefix: str, style: str, metadata: Mapping[str, Any]) -> 
         return f"metadata {PEFT_METADATA}", _peft(_object(path, metadata[PEFT_METADATA]), f"{path}: {PEFT_METADATA}")
     beside = companions(path)[1]
     if prefix == "base_model.model." and beside.is_file():
-        return beside.name, _peft(read_json(beside), str(beside))
+        return beside.name, _peft(read_json(beside, ConfigError), str(beside))
     if metadata.get("alpha_folded") in (True, "true"):
         return "metadata: multiplied into B already", lambda module, rank: 1.0
     return "default: alpha = rank", lambda module, rank: 1.0
@@ -57,7 +57,7 @@ def _z_image_train(path: Path) -> Scale:
             f"{path}: the strength of this LoRA is in {file.name}, which is not beside it; if it is lost, "
             'make one that says {"alpha": N}, where N is the rank for a strength of 1'
         )
-    data = read_json(file)
+    data = read_json(file, ConfigError)
     if data.get("alpha_folded"):
         return lambda module, rank: 1.0
     alpha = _number(str(file), "alpha", data.get("alpha"))

@@ -36,7 +36,7 @@ def combined(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) -> Lo
     depends on the base, in company or at a scale other than 1.
     """
     if rank is not None and rank < 1:
-        raise ConfigError(f"--rank {rank} must be at least 1")
+        raise ConfigError(f"`rank` {rank} must be at least 1")
     result: LoRA = {}
     for parameter, updates in by_parameter(loras).items():
         name = parameter.removesuffix(".weight")
@@ -68,7 +68,7 @@ def _dense(update: Plain) -> Array:
 def _needs_base(name: str) -> WeightError:
     return WeightError(
         f"{name}: a DoRA update depends on the base weight: it cannot be scaled, added or reduced without the base; "
-        "bake it into a checkpoint with --model-type transformer --merge-lora"
+        "bake it into a checkpoint of the transformer with `merge_lora`"
     )
 
 

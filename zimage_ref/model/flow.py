@@ -83,10 +83,10 @@ class TimestepSampling:
             except ValueError:
                 shift = 0.0
             if not 0 < shift < math.inf:
-                raise ConfigError(f"--timesteps {text}: shift=S takes a number above 0, such as shift=3")
+                raise ConfigError(f"`timesteps` {text}: shift=S takes a number above 0, such as shift=3")
             return cls(kind, shift)
         if text not in TIMESTEP_SAMPLINGS:
-            raise ConfigError(f"--timesteps {text!r} is unknown: known are {', '.join(TIMESTEP_SAMPLINGS)} and shift=S")
+            raise ConfigError(f"`timesteps` {text!r} is unknown: known are {', '.join(TIMESTEP_SAMPLINGS)} and shift=S")
         return cls(text)
 
     def sigmas(self, rng: np.random.Generator, count: int, image_tokens: int) -> Array:

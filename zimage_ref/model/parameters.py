@@ -14,7 +14,7 @@ from .config import TIME_FREQUENCIES, TIME_HIDDEN_DIM, TextEncoderConfig, Transf
 
 Shapes = dict[str, tuple[int, ...]]
 
-# LoRA targets: what --targets names -> the modules of one block
+# LoRA targets: what `targets` names -> the modules of one block
 LORA_TARGETS = {
     "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
     "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -134,7 +134,7 @@ def check_targets(targets: Sequence[str]) -> None:
     """Raises ConfigError unless all `targets` are in TARGETS."""
     for target in targets:
         if target not in TARGETS:
-            raise ConfigError(f"--targets {target!r} is unknown: known are {', '.join(TARGETS)}")
+            raise ConfigError(f"`targets` {target!r} is unknown: known are {', '.join(TARGETS)}")
 
 
 def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]:

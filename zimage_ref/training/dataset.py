@@ -63,7 +63,7 @@ def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
     one caption file, a caption without its picture.
     """
     if not folder.is_dir():
-        raise DatasetError(f"{folder}: is not a folder: --dataset takes one with pictures and captions")
+        raise DatasetError(f"{folder}: is not a folder: `dataset` takes one with pictures and captions")
     pictures = sorted(
         path
         for path in folder.rglob("*")
@@ -91,7 +91,7 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
     """
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
-        raise DatasetError(f"--validation {fraction:g} of {len(examples)} pictures leaves none to train on")
+        raise DatasetError(f"`validation` {fraction:g} of {len(examples)} pictures leaves none to train on")
     held = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
     return (
         [example for i, example in enumerate(examples) if i not in held],
@@ -142,7 +142,7 @@ def _caption_beside(picture: Path) -> str:
 
 
 def _captions_of(file: Path, pictures: Sequence[Path]) -> list[str]:
-    captions = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file)
+    captions = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file, DatasetError)
     names = [picture.relative_to(file.parent).as_posix() for picture in pictures]
     if missing := [name for name in names if name not in captions]:
         raise DatasetError(f"{file}: has no caption for {listing(missing)}")

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from zimage_ref.errors import ConfigError, FormatError, TrainingError
+from zimage_ref.errors import FormatError, TrainingError
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.files import atomic_write, disk_is_full, remove_stale
 from zimage_ref.formats.json_file import read_json
@@ -69,7 +69,7 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise TrainingError(
-                        f"{self.output}: another run is writing it: wait for it or give another --output"
+                        f"{self.output}: another run is writing it: wait for it or give another `output`"
                     ) from None
             self._sweep()
             yield
@@ -112,7 +112,7 @@ class RunFolder:
         for step, folder in reversed(self._saves()):
             try:
                 return _read_save(step, folder), faults
-            except (FormatError, ConfigError, OSError, KeyError, TypeError) as error:
+            except (FormatError, OSError, KeyError, TypeError) as error:
                 faults.append(f"{folder}: cannot be resumed from: {error}")
         return None, faults
 
@@ -146,7 +146,7 @@ class RunFolder:
         step = self._saves()[-1][0] if self._saves() else 0
         return TrainingError(
             f"{self.path}: the disk is full: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free, "
-            f"{max(needed - free, 0) / 1e6:,.1f} MB are missing: make room and go on with --resume, from step {step}"
+            f"{max(needed - free, 0) / 1e6:,.1f} MB are missing: make room and go on with `resume`, from step {step}"
         )
 
     def _saves(self) -> list[tuple[int, Path]]:
