@@ -1,0 +1,72 @@
+"""The memory that pages promise is the memory that the program estimates."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support.pages import ROOT, read
+from test_estimates import official
+
+from zimage_ref import TrainConfig
+from zimage_ref.formats.quantize import Quantization
+from zimage_ref.memory import FAST, LEAN, generation, peak, trainable_parameters, training
+from zimage_ref.model.parameters import lora_modules, transformer_parameters
+
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+
+
+def quantization(bits: int | None) -> Quantization | None:
+    return Quantization(bits) if bits else None
+
+
+def generated(side: int, bits: int | None = None, fast: bool = False) -> str:
+    """GB that a picture takes, as a page writes them."""
+    stages = generation(
+        official(), "bfloat16", FAST if fast else LEAN,
+        width=side, height=side, quantization=quantization(bits), one_at_a_time=not fast,
+    )  # fmt: skip
+    return f"{peak(stages).total / 1e9:.1f}"
+
+
+def trained(side: int, bits: int | None = None, fast: bool = False) -> str:
+    """GB that training in the default settings takes."""
+    model, config = official(), TrainConfig("model", "dataset")
+    layers = lora_modules(model.transformer, config.targets)
+    trainable = trainable_parameters(transformer_parameters(model.transformer), layers, config.rank)
+    stages = training(
+        model, "bfloat16", quantization(bits),
+        trainable=trainable, image_tokens=side * side // model.size_multiple**2, lean=not fast,
+    )  # fmt: skip
+    return f"{peak(stages).total / 1e9:.1f}"
+
+
+def row(text: str, start: str) -> list[str]:
+    """The GB of the table row that begins with `start`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} "))
+    return re.findall(r"\d+\.\d", line)
+
+
+@pytest.mark.parametrize(
+    ("memory", "figures"),
+    [
+        ("8 GB", [generated(512, 4)]),
+        ("16 GB", [generated(1024, 8), trained(512, 8), trained(768, 8), trained(1024, 4)]),
+        ("24 GB", [generated(1024), trained(512), trained(768)]),
+        ("32 GB", [trained(1024)]),
+        ("64 GB", [generated(1024, fast=True), trained(1024, fast=True)]),
+    ],
+)
+def test_what_fits_which_mac(memory: str, figures: list[str]) -> None:
+    assert row(read(README), memory) == figures
+
+
+@pytest.mark.parametrize("side", [512, 768, 1024])
+def test_training_on_16_gb(side: int) -> None:
+    assert row(read(TRAINING), str(side)) == [trained(side, 8), trained(side, 4)]
+
+
+def test_the_estimates_beside_the_measured_runs() -> None:
+    text = " ".join(read(ROOT / "docs" / "performance.md").split())
+    figures = [generated(512, 4), generated(1024, 4), trained(512, 4), trained(1024, 4)]
+    assert f"are {', '.join(figures[:3])} and {figures[3]} GB for these four" in text
