@@ -19,9 +19,18 @@ from .formats import npz
 from .formats.checkpoint import READABLE, Checkpoint
 from .formats.quantize import Quantization, QuantizedTensor, unfold
 from .formats.tensors import DTYPE_NAMES, FLOATS, Tensor
-from .memory import LEAN, generation, peak, trainable_parameters, training, weight_bytes
+from .memory import (
+    LEAN,
+    LoadedModel,
+    generation_stages,
+    lora_bytes,
+    peak,
+    trainable_parameters,
+    training_stages,
+)
 from .model.parameters import lora_modules, transformer_parameters
 from .training.config import TrainConfig
+from .training.optimizers import OPTIMIZERS
 
 WEIGHT_BITS = (16, 8, 4)
 _SIDE = 1024  # pixels of the square picture that memory is estimated for
@@ -179,12 +188,13 @@ def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
     """
     layers = lora_modules(folder.transformer, TrainConfig.targets)
     trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)
+    lora = lora_bytes(trainable, OPTIMIZERS[TrainConfig.optimizer].slots)
     tokens, needs = (_SIDE // folder.size_multiple) ** 2, {}
     for bits in WEIGHT_BITS:
-        how = Quantization(bits) if bits < 16 else None
+        model = LoadedModel(folder, "bfloat16", Quantization(bits) if bits < 16 else None)
         needs[bits] = {
-            "weights": sum(weight_bytes(tensors, 2, how) for tensors in folder.weights.values()),
-            "generate": peak(generation(folder, "bfloat16", LEAN, width=_SIDE, height=_SIDE, quantization=how)).total,
-            "train": peak(training(folder, "bfloat16", how, trainable=trainable, image_tokens=tokens)).total,
+            "weights": sum(map(model.weight_bytes, folder.weights)),
+            "generate": peak(generation_stages(model, LEAN, (_SIDE, _SIDE))).total,
+            "train": peak(training_stages(model, tokens, lora)).total,
         }
     return needs

@@ -30,7 +30,8 @@ from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import TimestepSampling, shifted
 from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.options_file import to_json
-from zimage_ref.training.config import OPTIMIZERS, TrainConfig
+from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder
 

@@ -17,24 +17,19 @@ import numpy as np
 from zimage_mlx.device import number
 from zimage_ref.formats.tensors import Array
 from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 
 from .packing import FACTORS, Packing, Vectors
 
-_CLASSES = {
-    "adamw": optim.AdamW, "adam": optim.Adam, "adamax": optim.Adamax, "adafactor": optim.Adafactor,
-    "adagrad": optim.Adagrad, "adadelta": optim.AdaDelta, "lion": optim.Lion, "muon": optim.Muon,
-    "rmsprop": optim.RMSprop, "sgd": optim.SGD,
-}  # fmt: skip
 _SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
-_BY_MATRIX = ("adafactor", "muon")  # these look at rows and columns; for the others a vector will do
 
 
 class Optimizer:
     """The optimizer of a config: one for all A, one for all B, which may learn at different rates."""
 
     def __init__(self, config: TrainConfig, packing: Packing, vectors: Vectors) -> None:
-        self._packing, self._by_matrix = packing, config.optimizer in _BY_MATRIX
+        self._packing, self._by_matrix = packing, OPTIMIZERS[config.optimizer].by_matrix
         self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
         self._parts = {factor: make_optimizer(config) for factor in FACTORS}
         for factor, part in self._parts.items():
@@ -76,11 +71,12 @@ class Optimizer:
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with those of our settings that it has. Each step brings its rate."""
-    kind = _CLASSES[config.optimizer]
+    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step."""
+    kind = getattr(optim, OPTIMIZERS[config.optimizer].mlx_class)
     settings = {**_SETTINGS, "weight_decay": config.weight_decay}
     known = inspect.signature(kind).parameters
-    return kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
+    optimizer: optim.Optimizer = kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
+    return optimizer
 
 
 def learning_rate(plan: TrainPlan, step: int) -> float:

@@ -21,7 +21,7 @@ from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.alpha import companions
 from zimage_ref.lora.file import LoRAFile, read_lora
-from zimage_ref.memory import Footprint, Stage, generation, largest, physical_memory
+from zimage_ref.memory import Footprint, LoadedModel, Stage, generation_stages, largest, physical_memory
 from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.model.tokenizer import Tokenizer
 from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
@@ -251,19 +251,10 @@ class Pipeline(ABC):
 
     def memory(self, requests: Sequence[Request], batch_size: int) -> list[Stage]:
         """An estimate of the memory that each stage of making `requests` takes."""
+        model, batch = LoadedModel(self.folder, self.precision, self.quantization), min(batch_size, len(requests))
         sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
         return largest(
-            generation(
-                self.folder,
-                self.precision,
-                self.footprint,
-                width=width,
-                height=height,
-                batch=min(batch_size, len(requests)),
-                guided=guided,
-                quantization=self.quantization,
-                one_at_a_time=self.lean,
-            )
+            generation_stages(model, self.footprint, (width, height), batch * (1 + guided), self.lean)
             for width, height, guided in sizes
         )
 

@@ -19,9 +19,8 @@ from zimage_ref.model.flow import TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, check_targets
 from zimage_ref.options import MEMORY, PARTS, at_least, one_of, option, required
 
-OPTIMIZERS = (
-    "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd"
-)  # fmt: skip
+from .optimizers import OPTIMIZERS
+
 SCHEDULES = ("constant", "cosine", "linear")
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base

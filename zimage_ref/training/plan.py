@@ -15,7 +15,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.memory import Stage, require_memory, trainable_parameters, training
+from zimage_ref.memory import LoadedModel, Stage, lora_bytes, require_memory, trainable_parameters, training_stages
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
@@ -26,6 +26,7 @@ from .buckets import Size, buckets
 from .cache import model_digests
 from .config import LR, TrainConfig, free_options
 from .dataset import Example, fingerprint, hold_out, list_dataset
+from .optimizers import OPTIMIZERS
 
 TURBO_WARNING = (
     "this is Turbo, a distilled model: training it as it is wears its few-step ability away (blurred pictures at 8 "
@@ -85,18 +86,10 @@ class TrainPlan:
         return size[0] * size[1] // self.model.size_multiple**2
 
     def memory(self, precision: str, quantization: Quantization | None, lean: bool) -> list[Stage]:
-        """The memory of each stage of the run; options as of `memory.training`."""
-        return training(
-            self.model,
-            precision,
-            quantization,
-            trainable=self.trainable,
-            image_tokens=max(self.tokens(size) for size in self.batches.sizes()),
-            batch=self.batches.batch_size,
-            optimizer=self.config.optimizer,
-            ema=self.config.ema > 0,
-            lean=lean,
-        )
+        """The memory of each stage of the run, with the base in this precision; `lean` as of `training_stages`."""
+        model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
+        lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
+        return training_stages(model, most, lora, self.batches.batch_size, lean)
 
     def require_memory(self, precision: str, quantization: Quantization | None, limit: int | None) -> None:
         """Raises ConfigError where the run takes more than `limit` bytes and `force` does not say to try."""
