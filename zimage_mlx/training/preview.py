@@ -49,9 +49,10 @@ class Previewer:
         """(1, C, h, w) of the finished picture."""
         config, model = self._plan.config, self._plan.model
         defaults = TURBO if self._plan.turbo else BASE
-        steps = config.preview_steps or defaults.preview_steps
-        guidance = defaults.guidance if config.preview_guidance < 0 else config.preview_guidance
-        side = (config.preview_size or max(config.resolution)) // model.vae.factor
+        steps = defaults.preview_steps if config.preview_steps is None else config.preview_steps
+        guidance = defaults.guidance if config.preview_guidance is None else config.preview_guidance
+        pixels = max(config.resolution) if config.preview_size is None else config.preview_size
+        side = pixels // model.vae.factor
         x = mx.array(starting_noise(config.seed + index, (model.transformer.in_channels, side, side)))[None]
         captions = [data.caption(prompt)] + ([data.caption("")] if guidance else [])
         for latest in self._pipeline.denoise(x, captions, steps, guidance):

@@ -1,7 +1,10 @@
 """A LoRA training run: every option once.
 
-Traits of a field: `free` may differ between a run and its resumption without changing a bit of the result, `repeatable`
-is an option that is given once for each value.
+Traits of a field:
+
+    free          may differ between a run and its resumption without changing a bit of the result
+    auto          None means that the run decides; the word for it is auto, and the help says what it comes to
+    repeatable    the option is given once for each value
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from zimage_ref.errors import ConfigError
 from zimage_ref.generation.config import by_model, check_side
@@ -24,6 +26,7 @@ from .optimizers import OPTIMIZERS
 SCHEDULES = ("constant", "cosine", "linear")
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
+_FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class TrainConfig:
     rank: int = option(16, "rank of the LoRA matrices")
     alpha: float = option(16.0, "LoRA strength; the update is scaled by alpha / rank")
     epochs: int = option(100, "passes over the dataset")
-    steps: int = option(0, "optimizer steps to make, instead of `epochs` (0: go by epochs)")
-    lr: float = option(0.0, f"learning rate (0: {LR:g} at the width of Z-Image, more for a narrower model)")
+    steps: int | None = option(None, "optimizer steps to make; default: auto (as many as `epochs` takes)", auto=True)
+    lr: float | None = option(
+        None, "learning rate; default: auto (1e-4 at Z-Image's width, more for a narrower model)", auto=True
+    )
     resolution: tuple[int, ...] = option((256,), "pictures get the area of a square of this side; or of these: 512,768")
     batch_size: int = option(1, "pictures in a batch, all of one size")
     grad_accumulation: int = option(1, "batches to a step")
@@ -53,7 +58,10 @@ class TrainConfig:
     max_upscale: float = option(1.0, "pictures smaller than `resolution` are enlarged at most this many times")
     square: bool = option(False, "crop every picture to a square instead of keeping its shape")
     cache: Path | None = option(
-        None, "folder for latents and caption features (zimage-cache beside `output`)", free=True
+        None,
+        "folder for latents and caption features; default: auto (zimage-cache beside `output`)",
+        free=True,
+        auto=True,
     )
     validation: str = option("", "pictures to measure but not to learn: a folder, or a fraction of the dataset")
     validation_every: int = option(50, "steps between measurements of the held-out loss", free=True)
@@ -90,9 +98,15 @@ class TrainConfig:
         (), "prompt to draw as training goes on; may be given several times", free=True, repeatable=True
     )
     preview_every: int = option(250, "steps between previews", free=True)
-    preview_size: int = option(0, "side of previews in pixels (0: the largest `resolution`)", free=True)
-    preview_steps: int = option(0, f"denoising steps of previews (0: {by_model('preview_steps')})", free=True)
-    preview_guidance: float = option(-1.0, f"guidance of previews (-1: {by_model('guidance')})", free=True)
+    preview_size: int | None = option(
+        None, "side of previews in pixels; default: auto (the largest `resolution`)", free=True, auto=True
+    )
+    preview_steps: int | None = option(
+        None, f"denoising steps of previews; default: auto ({by_model('preview_steps')})", free=True, auto=True
+    )
+    preview_guidance: float | None = option(
+        None, f"guidance of previews, 0 is none; default: auto ({by_model('guidance')})", free=True, auto=True
+    )
     resume: bool = option(False, "go on from where an earlier run into `output` stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
     overwrite: bool = option(False, "replace `output`, and an unfinished run into it", free=True)
@@ -105,6 +119,9 @@ class TrainConfig:
         for name in ("resolution", "targets", "preview_prompt"):
             object.__setattr__(self, name, _several(getattr(self, name)))
         object.__setattr__(self, "targets", tuple(target.replace("-", "_") for target in self.targets))
+        for name in _FORMER_AUTO:
+            if is_former_auto(name, getattr(self, name)):
+                object.__setattr__(self, name, None)
         self._check_numbers()
         self._check_names()
 
@@ -115,13 +132,12 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")
-        at_least(self, 1, "validation_every", "resume_every", "preview_every")
-        at_least(self, 0, "save_every", "seed", "weight_decay", "steps", "warmup", "grad_clip", "keep_last")
-        at_least(self, 0, "preview_size", "preview_steps")
+        at_least(self, 1, "steps", "validation_every", "resume_every", "preview_every", "preview_steps")
+        at_least(self, 0, "save_every", "keep_last", "seed", "weight_decay", "warmup", "grad_clip", "preview_guidance")
         for name in ("alpha", "lora_plus"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"`{name}` {getattr(self, name)} must be above 0")
-        if not 0 <= self.lr < math.inf:
+        if self.lr is not None and not 0 <= self.lr < math.inf:
             raise ConfigError(f"`lr` {self.lr} must be 0 or above")
         for name in ("caption_dropout", "ema", "rank_dropout"):
             limit = 1.0
@@ -131,7 +147,7 @@ class TrainConfig:
             raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:
             check_side("resolution", side)
-        if self.preview_size:
+        if self.preview_size is not None:
             check_side("preview_size", self.preview_size)
 
     def _check_names(self) -> None:
@@ -148,8 +164,27 @@ class TrainConfig:
 
 def free_options() -> set[str]:
     """Names of the options that may change between a run and its resumption without changing the result."""
-    return {field.name for field in fields(TrainConfig) if field.metadata.get("free")}
+    return _with_trait("free")
 
 
-def _several(value: Any) -> tuple[Any, ...]:
+def auto_options() -> set[str]:
+    """Names of the options that the run decides if they are None."""
+    return _with_trait("auto")
+
+
+def is_former_auto(name: str, value: object) -> bool:
+    """Whether `value` of the option `name` is a number that meant auto before there was a word for it.
+
+    These are 0 and, for `preview_guidance`, all numbers below 0. Files and commands of that time go on working.
+    """
+    if name not in _FORMER_AUTO or not isinstance(value, (int, float)):
+        return False
+    return value < 0 if name == "preview_guidance" else value == 0
+
+
+def _with_trait(trait: str) -> set[str]:
+    return {field.name for field in fields(TrainConfig) if field.metadata.get(trait)}
+
+
+def _several(value: object) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)

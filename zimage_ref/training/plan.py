@@ -24,7 +24,7 @@ from zimage_ref.options_file import to_json
 from .batches import Batches, Item
 from .buckets import Size, buckets
 from .cache import model_digests
-from .config import LR, TrainConfig, free_options
+from .config import LR, TrainConfig, auto_options, free_options, is_former_auto
 from .dataset import Example, fingerprint, hold_out, list_dataset
 from .optimizers import OPTIMIZERS
 
@@ -53,12 +53,14 @@ class TrainPlan:
 
     @property
     def lr(self) -> float:
-        """The highest learning rate: as given, else in inverse proportion to the root of the model's width.
+        """The highest learning rate: `lr` if it is given, else LR * sqrt(width of Z-Image / width of this model).
 
-        Found with the tiny model, 27 times as narrow: as for Z-Image it learns too little in the default number of
-        steps; in inverse proportion to the width, what it knew frays.
+        The square root is a choice made on the tiny model, which is 27 times narrower than Z-Image. At Z-Image's own
+        rate it learns too little in the default number of steps; at 27 times that rate it forgets what it knew.
         """
-        return self.config.lr or LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
+        if self.config.lr is not None:
+            return self.config.lr
+        return LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
 
     @property
     def turbo(self) -> bool:
@@ -125,9 +127,11 @@ def make_plan(
     if fraction := _fraction(config):
         examples, held_out = hold_out(examples, fraction, config.seed)
     multiple = model.size_multiple
-    for side in (*config.resolution, config.preview_size):
-        if side % multiple:
-            raise ConfigError(f"`resolution` {side} must be a multiple of {multiple} for {model.path}")
+    previews = [] if config.preview_size is None else [config.preview_size]
+    for name, sides in (("resolution", config.resolution), ("preview_size", previews)):
+        for side in sides:
+            if side % multiple:
+                raise ConfigError(f"`{name}` {side} must be a multiple of {multiple} for {model.path}")
     items = [
         Item(index, size, repeat)
         for repeat in range(config.repeats)
@@ -143,12 +147,13 @@ def make_plan(
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of a run's facts has changed in a way that changes its result, in words."""
-    free = free_options()
-    found = [
-        f"`{name}` {_said(then['config'].get(name))} -> {_said(value)}"
-        for name, value in now["config"].items()
-        if name not in free and then["config"].get(name) != value
-    ]
+    free, found = free_options(), []
+    for name, value in now["config"].items():
+        before = then["config"].get(name)
+        if is_former_auto(name, before):
+            before = None
+        if name not in free and before != value:
+            found.append(f"`{name}` {_said(name, before)} -> {_said(name, value)}")
     what = {
         "dataset": "the pictures or captions",
         "model": "the model's weights or tokenizer",
@@ -158,7 +163,9 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found + [text for key, text in what.items() if then.get(key) != now[key]]
 
 
-def _said(value: Any) -> Any:
+def _said(name: str, value: object) -> object:
+    if value is None and name in auto_options():
+        return "auto"
     return "none" if value in (None, "", []) else value
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from zimage_ref.pictures.images import thumbnail
 
 from .chart import Line, Point, chart
+from .config import auto_options
 from .run_folder import RunFolder
 
 _THUMBNAIL = 192  # pixels
@@ -107,12 +108,14 @@ def _thumbnail(path: Path) -> str:
 
 def _table(title: str, facts: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th>{escape(k.replace('_', '-'))}</th><td>{escape(_cell(v))}</td></tr>" for k, v in facts.items()
+        f"<tr><th>{escape(k.replace('_', '-'))}</th><td>{escape(_cell(k, v))}</td></tr>" for k, v in facts.items()
     )
     return f"<section><h2>{escape(title)}</h2><table>{rows}</table></section>"
 
 
-def _cell(value: Any) -> str:
+def _cell(name: str, value: object) -> str:
+    if value is None and name in auto_options():
+        return "auto"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value in (None, "") else str(value)
