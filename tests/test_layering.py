@@ -38,7 +38,7 @@ ROOMS = {
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
     "zimage_mlx.training":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
-        "pictures lora checkpoints memory generation training",
+        "pictures lora memory generation training",
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
     "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training training",

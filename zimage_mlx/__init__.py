@@ -17,13 +17,14 @@ from zimage_ref.training.events import (
     Stopped,
     Validated,
 )
+from zimage_ref.training.plan import make_plan
 
 from .pipeline import ZImagePipeline
 from .training.machines import is_first
-from .training.precision import base_precision
-from .training.run import plan_of, train
+from .training.precision import resolve_base_precision
+from .training.run import train
 
 __all__ = [
     "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
-    "TrainConfig", "Validated", "ZImagePipeline", "base_precision", "is_first", "plan_of", "train",
+    "TrainConfig", "Validated", "ZImagePipeline", "is_first", "make_plan", "resolve_base_precision", "train",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from zimage_ref.formats import safetensors
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.model import parameters
 from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_ref.training.dataset import Example, list_dataset
 
 # Sizes differ along every axis, so that a swapped axis cannot pass
 TRANSFORMER = TransformerConfig(
@@ -138,6 +139,11 @@ def write_dataset(folder: Path) -> Path:
             f"sks picture number {i}, of soft waves{' and more' * i}\n", encoding="utf-8"
         )
     return folder
+
+
+def read_dataset(folder: Path) -> list[Example]:
+    """All examples of `folder`, each opened."""
+    return [Example.open(picture, caption) for picture, caption in list_dataset(folder)]
 
 
 def _write_json(path: Path, data: object) -> None:

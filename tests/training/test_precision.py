@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-import zimage_mlx.training.run
+import zimage_mlx.training.loop
 from zimage_cli.app import main
 from zimage_mlx import ZImagePipeline
 from zimage_mlx.lora import layers as lora_layers
@@ -26,6 +26,7 @@ from zimage_mlx.lora.adapter import TrainingAdapter
 from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import find
 from zimage_mlx.networks.weights import load, to_mlx
+from zimage_ref import ConfigError
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import Tensor
@@ -59,9 +60,9 @@ def parameters(model: nn.Module) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    real = zimage_mlx.training.run.Learner
+    real = zimage_mlx.training.loop.Learner
     monkeypatch.setattr(
-        zimage_mlx.training.run, "Learner", lambda plan, model, *rest: seen.append(model) or real(plan, model, *rest)
+        zimage_mlx.training.loop, "Learner", lambda plan, model, *rest: seen.append(model) or real(plan, model, *rest)
     )
     full, quantized = shop.train(f"full{bits}", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
     assert full.losses != quantized.losses
@@ -130,7 +131,7 @@ def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
     own = shop.train(f"own-{part}", steps=1)
     if part != "tokenizer":
         assert shop.train(f"other-{part}", steps=1, **{part: other}).losses != own.losses
-    with pytest.raises(zimage_mlx.training.run.ConfigError, match="was another: the model's weights or tokenizer"):
+    with pytest.raises(ConfigError, match="was another: the model's weights or tokenizer"):
         shop.train(f"own-{part}", steps=1, resume=True, **{part: other})
 
 

@@ -1,7 +1,7 @@
-"""Batches for the loss: what the plan says comes next, read from the cache and noised.
+"""Batches for the loss: the pictures that the plan says come next, read from the cache and noised.
 
-Everything random about a picture is drawn from (seed, epoch, item), so neither batching, nor the number of machines,
-nor an interruption changes it.
+Everything random about a picture is drawn from (seed, epoch, item): batch size, number of machines and interruptions
+do not change it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.flow import VALIDATION_SIGMAS, TimestepSampling
-from zimage_ref.training.batches import DRAW, HELD_OUT, stream
+from zimage_ref.training.batches import DRAW, HELD_OUT, rng_for
 from zimage_ref.training.plan import TrainPlan
 
 from .encode import EncodedDataset
@@ -46,7 +46,7 @@ class Feed:
         x_0, caption = self._data.latents(example, size)[None], self._data.caption(example.caption)
         batches = []
         for i, sigma in enumerate(VALIDATION_SIGMAS):
-            noise = stream(plan.config.seed, HELD_OUT, index, i).standard_normal(x_0.shape, dtype=np.float32)
+            noise = rng_for(plan.config.seed, HELD_OUT, index, i).standard_normal(x_0.shape, dtype=np.float32)
             batches.append((sigma, Batch(x_0, mx.array(noise), mx.array([sigma]), [caption])))
         return batches
 
@@ -54,7 +54,7 @@ class Feed:
         """Latents (C, h, w), noise (C, h, w), sigma (1,) and caption of an item in an epoch."""
         config, showing = self._plan.config, self._plan.batches.items[item]
         example = self._plan.examples[showing.example]
-        rng = stream(config.seed, DRAW, epoch, item)
+        rng = rng_for(config.seed, DRAW, epoch, item)
         mirrored, unnamed = rng.random() < 0.5, rng.random() < config.caption_dropout
         x_0 = self._data.latents(example, showing.size, config.flip and mirrored)
         noise = rng.standard_normal(x_0.shape, dtype=np.float32)

@@ -21,7 +21,7 @@ from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.training.batches import INITIAL, RANKS, stream
+from zimage_ref.training.batches import INITIAL, RANKS, rng_for
 from zimage_ref.training.plan import TrainPlan
 
 from .feed import Feed
@@ -50,7 +50,7 @@ class Learner:
         """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
-        layers.start(model, plan.layers, config.rank, config.alpha, stream(config.seed, INITIAL))
+        layers.start(model, plan.layers, config.rank, config.alpha, rng_for(config.seed, INITIAL))
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
         self._packing = Packing(parameters)
         self._vectors = self._packing.pack(parameters)
@@ -140,7 +140,7 @@ class Learner:
         rest = self._plan.config.rank_dropout
         if not rest:
             return 1.0
-        rng = stream(self._plan.config.seed, RANKS, step)
+        rng = rng_for(self._plan.config.seed, RANKS, step)
         rows = []
         for shape in self._packing.shapes["lora_B"].values():
             awake = rng.random((1, shape[1])) >= rest

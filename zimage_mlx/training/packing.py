@@ -18,13 +18,13 @@ FACTORS = ("lora_A", "lora_B")
 
 
 class Packing:
-    """Where each matrix lies."""
+    """Where in the vectors each matrix lies."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.shapes = {f: {n: p.shape for n, p in parameters.items() if n.endswith(f)} for f in FACTORS}
 
     def pack(self, parameters: Parameters) -> Vectors:
-        """The matrices, all that there are, in float32."""
+        """The vectors, in float32, of all matrices by name."""
         return {
             factor: mx.concatenate([parameters[name].flatten() for name in shapes]).astype(mx.float32)
             for factor, shapes in self.shapes.items()

@@ -2,8 +2,8 @@
 
     <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors
 
-A key is a digest of all that the value depends on, so an entry never goes stale. A file holds one tensor, `value`,
-and the SHA-256 of its bytes; a file that is damaged counts as absent.
+A key is a digest of everything that the value depends on, so an entry is never out of date. A file holds one tensor,
+`value`, and the SHA-256 of its bytes; a file that is damaged counts as absent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,13 +48,13 @@ class TrainCache:
         """Where the features of a caption are."""
         return self._entry("captions", [text, *self._text_encoder])
 
-    def _entry(self, kind: str, facts: list[Any]) -> Path:
+    def _entry(self, kind: str, facts: list[object]) -> Path:
         key = hashlib.sha256(json.dumps([VERSION, kind, *facts]).encode()).hexdigest()
         return self.folder / kind / f"{key}.safetensors"
 
 
 def read_entry(path: Path) -> Array:
-    """The value in `path`. Raises FormatError where it is absent or damaged."""
+    """The value in `path`. Raises FormatError if it is absent or damaged."""
     tensors, metadata = safetensors.read(path)
     if "value" not in tensors:
         raise FormatError(f"{path}: is not an entry of a training cache")
@@ -85,7 +84,7 @@ def model_digests(model: ModelFolder) -> dict[str, str]:
     return digests | {"tokenizer": hashlib.sha256(model.tokenizer.read_bytes()).hexdigest()}
 
 
-def weights_digest(tensors: Tensors, config: Mapping[str, Any]) -> str:
+def weights_digest(tensors: Tensors, config: Mapping[str, object]) -> str:
     """A digest that tells one network from another: config, names, shapes, and both ends of every tensor.
 
     It reads some kilobytes of each tensor, not the gigabytes: another fine-tune differs in all of them.
