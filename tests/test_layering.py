@@ -58,7 +58,7 @@ FORBIDDEN = {  # package -> what its files may not import, besides
 HOMES = {  # a library -> the only files that may import it; a folder stands for all of its files
     "PIL": ("zimage_ref/pictures", "zimage_ref/tiny/drawings.py", "zimage_ref/tiny/judge.py"),
     "rich": ("cli",),
-    "argparse": ("cli", "zimage_mlx/tiny/recipe.py"),
+    "argparse": ("cli", "zimage_mlx/tiny/__main__.py"),
     "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
     "safetensors": ("zimage_ref/formats/safetensors.py",),
     "torch": (), "diffusers": (), "transformers": (), "peft": (),
