@@ -42,10 +42,10 @@ class Footprint:
     strips: int = 0  # bytes that strips of the autoencoder's large layers take besides
 
 
-# The constants are fitted to this table of measured peaks over the weights and of what the estimate gives, in GB. It is
-# the official model in bfloat16 with random weights, on one H100 with MLX: tests/bench/bench_speed.py, for whole runs
-# bench_totals.py. They stand here and not with the MLX engine, so that `zimage inspect` estimates where MLX is not
-# installed. tests/test_estimates.py holds the estimates to the measured values.
+# The constants are fitted to the peaks in this table, in GB over the weights. They were measured on one H100 with MLX,
+# on the official model in bfloat16 with random weights: by tests/bench/bench_speed.py, whole runs by bench_totals.py.
+# The estimates are those of the functions below; tests/test_estimates.py holds them to the measured values. All this
+# is here and not with the MLX engine, so that `zimage inspect` needs no MLX for its estimate.
 #
 #                                                           FAST                    LEAN
 #                                                    measured   estimate     measured   estimate

@@ -21,7 +21,7 @@ from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
 from ..terminal.signals import noted
 
-_LOG_EVERY = 10.0  # seconds between lines where there is no terminal for a bar
+_LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

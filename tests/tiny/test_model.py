@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,8 @@ def learn(folder: Path, by_demo: bool = True, **changes: Any) -> tuple[Path, flo
     """
     demo = pytest.importorskip("zimage_cli.commands.demo")
     zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
-    settings = demo.SETTINGS | changes if by_demo else changes
-    config = zimage_mlx.TrainConfig(
-        Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors", **settings
-    )
+    given = Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors"
+    config = replace(demo.lesson_plan(*given) if by_demo else zimage_mlx.TrainConfig(*given), **changes)
     losses = [event.loss for event in zimage_mlx.train(config) if isinstance(event, zimage_mlx.Step)]
     return Path(config.output), float(np.mean(losses[:16]))
 

@@ -170,7 +170,7 @@ def test_the_demo_runs_from_end_to_end(
     made: tuple[Path, list[dict[str, Any]]],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(demo.SETTINGS, "epochs", 1)
+    monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "PICTURES", 1)
     monkeypatch.setattr(demo, "STEPS", 1)
     assert main(["demo", f"--model-dir={made[0]}", f"--output={tmp_path / 'out'}"]) == 0

@@ -125,4 +125,5 @@ class Stepper(Generic[AnyModel]):
         mx.eval(self.vectors, self.optimizer.state)
 
     def _state(self) -> dict[str, mx.array]:
-        return self.vectors | self.optimizer.state["weights"]
+        moments: dict[str, mx.array] = self.optimizer.state["weights"]
+        return self.vectors | moments

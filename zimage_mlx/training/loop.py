@@ -1,4 +1,4 @@
-"""The steps of a run, on one machine. Each follows from the state before it, the options and the cached data alone."""
+"""The steps of a run on one machine, and what is due after each: see the drawing in `run`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Loop:
         facts: RunFacts,
         saved: SavedState | None,
     ) -> None:
-        """Loads the base and puts the LoRA beside it, fresh or, on the first machine, as `saved`.
+        """Loads the base and puts the LoRA beside it, a new one or the one that the first machine has in `saved`.
 
-        facts: what the run is. Raises ConfigError if what was saved does not fit.
+        facts: what the run is. Raises ConfigError if the saved LoRA does not fit.
         """
         run, model, feed = RunFolder(plan.config.output), pipeline.transformer, Feed(plan, data)
         self._plan, self._machines = plan, machines

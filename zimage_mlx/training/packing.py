@@ -1,7 +1,7 @@
 """The matrices of a LoRA laid end to end: one vector of every A, one of every B.
 
-A step of the optimizer, a norm or an average is then a few operations on two long arrays rather than on hundreds of
-short ones. The matrices are views of the vectors.
+A step of the optimizer, a norm or an average is then a few operations on two long arrays instead of hundreds of
+operations on short ones. The matrices are views of the vectors.
 """
 
 from __future__ import annotations

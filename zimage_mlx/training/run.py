@@ -1,20 +1,20 @@
-"""LoRA training: a whole run, from the pictures to the LoRA. What it does, and the events that it yields:
+"""LoRA training: a whole run, from the pictures to the LoRA. What it does, and the events that say so:
 
-    check the pictures, plan the run                   Encoded
-    look for an earlier run to go on with              Notice
-    encode captions and pictures, or find them         Encoded
-    load the base, and the saved state if there is     Started
-    measure held-out loss, draw previews               Validated, Previewed
+    check the pictures, plan the run                        Encoded
+    look for an earlier run to go on with                   Notice
+    encode captions and pictures, or find them encoded      Encoded
+    load the base, and put a LoRA beside it, new or saved   Started
+    measure the held-out loss, draw previews                Validated, Previewed
     for each step:
-        gradient, optimizer                            Step
-        measure and draw, if it is due                 Validated, Previewed
-        save LoRA and state, if it is due              Saved, Checkpointed
-        asked to stop? save the state, and end         Checkpointed, Stopped
-    measure, draw, save the state                      Validated, Previewed, Checkpointed
-    write the LoRA                                     Done
+        compute the gradient, apply the optimizer           Step
+        measure and draw, if it is due                      Validated, Previewed
+        save the LoRA and the state, if it is due           Saved, Checkpointed
+        if asked to stop: save the state, and end           Checkpointed, Stopped
+    measure, draw, save the state                           Validated, Previewed, Checkpointed
+    write the LoRA                                          Done
 
-This file does what comes before `Started`; `loop` does the rest. A step follows from the state before it, the options
-and the cached data alone, so `resume` gives the same bytes as a run that nothing interrupted.
+The code up to `Started` is here, the rest in `loop`. A step follows from the state before it, the options and the
+cached data alone, so `resume` gives the same bytes as a run that nothing interrupted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
 
 
 def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
-    """The run on one machine."""
+    """The run on one machine, whether it is the first one or not."""
     dataset = CheckedDataset(config)
     for checked in dataset.check():
         yield checked

@@ -17,7 +17,7 @@ def bucket(size: Size, resolution: int, multiple: int, max_upscale: float = 1.0)
     """The size to train a picture of `size` at.
 
     Of the sizes around the ideal one, it is the one that cuts off least; among equals, the largest. If a side of the
-    picture is shorter than `multiple`, it is enlarged whatever `max_upscale` says.
+    picture is shorter than `multiple`, it is enlarged to that, against `max_upscale`.
     """
     width, height = size
     scale = min(resolution / math.sqrt(width * height), max_upscale)

@@ -10,7 +10,7 @@ Traits of a field:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,7 +23,12 @@ from zimage_ref.options import MEMORY, PARTS, at_least, one_of, option, required
 
 from .optimizers import OPTIMIZERS
 
-SCHEDULES = ("constant", "cosine", "linear")
+# Learning rate after the warmup -> its share at a part of the way to the last step, 0 to 1
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+}
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
@@ -51,7 +56,7 @@ class TrainConfig:
     grad_accumulation: int = option(1, "batches to a step")
     seed: int = option(0, "seed of noise, times, order and initialisation")
 
-    trigger: str = option("", "word that stands for what is learned: put for [trigger] in captions, or before them")
+    trigger: str = option("", "word for the thing to learn: put in place of [trigger] in captions, or before them")
     caption_dropout: float = option(0.05, "share of pictures shown with the empty prompt, for guidance to work")
     repeats: int = option(1, "times each picture is shown in an epoch")
     flip: bool = option(False, "mirror pictures left to right half of the time")
@@ -82,7 +87,7 @@ class TrainConfig:
         "auto", "how noise levels are drawn: auto, uniform, logit-normal, sigmoid, weighted, shift=S"
     )
     base_precision: str = option(
-        "auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU); 8 and 4 for captions, too"
+        "auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU); 8 and 4 also for captions"
     )
     memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
@@ -110,7 +115,7 @@ class TrainConfig:
     resume: bool = option(False, "go on from where an earlier run into `output` stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
     overwrite: bool = option(False, "replace `output`, and an unfinished run into it", free=True)
-    force: bool = option(False, "go on where memory seems too small", free=True)
+    force: bool = option(False, "go on even if memory seems too small", free=True)
 
     def __post_init__(self) -> None:
         for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):
