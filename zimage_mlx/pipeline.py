@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +18,10 @@ from zimage_ref.model.flow import model_time
 
 from .device import on_gpu
 from .lora.layers import Adapters
-from .networks.compiled import BlockRunner, Pieces
+from .networks.running import BlockRunner, RunInPieces
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
-from .networks.transformer import Block, Conditioning, Transformer
+from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import DTYPES, load, to_mlx
 
@@ -59,9 +59,8 @@ class ZImagePipeline(Pipeline):
     @cached_property
     def transformer(self) -> Transformer:
         """The denoiser."""
-        model: Transformer = self._loaded(Transformer(self.folder.transformer), "transformer")
-        in_pieces: Any = partial(Block.__call__, run=Pieces(on_gpu()))
-        model.run = in_pieces if self.lean else BlockRunner()
+        run = RunInPieces(on_gpu()).block if self.lean else BlockRunner()
+        model: Transformer = self._loaded(Transformer(self.folder.transformer, run), "transformer")
         return model
 
     @cached_property

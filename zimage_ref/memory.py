@@ -126,7 +126,7 @@ def training(
     base = weight_bytes(folder.weights["transformer"], itemsize, quantization)
     encoder, vae = (weight_bytes(folder.weights[name], itemsize, quantization) for name in ("text_encoder", "vae"))
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
-    kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
+    kept = config.dim if lean else kept_values(config)  # for each block: its input, or all that its gradient needs
     blocks = len(list(parameters.transformer_blocks(config)))
     activations = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
     activations += (_LEAN_UNPACKED if lean else FAST.unpacked) * _quantized_values(folder, quantization)
@@ -139,9 +139,20 @@ def training(
     ]
 
 
-def residual_values(config: TransformerConfig) -> int:
-    """Values for each token that a block keeps for its gradient, all that its matrix products made."""
-    return 7 * config.dim + 2 * config.ffn_dim
+def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
+    """The arrays that a block keeps of its forward pass for its gradient, and how many values of each token.
+
+    These are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in their order, but
+    for those that are not kept for each token. A test compares names and bytes.
+    """
+    D, F = config.dim, config.ffn_dim
+    attention = [("x", D), ("q", D), ("k", D), ("v", D), ("attended", D), ("out", D)]
+    return [*attention, ("hidden_gate", F), ("hidden_value", F), ("out", D)]
+
+
+def kept_values(config: TransformerConfig) -> int:
+    """Values of each token that a block keeps for its gradient."""
+    return sum(width for _, width in kept_widths(config))
 
 
 def weight_bytes(

@@ -23,7 +23,7 @@ if HAS_MLX:
 
     from zimage_mlx.lora import layers as mlx_lora
     from zimage_mlx.training.gradient import LossAndGradients
-    from zimage_mlx.training.loss import Batch
+    from zimage_mlx.training.loss import NoisyBatch
 
 CONFIG = tiny.TRANSFORMER
 WEIGHTS = tiny.random_weights(parameters.transformer_parameters(CONFIG))
@@ -130,7 +130,7 @@ def test_lora_gradients_are_those_of_the_reference_loss() -> None:
     x_0, noise = rng.standard_normal((2, *INPUTS["x"].shape)).astype(np.float32)
     batch = [native("mlx", a) for a in (x_0, noise, INPUTS["t"])]
     captions = [mx.array(c) for c in cases.captions(INPUTS)]
-    loss, flat = LossAndGradients(model, budget=0, compiled=False)(Batch(*batch, captions))
+    loss, flat = LossAndGradients(model, budget=0, compiled=False)(NoisyBatch(*batch, captions))
     lora = mlx_lora.factors(model)
     twin = network("numpy", "transformer", CONFIG, WEIGHTS, "float64")
 

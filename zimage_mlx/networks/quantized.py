@@ -16,7 +16,8 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < _UNPACK_FROM_ROWS:
-            return super().__call__(x)
+            product: mx.array = super().__call__(x)
+            return product
         weight = mx.dequantize(self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
         y = x @ weight.T
         return y + self.bias if "bias" in self else y

@@ -6,7 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .compiled import Settle, fused
+from .compiled import fused
+from .running import EvalOneAhead
 
 MEASURED = 8  # bytes that `Moments` makes of a value on its way
 _AT_ONCE = 3  # strips that live at once: one computed, one queued, one not yet given back
@@ -17,7 +18,7 @@ class Strips:
 
     def __init__(self, nbytes: int) -> None:
         """nbytes: what the strips that live at once may make on their way, beside whole layers."""
-        self._nbytes, self.settle = nbytes, Settle()
+        self._nbytes, self.settle = nbytes, EvalOneAhead()
         self._measured: tuple[mx.array, Moments] | None = None
 
     def spans(self, rows: int, each: int) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -126,7 +125,7 @@ class Learner:
                 mx.eval(loss, gradients)
         if self._group.size() > 1:
             loss = mx.distributed.all_sum(loss, group=self._group)
-            means: Any = nn.average_gradients(gradients, self._group)
+            means: Vectors = nn.average_gradients(gradients, self._group)
             gradients = {factor: mean * self._group.size() for factor, mean in means.items()}
         return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
 

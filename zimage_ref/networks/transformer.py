@@ -160,18 +160,18 @@ class Transformer:
         rotation = np.concatenate([image_rotation, caption_rotation], axis=1)
         return Conditioning(tokens, image_rotation, rotation, mask)
 
-    def denoise(self, x: Array, t: Array, given: Conditioning) -> Array:
+    def denoise(self, x: Array, t: Array, conditioning: Conditioning) -> Array:
         """The raw output for conditioned latents; see `__call__`."""
         B, _, h, w = x.shape
         tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
         adaln = self.t_embedder(t * self.config.t_scale)
 
         for block in self.noise_refiner:
-            tokens = block(tokens, given.image_rotation, None, adaln)
+            tokens = block(tokens, conditioning.image_rotation, None, adaln)
 
-        tokens = np.concatenate([tokens, given.caption], axis=1)  # (B, S, D)
+        tokens = np.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
         for block in self.layers:
-            tokens = block(tokens, given.rotation, given.mask, adaln)
+            tokens = block(tokens, conditioning.rotation, conditioning.mask, adaln)
 
         return self.unpatchify(self.final_layer(tokens, adaln), h, w)
 
