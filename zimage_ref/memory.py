@@ -140,10 +140,10 @@ def training(
 
 
 def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
-    """The arrays that a block keeps of its forward pass for its gradient, and how many values of each token.
+    """The arrays that a block keeps of its forward pass for its gradient, and how many values each has for a token.
 
-    These are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in their order, but
-    for those that are not kept for each token. A test compares names and bytes.
+    These are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in their order, except
+    scale and gate, which have no tokens. A test compares names and bytes.
     """
     D, F = config.dim, config.ffn_dim
     attention = [("x", D), ("q", D), ("k", D), ("v", D), ("attended", D), ("out", D)]
@@ -156,10 +156,10 @@ def kept_values(config: TransformerConfig) -> int:
 
 
 def weight_bytes(
-    tensors: Mapping[str, Tensor], itemsize: int, how: Quantization | None = None, mapped: bool = False
+    tensors: Mapping[str, Tensor], itemsize: int, quantization: Quantization | None = None, mapped: bool = False
 ) -> int:
-    """Memory of a network's weights: `itemsize` bytes each, but what `how` covers or the file holds quantized."""
-    sizes = [_nbytes(name, tensor, itemsize, how) for name, tensor in tensors.items()]
+    """Memory of a network's weights: `itemsize` bytes each, or what those take that are stored or made quantized."""
+    sizes = [_nbytes(name, tensor, itemsize, quantization) for name, tensor in tensors.items()]
     return max(sizes) if mapped else sum(sizes)
 
 
@@ -208,10 +208,10 @@ def _block_values(config: TransformerConfig) -> int:
     return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
 
 
-def _quantized_values(folder: ModelFolder, how: Quantization | None) -> int:
+def _quantized_values(folder: ModelFolder, quantization: Quantization | None) -> int:
     """Values of one block's matrices, if they are stored in 4 or 8 bits."""
     config, tensors = folder.transformer, folder.weights["transformer"].values()
-    quantized = how is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
+    quantized = quantization is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
     return quantized * config.dim * (4 * config.dim + 3 * config.ffn_dim)
 
 
@@ -227,9 +227,10 @@ def _autoencoder_bytes(folder: ModelFolder, pixels: int, footprint: Footprint, i
     return width * footprint.pixel_widths + min(footprint.strips, _LAYERS_MAKE * width)
 
 
-def _nbytes(name: str, tensor: Tensor, itemsize: int, how: Quantization | None) -> int:
+def _nbytes(name: str, tensor: Tensor, itemsize: int, quantization: Quantization | None) -> int:
     if isinstance(tensor, QuantizedTensor):
-        how = tensor.quantization
-    elif how is None or not how.covers(name, tensor.shape):
+        quantization = tensor.quantization
+    elif quantization is None or not quantization.covers(name, tensor.shape):
         return tensor.size * itemsize
-    return tensor.size * how.bits // 8 + 2 * itemsize * tensor.size // how.group_size  # scale and offset of each group
+    groups = tensor.size // quantization.group_size
+    return tensor.size * quantization.bits // 8 + 2 * itemsize * groups  # a scale and an offset for each group

@@ -41,7 +41,7 @@ def with_gradient(
     """
     custom = mx.custom_function(function)
     custom.vjp(gradient)
-    return cast(Callable[P, mx.array], custom)
+    return cast("Callable[P, mx.array]", custom)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:

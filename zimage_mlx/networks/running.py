@@ -91,14 +91,14 @@ class RunInPieces:
         """function(*args), by the program of `key`, which is made of the first function that comes with it."""
         if key not in self._programs:
             self._programs[key] = self._program(function, args) if self._compiled else function
-        result = cast(Callable[P, R], self._programs[key])(*args, **kwargs)
+        result = cast("Callable[P, R]", self._programs[key])(*args, **kwargs)
         self._eval_ahead(result)
         return result
 
     @staticmethod
     def _program(function: Callable[P, R], args: tuple[object, ...]) -> object:
         if args and isinstance(args[0], nn.Module):
-            return PerBlock(cast(Callable[[nn.Module], R], function))
+            return PerBlock(cast("Callable[[nn.Module], R]", function))
         return mx.compile(function)
 
 

@@ -132,7 +132,7 @@ class FeedForwardKept(NamedTuple):
 
 
 class Block(nn.Module):
-    """Sandwich-normed attention and feed-forward; scaled and gated by the time where it is modulated.
+    """Sandwich-normed attention and feed-forward; scaled and gated by the time if it is modulated.
 
         x = x + gate_a norm(attention(scale_a norm(x)))
         x = x + gate_f norm(feed_forward(scale_f norm(x)))

@@ -8,8 +8,8 @@ second time when their gradient is due.
     x -> q, k, v -> attended -> out -> x + gate norm(out)         the half with attention
     x -> hidden_gate, hidden_value -> out -> x + gate norm(out)   the half with the feed-forward
 
-Which arrays these are is said by `Block`, in zimage_mlx.networks.transformer. Source: gradient checkpointing, arXiv
-1604.06174.
+The arrays are described at `AttentionKept` and `FeedForwardKept`, in zimage_mlx.networks.transformer. Source: gradient
+checkpointing, arXiv 1604.06174.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class _Chain:
         return x
 
     def backward(self, d: mx.array | None, gradients: Parameters, input_too: bool) -> mx.array | None:
-        """Adds the blocks' gradients to `gradients`; the input's, or None where nothing below needs it."""
+        """Adds the blocks' gradients to `gradients`; the input's, or None if nothing below needs it."""
         for i, block in reversed(list(enumerate(self.blocks))):
             if not (input_too or any(self.train[: i + 1])):
                 return None

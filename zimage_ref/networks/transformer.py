@@ -75,7 +75,7 @@ class FeedForward:
 
 
 class Block:
-    """Sandwich-normed attention and feed-forward; scaled and gated by the time where it is modulated."""
+    """Sandwich-normed attention and feed-forward; scaled and gated by the time if it is modulated."""
 
     def __init__(self, w: Weights, config: TransformerConfig) -> None:
         self.w, self.eps = w, config.norm_eps
@@ -87,7 +87,8 @@ class Block:
         a = self.attention(self.norm("attention_norm1", x) * scale_a, rotation, mask)
         x = x + gate_a * self.norm("attention_norm2", a)
         f = self.feed_forward(self.norm("ffn_norm1", x) * scale_f)
-        return x + gate_f * self.norm("ffn_norm2", f)
+        y: Array = x + gate_f * self.norm("ffn_norm2", f)
+        return y
 
     def norm(self, name: str, x: Array) -> Array:
         """One of the block's four RMS norms."""
@@ -201,7 +202,8 @@ class Transformer:
 
     def rotation(self, angles: Array) -> Array:
         """exp(i angle), in the complex dtype of the working precision."""
-        return np.exp(1j * angles.astype(self.w.dtype))
+        rotation: Array = np.exp(1j * angles.astype(self.w.dtype))
+        return rotation
 
 
 def rotate(x: Array, rotation: Array) -> Array:
