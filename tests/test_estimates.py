@@ -14,7 +14,6 @@ from zimage_ref import ConfigError, ModelFolder
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.inspection import memory_needs
 from zimage_ref.memory import FAST, LEAN, NUMPY, generation, peak, require_memory, training, weight_bytes
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import (
@@ -23,6 +22,7 @@ from zimage_ref.model.parameters import (
     transformer_parameters,
     vae_parameters,
 )
+from zimage_ref.requirements import memory_needs
 
 
 def official() -> ModelFolder:

@@ -1,4 +1,4 @@
-"""zimage convert: weights from one file format, naming and precision to another."""
+"""zimage convert: its options, and how weights of a model are converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""zimage generate: pictures from prompts."""
+"""zimage generate: its options, and the run that they describe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.options import add_fields, from_args, path_and_scale
-from ..terminal.pictures import STDOUT, Names, preview_path, write
+from ..terminal.pictures import STDOUT, Names, preview_path, show, write
 from . import interactive
 
 THUMBNAIL_COLUMNS = 48
@@ -203,7 +203,7 @@ class Run:
             for (_, picture), path, facts in zip(made, paths, records, strict=True):
                 write(picture, path, facts, self.console)
                 if not args.no_thumbnail and path != STDOUT:
-                    self.console.picture(picture, THUMBNAIL_COLUMNS)
+                    show(picture, self.console, THUMBNAIL_COLUMNS)
 
     def _record(self, config: GenerateConfig) -> dict[str, Any]:
         return record(config, self.loras, **self._facts)

@@ -9,7 +9,8 @@ from typing import Any
 
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.formats.files import check_writable
-from zimage_ref.pictures.images import Picture, check_suffix, encoded, save_picture
+from zimage_ref.pictures.formats import check_suffix
+from zimage_ref.pictures.images import Picture, encoded, half_blocks, save_picture
 
 from .console import Console
 
@@ -71,6 +72,12 @@ def write(picture: Picture, path: Path, record: Mapping[str, Any] | None, consol
     else:
         save_picture(picture, path, record)
         console.wrote(path)
+
+
+def show(picture: Picture, console: Console, columns: int = 64) -> None:
+    """`picture`, `columns` wide, in coloured half blocks; nothing if stderr is not a terminal with colours."""
+    if width := console.cells(min(columns, picture.width)):
+        console.half_blocks(half_blocks(picture, width))
 
 
 def preview_path(path: Path) -> Path:

@@ -237,6 +237,7 @@ def test_the_summary_tells_sizes_before_and_after(
 _MEASURED = """
 import pathlib, sys
 from zimage_cli.app import main
+from zimage_cli.commands import convert
 def peak():
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()

@@ -14,6 +14,7 @@ from support import tiny
 import zimage_cli.commands.generate
 from zimage_cli.app import main
 from zimage_cli.terminal.console import Console
+from zimage_cli.terminal.pictures import show
 from zimage_ref import ZImagePipeline
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.networks.weights import Weights
@@ -266,12 +267,11 @@ def test_the_terminal_shows_a_thumbnail() -> None:
     picture = Image.new("RGB", (40, 20), "red")
     picture.paste((0, 0, 255), (0, 10, 40, 20))
     terminal = io.StringIO()
-    Console(err=rich.console.Console(file=terminal, force_terminal=True, color_system="truecolor", width=80)).picture(
-        picture, 8
-    )
+    colours = rich.console.Console(file=terminal, force_terminal=True, color_system="truecolor", width=80)
+    show(picture, Console(err=colours), 8)
     lines = terminal.getvalue().rstrip("\n").split("\n")
     assert len(lines) == 2 and all(line.count("▀") == 8 for line in lines)
     assert "38;2;255;0;0;48;2;255;0;0" in lines[0] and "38;2;0;0;255;48;2;0;0;255" in lines[1]
     pipe = io.StringIO()
-    Console(err=rich.console.Console(file=pipe)).picture(picture, 8)
+    show(picture, Console(err=rich.console.Console(file=pipe)), 8)
     assert pipe.getvalue() == ""

@@ -20,7 +20,8 @@ import numpy as np
 from zimage_ref.errors import DatasetError, listing, reason
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Array
-from zimage_ref.pictures.images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
+from zimage_ref.pictures.formats import PICTURE_SUFFIXES
+from zimage_ref.pictures.images import cover, mirror, read_picture, to_array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
 TRIGGER_MARK = "[trigger]"
