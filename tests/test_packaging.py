@@ -27,8 +27,8 @@ PUBLIC = ["zimage_ref", pytest.param("zimage_mlx", marks=mlx_only)]
 def listed() -> dict[str, str]:
     """{package: folder} of pyproject.toml; read by pattern, as Python 3.10 has no tomllib."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    packages = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1])
-    renamed = dict(re.findall(r'(\w+) = "(\w+)"', re.search(r"^package-dir = \{(.*?)\}", text, re.M)[1]))
+    packages = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1])
+    renamed = dict(re.findall(r'(\w+) = "(\w+)"', re.search(r"^package-dir = \{(.*?)\}", text, re.MULTILINE)[1]))
     tops = {package: package.split(".")[0] for package in packages}
     return {p: p.replace(top, renamed.get(top, top), 1).replace(".", "/") for p, top in tops.items()}
 

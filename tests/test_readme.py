@@ -18,7 +18,7 @@ if HAS_MLX:
     import zimage_mlx
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 # The examples are of the real model: here pictures are smaller and runs shorter
 SMALLER = {"1024": "32", "seed=7)": "seed=7, width=32, height=32)", "rank=16)": "rank=16, steps=1, resolution=32)"}
 

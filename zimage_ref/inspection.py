@@ -158,7 +158,7 @@ def describe_folder(folder: Path) -> list[Part]:
         except ZImageError as error:
             problem = str(error)
         parts.append(Part(component, path, description, problem))
-    nothing = {component: folder for component in COMPONENTS}
+    nothing = dict.fromkeys(COMPONENTS, folder)
     try:
         tokenizer, problem = find_parts(folder, nothing)["tokenizer"], ""
     except ZImageError as error:

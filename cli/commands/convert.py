@@ -58,7 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Streams the tensors over, one at a time. What can be refused is refused before weights are read."""
     if args.model_type == "lora":
-        return convert_lora.run(args, console)
+        convert_lora.run(args, console)
+        return
     if len(args.inputs) > 1:
         raise ConfigError("--input may be given several times with --model-type lora only")
     if args.rank is not None:

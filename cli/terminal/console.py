@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import rich.console
 from rich.color import Color
@@ -103,7 +104,7 @@ class Console:
     def curve(self, name: str, values: Sequence[float], columns: int = 60) -> None:
         """A line of bars, each the mean of a stretch of `values`, with the first and the last in numbers."""
         ends = [len(values) * i // columns for i in range(columns + 1)]
-        means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+        means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends) if b > a]
         low, high = min(means), max(means)
         bars = "".join(_BARS[round((m - low) / ((high - low) or 1) * (len(_BARS) - 1))] for m in means)
         self.out.print(f"[muted]{escape(name)}[/] {means[0]:.4f} [fact]{bars}[/] {means[-1]:.4f}", soft_wrap=True)

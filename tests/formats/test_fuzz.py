@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,7 +72,7 @@ CONTAINERS: dict[str, Callable[[Path], None]] = {
 
 def mutants(data: bytes, rng: Random) -> Iterator[bytes]:
     """Files that differ from `data` by a few flips, cuts, copies, insertions, or numbers that lie; headers mostly."""
-    interesting = [i for i, (a, b) in enumerate(zip(data, data[1:], strict=False)) if a != b]
+    interesting = [i for i, (a, b) in enumerate(pairwise(data)) if a != b]
     while True:
         mutant = bytearray(data)
         for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_an_unreadable_picture_is_refused_before_any_weights(reference: Any, tmp
 def test_streaming_shows_every_step_and_ends_at_the_picture(pipe: Any) -> None:
     steps = list(pipe.stream("a fox", seed=7, steps=4, **SIZE))
     assert [(step.index, step.total) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert steps[-1].sigma == 0 and all(a.sigma > b.sigma for a, b in zip(steps, steps[1:], strict=False))
+    assert steps[-1].sigma == 0 and all(a.sigma > b.sigma for a, b in pairwise(steps))
     (picture,) = pipe("a fox", seed=7, steps=4, **SIZE)
     assert np.asarray(pipe.picture(steps[-1].x)).tolist() == np.asarray(picture).tolist()
     errors = [np.abs(np.asarray(step.x_0) - np.asarray(steps[-1].x)).mean() for step in steps]

@@ -12,7 +12,7 @@ import struct
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from zimage_ref.errors import FormatError
 
@@ -96,8 +96,8 @@ class _Cbor:
     """The part of CBOR that burn writes: items of definite length, nested a little. No item may outgrow the data."""
 
     _MAX_DEPTH = 16
-    _FLOATS = {25: ">e", 26: ">f", 27: ">d"}
-    _SIMPLE = {20: False, 21: True, 22: None, 23: None}
+    _FLOATS: ClassVar[dict[int, str]] = {25: ">e", 26: ">f", 27: ">d"}
+    _SIMPLE: ClassVar[dict[int, bool | None]] = {20: False, 21: True, 22: None, 23: None}
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.data, self.position = path, data, 0
