@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,8 +46,3 @@ class Weights:
         """From now on W + sum of scale * update; replaces the LoRAs of an earlier call, also in every part."""
         self._loras.clear()
         self._loras.update(by_parameter(loras))
-
-
-def of_arrays(arrays: Mapping[str, Array], dtype: type[np.floating] = np.float64) -> Weights:
-    """Weights from arrays in memory."""
-    return Weights({name: Tensor.of(array) for name, array in arrays.items()}, np.dtype(dtype))

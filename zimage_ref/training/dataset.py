@@ -49,14 +49,6 @@ class Example:
         return to_array(mirror(picture) if flip else picture)
 
 
-def read_dataset(folder: Path, trigger: str = "") -> list[Example]:
-    """All examples of `folder`, sorted by path, every picture and caption read once to know that it can be.
-
-    Raises DatasetError naming the file: see `list_dataset`; or an unreadable picture.
-    """
-    return [Example.open(picture, caption) for picture, caption in list_dataset(folder, trigger)]
-
-
 def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
     """Every picture of `folder` with its caption, `trigger` put in, sorted by path; pictures are not yet read.
 
