@@ -108,7 +108,7 @@ def test_the_estimate_of_training_follows_the_options() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_weights_take_exactly_what_is_estimated(bits: int | None, tmp_path: Path) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     utils = pytest.importorskip("mlx.utils")
     model = tiny.write_model_folder(tmp_path / "model")
     how = Quantization(bits) if bits else None

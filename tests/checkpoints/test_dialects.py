@@ -171,7 +171,7 @@ def test_every_dialect_in_every_container_holds_the_official_weights_and_makes_t
 def test_mlx_makes_the_same_picture_of_dialects_and_containers(
     number: int, container: str, model: Path, tmp_path: Path
 ) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     if container == ".gguf":
         pytest.importorskip("gguf", reason="reading .gguf needs the extra gguf")
     parts = converted(model, tmp_path, number, container)

@@ -145,7 +145,7 @@ def draw(package, model: Path, **options: object) -> np.ndarray:
 
 
 def test_both_packages_read_a_quantized_file_alike(model: Path, converted: dict[str, Path]) -> None:
-    zimage_mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed")
+    zimage_mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed")
     parts = {name: converted[f"{name}.npz"] for name in ("transformer", "text_encoder")}
     ours, theirs = (draw(package, model, parts=parts) for package in (zimage_ref, zimage_mlx))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -154,7 +154,7 @@ def test_both_packages_read_a_quantized_file_alike(model: Path, converted: dict[
 
 @pytest.mark.parametrize("bits", BITS)
 def test_both_packages_quantize_alike_while_loading(bits: int, model: Path) -> None:
-    zimage_mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed")
+    zimage_mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed")
     ours, theirs = (draw(package, model, quantize=bits) for package in (zimage_ref, zimage_mlx))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
