@@ -183,6 +183,22 @@ def test_few_files_import_late() -> None:
     assert late == set(LATE)
 
 
+def test_tests_are_skipped_for_libraries_only() -> None:
+    """`importorskip` of a module of this project that has moved would skip its test for ever."""
+    names = {
+        str(ast.literal_eval(node.args[0]))
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
+        if isinstance(node.args[0], ast.Constant)
+    }
+    libraries = {"diffusers", "gguf", "mlx", "peft", "torch", "transformers"}
+    folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
+    for top, *below in (name.split(".") for name in names):
+        file = ROOT.joinpath(folders.get(top, top), *below)
+        assert top in libraries or file.with_suffix(".py").is_file() or (file / "__init__.py").is_file(), file
+
+
 @pytest.mark.parametrize("init", [path for path in FILES if path.name == "__init__.py"], ids=identify)
 def test_each_folder_says_what_it_knows_may_import_and_must_never_know(init: Path) -> None:
     if init.parent.parent == ROOT:

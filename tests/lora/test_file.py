@@ -264,9 +264,9 @@ def test_a_full_size_lora_of_210_layers_and_rank_16_is_read_in_under_a_second(tm
     for naming in ("comfy", "kohya", "burn"):
         write_lora(tmp_path / "lora.safetensors", lora, {}, naming)
         seconds = []
-        for _ in range(3):  # the best, because other work on the machine only adds
-            began = time.perf_counter()
+        for _ in range(3):  # the best, and time of the processor: other work on the machine only adds
+            began = time.process_time()
             file = read_lora(tmp_path / "lora.safetensors", shapes)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
         assert min(seconds) < 1, naming
         assert file.ranks == [16] and file.updates.keys() == lora.keys()

@@ -106,7 +106,7 @@ def test_samplers_agree_on_a_trained_model_when_steps_are_many(
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
 def test_diffusers_draws_the_same(reference: zimage_ref.ZImagePipeline) -> None:
-    official = pytest.importorskip("official", reason="torch and diffusers are not installed (extra `oracle`)")
+    official = pytest.importorskip("support.official", reason="torch and diffusers are not installed (extra `oracle`)")
     pipe = official.pipeline(reference.folder.path)
     noise = np.random.default_rng(1).standard_normal((1, 16, 16, 16), np.float32)
     caption = "a small purple heart above a green ring on a white background"
