@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import weakref
@@ -16,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from zimage_ref.errors import ConfigError, FormatError, reason
+
+_BLOCK = 1 << 20  # bytes read at a time
 
 
 @contextmanager
@@ -42,6 +45,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of the file `path` in hexadecimal, read a block at a time. Raises FormatError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
+    return digest.hexdigest()
 
 
 def check_writable(path: Path) -> None:

@@ -6,22 +6,21 @@ by that of the first bytes of every tensor, which takes a moment where reading a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from zimage_ref.checkpoints.fingerprint import model_fingerprint
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.errors import FormatError, reason
+from zimage_ref.errors import FormatError
 from zimage_ref.formats.checkpoint import find_weights
-from zimage_ref.formats.quantize import QuantizedTensor
+from zimage_ref.formats.files import sha256
 from zimage_ref.options import PARTS
 from zimage_ref.options_file import typed
 
 from .config import GenerateConfig
 
-_SAMPLE = 512  # elements of a tensor that its model is known by
 _DIGITS = 16  # of a SHA-256
 _PICTURES = ("init_image", "mask")
 ENGINE: dict[str, type] = {"backend": str, "dtype": str, "quantize": int, **dict.fromkeys(PARTS, Path)}
@@ -41,27 +40,12 @@ def record(config: GenerateConfig, loras: Sequence[tuple[str | Path, float]], **
 
 def identity(model: ModelFolder) -> dict[str, str]:
     """Where a model is, and what tells its weights from another's: their names, shapes and first numbers."""
-    seen = hashlib.sha256()
-    for component, tensors in model.weights.items():
-        for name, tensor in sorted(tensors.items()):
-            seen.update(f"{component} {name} {tensor.shape} {tensor.stored_as}".encode())
-            stored = tensor.packed if isinstance(tensor, QuantizedTensor) else tensor
-            if not stored.storage:  # else all of it would have to be decoded
-                seen.update(stored.read().reshape(-1)[:_SAMPLE].tobytes())
-    return {"model": str(model.path), "model_fingerprint": seen.hexdigest()[:_DIGITS]}
+    return {"model": str(model.path), "model_fingerprint": model_fingerprint(model)[:_DIGITS]}
 
 
 def digest(path: Path) -> str:
     """The beginning of the SHA-256 of a file, or of the one in a folder. Raises FormatError where it cannot be read."""
-    path = find_weights(path) if path.is_dir() else path
-    seen = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                seen.update(block)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
-    return seen.hexdigest()[:_DIGITS]
+    return sha256(find_weights(path) if path.is_dir() else path)[:_DIGITS]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 from zimage_ref.errors import ConfigError, WeightError, listing
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import SUFFIXES, Checkpoint
-from zimage_ref.formats.files import atomic_write, check_writable
+from zimage_ref.formats.files import check_writable
+from zimage_ref.formats.json_file import write_json
 from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
 from zimage_ref.model.parameters import Shapes
 
@@ -123,8 +124,7 @@ def write_lora(
     }
     if with_sidecar or naming == "burn":
         beside = {key: value for key, value in facts.items() if key != PEFT_METADATA}
-        with atomic_write(sidecar(path)) as file:
-            file.write((json.dumps(beside, indent=2) + "\n").encode())
+        write_json(sidecar(path), beside)
     if path.suffix == ".npz":
         npz.write(path, tensors, {"model_type": "lora", **facts})
     else:

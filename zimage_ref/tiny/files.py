@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.files import atomic_write
+from zimage_ref.formats.json_file import write_json
 from zimage_ref.formats.tensors import Array, Tensor
 from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 
@@ -70,13 +69,13 @@ def write_component(
     """Config and bfloat16 weights of one network in the official layout."""
     tensors = {name: Tensor.of(weights[name]).cast("bf16") for name in sorted(weights)}
     safetensors.write(folder / f"{_STEMS[type(config)]}.safetensors", tensors, {"format": "pt"})
-    _write_json(folder / "config.json", config.to_json())
+    write_json(folder / "config.json", config.to_json())
 
 
 def write_surroundings(folder: Path, captions: Sequence[str], vocab_size: int, scheduler: SchedulerConfig) -> None:
     """All that is not a network: index, scheduler and tokenizer."""
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_json())
+    write_json(folder / "model_index.json", _MODEL_INDEX)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_json())
     write_tokenizer(folder / "tokenizer", captions, vocab_size)
 
 
@@ -99,7 +98,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> N
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True).encode())
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131072, "pad_token": "<|endoftext|>",
@@ -107,8 +106,3 @@ def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> N
             "add_prefix_space": False, "add_bos_token": False, "chat_template": _CHAT_TEMPLATE,
         },
     )  # fmt: skip
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(data, indent=2) + "\n").encode())

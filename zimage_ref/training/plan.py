@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
@@ -23,7 +24,6 @@ from zimage_ref.options_file import to_json
 
 from .batches import Batches, Item
 from .buckets import Size, buckets
-from .cache import model_digests
 from .config import LR, TrainConfig, free_options
 from .dataset import Example, fingerprint, hold_out, list_dataset
 
@@ -114,8 +114,8 @@ class TrainPlan:
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
-            "model": model_digests(self.model),
-            "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None,
+            "model": part_digests(self.model),
+            "adapter": sha256(adapter) if adapter else None,
         }
 
 
