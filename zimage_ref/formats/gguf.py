@@ -6,17 +6,18 @@ The header is read here, with bounds that a damaged file cannot break; quantized
 
 from __future__ import annotations
 
-import importlib
 import struct
 from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from zimage_ref.errors import BackendError, FormatError
+from zimage_ref.errors import FormatError
+from zimage_ref.extras import optional_import
 
 from .files import MappedFile, check_disjoint
 from .tensors import DTYPES, Array, Tensor, row_blocks
@@ -37,7 +38,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises FormatError for anything that is not a whole, valid GGUF file; BackendError without the package `gguf`.
     """
-    package = _package(path)
+    package = optional_import("gguf", f"{path}: reading GGUF needs the package gguf")
     header = _Header(MappedFile(path))
     magic, version, count, entries = header.unpack(_HEADER.format)
     if magic != MAGIC or version not in VERSIONS:
@@ -57,17 +58,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
         if name in tensors:
             raise FormatError(f"{path}: {name!r} is there twice")
-        tensors[name], nbytes = _tensor(package, header.file, name, shape, kind, start + offset)
+        tensors[name], nbytes = _tensor_at(package, header.file, name, shape, kind, start + offset)
         extents.append((offset, offset + nbytes, name))
     check_disjoint(path, extents)
     return _original_shapes(path, tensors, metadata), metadata
-
-
-def _package(path: Path) -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise BackendError(f"{path}: reading GGUF needs the package gguf: pip install 'zimage-mlx[gguf]'") from error
 
 
 def _info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
@@ -80,8 +74,8 @@ def _info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, *header.unpack("<IQ")
 
 
-def _tensor(
-    package: Any, file: MappedFile, name: str, shape: tuple[int, ...], kind: int, offset: int
+def _tensor_at(
+    package: ModuleType, file: MappedFile, name: str, shape: tuple[int, ...], kind: int, offset: int
 ) -> tuple[Tensor, int]:
     """The tensor at byte `offset`, and how many bytes it takes."""
     where = f"{file.path}: {name!r}"
@@ -108,7 +102,7 @@ def _tensor(
     return tensor, nbytes
 
 
-def _block_format(package: Any, kind: int, where: str) -> tuple[int, int, str]:
+def _block_format(package: ModuleType, kind: int, where: str) -> tuple[int, int, str]:
     """(weights in a block, bytes of a block, name) of a quantized ggml type that the package can dequantize."""
     try:
         known = package.GGMLQuantizationType(kind)

@@ -52,10 +52,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name in tensors:
             raise FormatError(f"{path}: {member.filename} is there twice")
         start = _data_start(file, member)
-        tensors[name] = _tensor(file, member, start)
+        tensors[name] = _array_in(file, member, start)
         extents.append((start, start + member.file_size, member.filename))
     check_disjoint(path, extents)
-    return tensors, _record(path, comment)
+    return tensors, _record_in(path, comment)
 
 
 def verify(path: Path) -> list[str]:
@@ -98,7 +98,7 @@ def _data_start(file: MappedFile, member: zipfile.ZipInfo) -> int:
     return member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
 
 
-def _tensor(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
+def _array_in(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     where = f"{file.path}: {member.filename!r}"
     head = file.bytes(start, min(member.file_size, _MAX_NPY_HEADER))
     if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\x01\x00", b"\x02\x00"):
@@ -121,7 +121,7 @@ def _tensor(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     return Tensor(shape, dtype, partial(file.array, offset, shape, dtype, order))
 
 
-def _record(path: Path, comment: bytes) -> dict[str, Any]:
+def _record_in(path: Path, comment: bytes) -> dict[str, Any]:
     if not comment.startswith(b"{"):
         return {}
     try:

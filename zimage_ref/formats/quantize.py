@@ -65,14 +65,14 @@ class Quantization:
             raise FormatError(f"{source}: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizedTensor(Tensor):
     """A matrix stored quantized; shape and dtype are those of the weights that `read` makes of it."""
 
-    packed: Tensor = Tensor((), np.dtype("<u4"), lambda: np.zeros((), "<u4"))
-    scales: Tensor = packed
-    biases: Tensor = packed
-    quantization: Quantization = Quantization(BITS[0])
+    packed: Tensor
+    scales: Tensor
+    biases: Tensor
+    quantization: Quantization
 
     @classmethod
     def of_parts(cls, packed: Tensor, scales: Tensor, biases: Tensor, how: Quantization) -> QuantizedTensor:
@@ -82,7 +82,8 @@ class QuantizedTensor(Tensor):
             return dequantized(packed.read(), scales.read(), biases.read(), how)
 
         shape = (packed.shape[0], packed.shape[1] * 32 // how.bits)
-        return cls(shape, scales.dtype, read, f"q{how.bits}", packed, scales, biases, how)
+        label, dtype = f"q{how.bits}", scales.dtype
+        return cls(shape, dtype, read, label, packed=packed, scales=scales, biases=biases, quantization=how)
 
     @property
     def parts(self) -> dict[str, Tensor]:

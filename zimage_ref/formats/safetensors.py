@@ -42,10 +42,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = json.loads(file.bytes(8, start - 8))
     metadata = header.pop("__metadata__", None) or {}
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {name: _tensor(file, start, name, entry) for name, entry in entries}, metadata
+    return {name: _mapped(file, start, name, entry) for name, entry in entries}, metadata
 
 
-def _tensor(file: MappedFile, start: int, name: str, entry: dict[str, Any]) -> Tensor:
+def _mapped(file: MappedFile, start: int, name: str, entry: dict[str, Any]) -> Tensor:
     if entry["dtype"] not in _TAGS:
         raise FormatError(f"{file.path}: {name} has dtype {entry['dtype']}, which this program cannot read")
     dtype = DTYPES[_TAGS[entry["dtype"]]]
