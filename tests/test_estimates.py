@@ -37,8 +37,8 @@ def official() -> ModelFolder:
         "text_encoder": {n: t for n, t in encoder.items() if n not in text_encoder_unused(OFFICIAL_TEXT_ENCODER)},
         "vae": stored(vae_parameters(OFFICIAL_VAE)),
     }
-    configs = OFFICIAL_TRANSFORMER, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE, OFFICIAL_SCHEDULER
-    return ModelFolder(Path("Z-Image-Turbo"), *configs, Path("tokenizer.json"), weights)
+    configs = {"transformer": OFFICIAL_TRANSFORMER, "text_encoder": OFFICIAL_TEXT_ENCODER, "vae": OFFICIAL_VAE}
+    return ModelFolder(Path("Z-Image-Turbo"), configs, weights, OFFICIAL_SCHEDULER, Path("tokenizer.json"))
 
 
 def test_the_estimate_of_generation_is_what_was_measured() -> None:

@@ -30,7 +30,7 @@ ROOMS = {
     "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
     "zimage_ref.inspection": f"{_BASE} checkpoints memory training",
-    "zimage_ref.tiny": "formats model pictures",
+    "zimage_ref.tiny": "formats model pictures checkpoints",
     "zimage_ref": "errors model checkpoints generation pipeline training",  # its __init__: the public names
     "zimage_mlx.device": "",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",

@@ -12,13 +12,6 @@ from typing import Any
 from .errors import ConfigError
 
 MEMORY = ("auto", "lean", "fast")  # how memory is traded for time
-# Parts of a model that a file may be given for -> help of that option
-PARTS = {
-    "transformer": "file or folder of the transformer, instead of the one in `model_dir`",
-    "text_encoder": "file or folder of the text encoder, instead of the one in `model_dir`",
-    "vae": "file or folder of the autoencoder, instead of the one in `model_dir`",
-    "tokenizer": "tokenizer.json, or its folder, instead of the one in `model_dir`",
-}
 
 
 def option(default: Any, help: str, **traits: bool) -> Any:

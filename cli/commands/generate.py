@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from zimage_ref import ConfigError, GenerateConfig, __version__
+from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import reason
 from zimage_ref.formats.quantize import BITS
 from zimage_ref.generation.denoising import Step
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import Pipeline
-from zimage_ref.generation.provenance import ENGINE, Repeat, identity, record
+from zimage_ref.generation.provenance import Repeat, engine_options, identity, record
 from zimage_ref.memory import peak, require_memory
 from zimage_ref.model.tokenizer import MAX_TOKENS
-from zimage_ref.options import MEMORY, PARTS
+from zimage_ref.options import MEMORY
 from zimage_ref.pictures.images import save_picture
 from zimage_ref.pictures.metadata import read_record
 
@@ -65,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, help=f"engine (default here: {DEFAULT})")
     add("--dtype", help="precision of the networks, such as bfloat16 or float32 (default: the engine's)")
     add("--quantize", type=int, choices=BITS, help="bits that the big matrices are quantized to as they load")
-    for part, help in PARTS.items():
+    for part, help in part_options().items():
         add(flag(part), type=Path, metavar="FILE", help=in_flags(help))
 
 
@@ -97,12 +98,12 @@ def _open(args: argparse.Namespace, repeat: Repeat | None) -> tuple[Pipeline, di
     if model_dir is None:
         raise ConfigError("--model-dir must be given: a folder with the Z-Image model")
     before = repeat.engine if repeat else {}
-    facts: dict[str, Any] = {name: getattr(args, name) or before.get(name) for name in ENGINE}
+    facts: dict[str, Any] = {name: getattr(args, name) or before.get(name) for name in engine_options()}
     facts["backend"] = facts["backend"] or DEFAULT
     engine = pipeline(facts["backend"])
     if not args.dtype and facts["dtype"] not in engine.dtypes:  # recorded of the other engine
         facts["dtype"] = None
-    parts = {name: facts[name] for name in PARTS}
+    parts = {name: facts[name] for name in part_options()}
     pipe = engine.from_pretrained(model_dir, facts["dtype"], quantize=facts["quantize"], parts=parts)
     texts = {name: path and str(path) for name, path in parts.items()}
     return pipe, {**facts, **texts, **identity(pipe.folder), "dtype": pipe.precision, "version": __version__}

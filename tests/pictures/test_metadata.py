@@ -14,7 +14,7 @@ from support.cases import random_lora
 import zimage_cli.commands.generate
 from zimage_cli.app import main
 from zimage_ref import FormatError, GenerateConfig, ModelFolder, ZImageError
-from zimage_ref.generation.provenance import ENGINE, Repeat, identity, record
+from zimage_ref.generation.provenance import Repeat, engine_options, identity, record
 from zimage_ref.lora.file import write_lora
 from zimage_ref.pictures.images import save_picture
 from zimage_ref.pictures.metadata import KEY, metadata, parameters, read_record
@@ -82,7 +82,7 @@ def test_a_record_that_was_tampered_with_is_shown_or_refused_but_never_a_traceba
     made = record(config, [], **identity(ModelFolder.open(model_dir)), backend="numpy", version="1")
     monkeypatch.setattr(zimage_cli.commands.generate.Run, "make", lambda *_: None)
     read, answers = [], []
-    for name in dict.fromkeys([*made, *ENGINE, "init_image"]):
+    for name in dict.fromkeys([*made, *engine_options(), "init_image"]):
         for value in (None, -1.5, "x", [], [1], {"a": 1}, 1e999):
             info = PngImagePlugin.PngInfo()
             info.add_itxt(KEY, json.dumps(made | {name: value}))
@@ -92,7 +92,7 @@ def test_a_record_that_was_tampered_with_is_shown_or_refused_but_never_a_traceba
                 read.append(GenerateConfig(**Repeat.of(read_record(path), path).options))
             except ZImageError as error:
                 assert "\n" not in str(error)
-            if name in (*ENGINE, "model") and value != -1.5:
+            if name in (*engine_options(), "model") and value != -1.5:
                 capfd.readouterr()
                 answers.append(main(["generate", f"--from-image={path}", f"--output={tmp_path}/x.png"]))
                 errors = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning: ")]

@@ -123,7 +123,7 @@ def make(output: Path, recipe: Recipe, report: Report, pace: Pace = Pace(), netw
         trained = train_vae(pictures, recipe, report, pace, networks.vae, state / "autoencoder")
         if not trained:
             return False
-        write_component(output / "vae", trained.config, parameters(trained))
+        write_component(output, "vae", trained.config, parameters(trained))
         shutil.rmtree(state / "autoencoder")
     vae = read_vae(output)  # as it is written: what the denoiser learns is what users decode
     latents = mx.concatenate([encode(vae, batch) for batch in in_batches(pictures)])
@@ -284,8 +284,8 @@ def write_denoiser(folder: Path, model: Denoiser, networks: Networks) -> None:
         name: np.ones(shapes[name], np.float32) if "norm" in name else 0.02 * rng.standard_normal(shapes[name])
         for name in sorted(text_encoder_unused(config))
     }
-    write_component(folder / "text_encoder", config, parameters(model.text_encoder) | unused)
-    write_component(folder / "transformer", networks.transformer, parameters(model.transformer))
+    write_component(folder, "text_encoder", config, parameters(model.text_encoder) | unused)
+    write_component(folder, "transformer", networks.transformer, parameters(model.transformer))
 
 
 def parameters(model: nn.Module) -> dict[str, Array]:

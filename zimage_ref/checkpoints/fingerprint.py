@@ -53,7 +53,7 @@ def model_fingerprint(model: ModelFolder) -> str:
 
 def part_digests(model: ModelFolder) -> dict[str, str]:
     """The digest of each part of `model`, the tokenizer too, by the part's name."""
-    digests = {name: _weights_digest(model.weights[name], getattr(model, name).to_json()) for name in model.weights}
+    digests = {name: _weights_digest(model.weights[name], model.configs[name].to_json()) for name in model.weights}
     return digests | {"tokenizer": sha256(model.tokenizer)}
 
 

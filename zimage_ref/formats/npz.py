@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[name] = _array_in(file, member, start)
         extents.append((start, start + member.file_size, member.filename))
     check_disjoint(path, extents)
-    return tensors, _record_in(path, comment)
+    return tensors, _record_in_comment(path, comment)
 
 
 def verify(path: Path) -> list[str]:
@@ -121,7 +121,7 @@ def _array_in(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     return Tensor(shape, dtype, partial(file.array, offset, shape, dtype, order))
 
 
-def _record_in(path: Path, comment: bytes) -> dict[str, Any]:
+def _record_in_comment(path: Path, comment: bytes) -> dict[str, Any]:
     if not comment.startswith(b"{"):
         return {}
     try:

@@ -9,7 +9,8 @@ Bit for bit what `mx.quantize` and `mx.dequantize` compute on a CPU. Source: mlx
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,6 +205,15 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
         product = cast(cast(q * scale, dtype), wide)
         weight[block] = cast(product + bias, dtype).reshape(len(q), -1)
     return weight
+
+
+def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
+    """Bytes that the tensors take in a file, by dtype or quantized format."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
+        sizes[tensor.stored_as] += sum(part.nbytes for part in parts)
+    return sizes
 
 
 def without_quantization(tensors: Mapping[str, Tensor], dtype: str | None = None) -> dict[str, Tensor]:

@@ -118,6 +118,17 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
+def count_nonfinite(array: Array) -> tuple[int, int]:
+    """How many values are NaN, and how many infinite."""
+    nans = infinite = 0
+    for rows in row_blocks(array.shape):
+        values = cast(array[rows], np.dtype("<f4")) if array.dtype == BFLOAT16 else array[rows]
+        if not np.isfinite(values).all():
+            nans += int(np.isnan(values).sum())
+            infinite += int(np.isinf(values).sum())
+    return nans, infinite
+
+
 def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Callable[[int], None]) -> None:
     """Hands the bytes of `tensor` in C order to `write`, a cache's worth at a time, and their number to `progress`."""
     flat = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data

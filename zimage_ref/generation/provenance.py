@@ -13,17 +13,21 @@ from typing import Any, get_type_hints
 
 from zimage_ref.checkpoints.fingerprint import model_fingerprint
 from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.formats.files import sha256
-from zimage_ref.options import PARTS
 from zimage_ref.options_file import typed
 
 from .config import GenerateConfig
 
 _DIGITS = 16  # of a SHA-256
 _PICTURES = ("init_image", "mask")
-ENGINE: dict[str, type] = {"backend": str, "dtype": str, "quantize": int, **dict.fromkeys(PARTS, Path)}
+
+
+def engine_options() -> dict[str, type]:
+    """What a record says of the engine and of the files that stood in for the model's own, and the type of each."""
+    return {"backend": str, "dtype": str, "quantize": int, **dict.fromkeys(part_options(), Path)}
 
 
 def record(config: GenerateConfig, loras: Sequence[tuple[str | Path, float]], **facts: object) -> dict[str, Any]:
@@ -76,7 +80,7 @@ class Repeat:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{source}: its metadata cannot be understood: {error!r}") from error
         named = {k: str(v) for k, v in record.items() if k.endswith(("_sha256", "_fingerprint"))}
-        return cls(options, str(record["model"]), loras, known(ENGINE), hashes | named, source)
+        return cls(options, str(record["model"]), loras, known(engine_options()), hashes | named, source)
 
     def changes(self, model: Mapping[str, str], loras: Iterable[tuple[str | Path, float]]) -> list[str]:
         """Which files are not those that the picture was made from, `model` being an `identity`."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from zimage_ref.errors import ConfigError, WeightError, listing
 from zimage_ref.formats import npz, safetensors
-from zimage_ref.formats.checkpoint import SUFFIXES, Checkpoint
+from zimage_ref.formats.checkpoint import WRITABLE, Checkpoint
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.json_file import write_json
 from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
@@ -134,8 +134,8 @@ def write_lora(
 
 def check_output(path: Path) -> None:
     """Raises ConfigError where no LoRA can be written to `path`."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(SUFFIXES))}")
+    if path.suffix not in WRITABLE:
+        raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(WRITABLE))}")
     check_writable(path)
 
 

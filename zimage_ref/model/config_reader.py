@@ -25,6 +25,9 @@ class Config(Protocol):
     def to_json(self) -> JsonObject:
         """The official keys again."""
 
+    def __hash__(self) -> int:
+        """Configs are compared by value, and are keys of caches."""
+
 
 def parse_config(kind: type[AnyConfig], data: Json, source: str) -> AnyConfig:
     """The config of class `kind` in `data`. Raises ConfigError naming `source`, also for values of a wrong type."""
