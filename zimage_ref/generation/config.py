@@ -6,17 +6,14 @@ import math
 from dataclasses import dataclass
 
 from zimage_ref.errors import ConfigError
+from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
 from zimage_ref.options import at_least, at_most, one_of, option, required
-from zimage_ref.pictures.images import FITS, Source
+from zimage_ref.pictures.images import FITS, PictureSource
 
 from .samplers import SAMPLERS
 
-SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
-
-
+SIDE_MULTIPLE = size_multiple(OFFICIAL_TRANSFORMER, OFFICIAL_VAE)  # 16: 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
-
-
 MAX_AREA = 2048 * 2048  # pixels
 
 
@@ -68,12 +65,12 @@ class GenerateConfig:
     cfg_normalization: float = option(0.0, "longest that guidance may make a prediction, 1 is no longer; 0: no limit")
     cfg_truncation: float = option(1.0, "part of the way, 0 to 1, after which there is no guidance")
     seed: int = option(0, "seed of the starting noise")
-    init_image: Source | None = option(None, "picture to start from")
+    init_image: PictureSource | None = option(None, "picture to start from")
     strength: float | None = option(
         None,
         f"how much of `init_image` to change, 1 is all (auto: {IMAGE_STRENGTH:g}, with `mask` {MASK_STRENGTH:g})",
     )
-    mask: Source | None = option(None, "black and white picture the size of `init_image`: white is painted anew")
+    mask: PictureSource | None = option(None, "black and white picture the size of `init_image`: white is painted anew")
     fit: str = option(
         "crop", f"how `init_image` comes to another shape: {', '.join(FITS)} (with `mask`: to be painted)"
     )

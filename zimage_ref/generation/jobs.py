@@ -17,7 +17,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
-from zimage_ref.pictures.images import Picture, Source, fit, fit_mask, read_mask, to_rgb
+from zimage_ref.pictures.images import Picture, PictureSource, fit, fit_mask, read_mask, to_rgb
 
 from .config import BASE, DEFAULT_SIDE, IMAGE_STRENGTH, MASK_STRENGTH, TURBO, GenerateConfig, check_area, shrunk
 from .samplers import Guidance
@@ -139,7 +139,7 @@ def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConf
     )
 
 
-def _mask(source: Source, config: GenerateConfig, picture: Picture) -> Picture:
+def _mask(source: PictureSource, config: GenerateConfig, picture: Picture) -> Picture:
     mask = read_mask(source)
     if mask.size != picture.size:
         raise ConfigError(
