@@ -20,6 +20,8 @@ from .dialects import Dialect
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
+CONFIG_FILE = "config.json"  # beside the weights, in every layout
+
 
 def _none_unused(config: Config) -> set[str]:
     return set()
@@ -47,7 +49,7 @@ class Component(Generic[ConfigT]):
     ignored: tuple[str, ...] = ()  # tensors that are left unread: copies, or without effect
 
     stem: str = "diffusion_pytorch_model"  # of its file in the official layout
-    library: tuple[str, str]  # where model_index.json says that its class is, and the class
+    library: tuple[str, str]  # that has its class, and the class, for model_index.json
     flat_stems: tuple[str, ...] = ()  # of its file in a flat folder, and its usual names in ComfyUI
     comfy_folders: tuple[str, ...] = ()  # that ComfyUI keeps it in
     model_types: tuple[str, ...]  # what `model_type` calls it when it is converted
@@ -64,7 +66,7 @@ class Component(Generic[ConfigT]):
         return config
 
     def sizes_of(self, dialect: Dialect[ConfigT], tensors: Tensors) -> ConfigT:
-        """A config of the sizes that the shapes of `tensors` tell; the official one if they tell nothing."""
+        """A config with the sizes that the shapes of `tensors` show; the official one if they show none."""
         try:
             return self.sizes(dialect, tensors)
         except (ConfigError, IndexError, ZeroDivisionError):

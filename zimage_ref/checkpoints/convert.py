@@ -34,13 +34,13 @@ from zimage_ref.formats.quantize import (
 from zimage_ref.formats.tensors import Array, Tensor, Tensors, cast, count_nonfinite, float_dtype, row_blocks
 from zimage_ref.model.config_reader import Config
 
+from .component import CONFIG_FILE
 from .dialects import OFFICIAL
 from .folder import find_component
 from .hub import resolved
 from .identify import config_of, identify, official_weights
 from .registry import COMPONENTS
 
-_CONFIG = "config.json"
 _SLACK = 1 << 20  # bytes of headers
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -110,7 +110,7 @@ class Target:
 
     def existing(self) -> list[Path]:
         """Files that a finished conversion replaces: the output, and what is there of a sharded one."""
-        config = self.file.with_name(_CONFIG)
+        config = self.file.with_name(CONFIG_FILE)
         return shards.written_before(self.file) + ([config] if self.is_folder and config.exists() else [])
 
 
@@ -185,7 +185,7 @@ def write_model(
         report.files = [target.path]
     else:
         metadata = {"format": "pt", RECORD_KEY: json.dumps(facts, separators=(",", ":"))}
-        beside = {_CONFIG: source.config.to_json()} if target.is_folder and source.config else {}
+        beside = {CONFIG_FILE: source.config.to_json()} if target.is_folder and source.config else {}
         report.files = shards.write(target.file, stored, metadata, target.max_shard_size, beside, advance)
     for path in stale.difference(report.files):
         path.unlink()

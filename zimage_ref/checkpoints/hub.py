@@ -16,7 +16,7 @@ _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
 def resolved(path: Path) -> Path:
-    """`path`, or the folder of the model that it names where there is no such path. Raises as `local_folder` does."""
+    """`path`, or the folder of the model that it names if there is no such path. Raises as `local_folder` does."""
     return local_folder(path) if _is_name(path) else path
 
 

@@ -18,7 +18,7 @@ from zimage_ref.formats.tensors import DTYPE_NAMES, FLOATS, Tensor, Tensors
 from zimage_ref.model.config_reader import Config, parse_config
 from zimage_ref.model.parameters import Shapes
 
-from .component import AnyComponent, Component, ConfigT
+from .component import CONFIG_FILE, AnyComponent, Component, ConfigT
 from .dialects import Contents, Dialect, extract
 from .registry import COMPONENTS
 
@@ -131,8 +131,8 @@ def config_of(file: Checkpoint, component: Component[ConfigT], folder: Path | No
         if not isinstance(own, Mapping):
             raise FormatError(f"{file.path}: its record has a config that is no JSON object")
         return parse_config(kind, own, str(file.path))
-    beside = file.path.parent / "config.json"
-    places = [beside, *([folder / component.name / "config.json"] if folder else [])]
+    beside = file.path.parent / CONFIG_FILE
+    places = [beside, *([folder / component.name / CONFIG_FILE] if folder else [])]
     for path in places:
         if path.is_file() and (path != beside or _is_of(path, component)):
             return parse_config(kind, read_json(path, ConfigError), str(path))

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from zimage_ref.errors import ConfigError, FormatError, reason
+
+from .tensors import Array, DType
 
 _BLOCK = 1 << 20  # bytes read at a time
 
@@ -60,7 +61,7 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ConfigError where no file `path` can be written: call it before hours of work."""
+    """Raises ConfigError if no file `path` can be written: call it before hours of work."""
     home = existing_parent(path)
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder: name a file")
@@ -71,7 +72,7 @@ def check_writable(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The innermost part of the way to `path` that is there."""
+    """The innermost folder of `path` that is there."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
@@ -91,9 +92,7 @@ class MappedFile:
             raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
         weakref.finalize(self, os.close, self._descriptor)
 
-    def array(
-        self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], order: Literal["C", "F"] = "C"
-    ) -> npt.NDArray[Any]:
+    def array(self, offset: int, shape: tuple[int, ...], dtype: DType, order: Literal["C", "F"] = "C") -> Array:
         """The array that starts at byte `offset`, read-only. Raises FormatError if the file is too short for it."""
         nbytes = prod(shape) * dtype.itemsize
         if offset + nbytes > self.size:
@@ -108,7 +107,7 @@ class MappedFile:
         return np.ndarray(shape, dtype, mapped, offset - start, order=order)
 
     def bytes(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset`, fewer where the file ends."""
+        """Up to `count` bytes from `offset`, fewer if the file ends before."""
         count = max(0, min(count, self.size - offset))
         return self.array(offset, (count,), np.dtype("u1")).tobytes()
 
@@ -129,7 +128,7 @@ def disk_is_full(error: OSError) -> bool:
 
 
 def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Deletes what `atomic_write` left under `folder` where its process was killed."""
+    """Deletes what `atomic_write` left under `folder` when its process was killed."""
     for temporary in folder.glob(pattern):
         owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
         if owner.isdecimal() and not _alive(int(owner)):

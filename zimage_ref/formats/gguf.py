@@ -20,6 +20,7 @@ from zimage_ref.errors import FormatError
 from zimage_ref.extras import optional_import
 
 from .files import MappedFile, check_disjoint
+from .json_file import Json, JsonObject
 from .tensors import DTYPES, Array, Tensor, row_blocks
 
 MAGIC = b"GGUF"
@@ -33,7 +34,7 @@ _UNQUANTIZED = {0: "f32", 1: "f16", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 2
 _PAGE = 1 << 20  # the header is read in pieces of this many bytes
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors of `path` in the order they are stored, and its metadata without the long lists.
 
     Raises FormatError for anything that is not a whole, valid GGUF file; BackendError without the package `gguf`.
@@ -113,8 +114,8 @@ def _block_format(package: ModuleType, kind: int, where: str) -> tuple[int, int,
     return block, nbytes, known.name
 
 
-def _original_shapes(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors with shapes as ComfyUI-GGUF recorded them where ggml could not hold them."""
+def _original_shapes(path: Path, tensors: dict[str, Tensor], metadata: Json) -> dict[str, Tensor]:
+    """The tensors with shapes as ComfyUI-GGUF recorded those that ggml cannot hold."""
     for key, shape in metadata.items():
         name = key.removeprefix("comfy.gguf.orig_shape.")
         if name != key and name in tensors:
@@ -151,7 +152,7 @@ class _Header:
         except UnicodeDecodeError as error:
             raise FormatError(f"{self.file.path}: its header is damaged: a text is not UTF-8") from error
 
-    def value(self, kind: int, nested: bool = False) -> Any:
+    def value(self, kind: int, nested: bool = False) -> object:
         """A metadata value; None for a list too long to keep."""
         if kind == _STRING:
             return self.text()
@@ -159,14 +160,15 @@ class _Header:
             element, count = self.unpack("<IQ")
             if count <= self._KEPT:
                 return [self.value(element, nested=True) for _ in range(count)]
-            return self._skip(element, count)
+            self._skip(element, count)
+            return None
         if kind < len(_SCALARS) and _SCALARS[kind]:
             return self.unpack(_SCALARS[kind])[0]
         raise FormatError(f"{self.file.path}: its header is damaged: unknown value type {kind}")
 
     def _skip(self, element: int, count: int) -> None:
         if element == _STRING:
-            for _ in range(count):  # ends at the latest where the file ends
+            for _ in range(count):  # ends with the file at the latest
                 (length,) = self.unpack("<Q")
                 self._advance(length)
         elif element < len(_SCALARS) and _SCALARS[element]:

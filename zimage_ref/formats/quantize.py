@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from zimage_ref.errors import ConfigError, FormatError
 
+from .json_file import Json, JsonObject
 from .tensors import DTYPE_NAMES, FLOATS, Array, Tensor, cast, float_dtype, row_blocks
 
 BITS = (4, 8)
@@ -51,12 +51,12 @@ class Quantization:
         """Whether the parameter `name` is quantized: a big matrix of a block, in whole groups."""
         return len(shape) == 2 and name.endswith(_SUFFIXES) and shape[1] % self.group_size == 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For a file's record."""
         return {"mode": "affine", "bits": self.bits, "group_size": self.group_size}
 
     @classmethod
-    def from_json(cls, data: Any, source: Path) -> Quantization:
+    def from_json(cls, data: object, source: Path) -> Quantization:
         """From a file's record. Raises FormatError naming `source`."""
         if not isinstance(data, dict) or data.get("mode", "affine") != "affine":
             raise FormatError(f"{source}: its record has a quantization this program does not know: {data!r}")
@@ -101,8 +101,8 @@ class QuantizedTensor(Tensor):
         return Tensor(tensor.shape, tensor.dtype, tensor.read)
 
 
-def fold(tensors: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a file with each quantized layer's three as one. Raises FormatError where they do not fit."""
+def fold(tensors: Mapping[str, Tensor], record: Json, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file with each quantized layer's three as one. Raises FormatError if they do not fit."""
     if "quantization" not in record:
         return dict(tensors)
     how = Quantization.from_json(record["quantization"], path)

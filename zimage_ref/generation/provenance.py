@@ -1,7 +1,7 @@
 """What a picture was made from: the record that goes into it, and the way back from there.
 
 Files are named as the user named them, and known again by what they hold: a LoRA or a picture by its SHA-256, a model
-by that of the first bytes of every tensor, which takes a moment where reading all of it would take a minute.
+by that of the first numbers of every tensor, which takes a moment; reading all of it would take a minute.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def identity(model: ModelFolder) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """The beginning of the SHA-256 of a file, or of the one in a folder. Raises FormatError where it cannot be read."""
+    """The beginning of the SHA-256 of a file, or of the one in a folder. Raises FormatError if it cannot be read."""
     return sha256(find_weights(path) if path.is_dir() else path)[:_DIGITS]
 
 
@@ -59,13 +59,13 @@ class Repeat:
     options: dict[str, Any]  # fields of GenerateConfig
     model: str
     loras: list[tuple[Path, float]]
-    engine: dict[str, Any]  # backend, dtype, quantize and the files of parts, where it says so
+    engine: dict[str, Any]  # backend, dtype, quantize and the files of parts, if it says so
     hashes: dict[str, str]  # of everything that has one; a LoRA's by its place
     source: Path  # the picture
 
     @classmethod
     def of(cls, record: Mapping[str, Any], source: Path) -> Repeat:
-        """Reads a record. Raises ConfigError or FormatError naming `source` where it is not complete."""
+        """Reads a record. Raises ConfigError or FormatError naming `source` if it is not complete."""
 
         def known(hints: Mapping[str, Any]) -> dict[str, Any]:
             given = {k: hint for k, hint in hints.items() if record.get(k) is not None}

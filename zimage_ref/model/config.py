@@ -1,6 +1,6 @@
 """What a model is: its sizes and constants, read from the checkpoint's own JSON, never assumed.
 
-The three `OFFICIAL_*` presets are Tongyi-MAI/Z-Image-Turbo's files; they stand in where a single-file checkpoint
+The three `OFFICIAL_*` presets are Tongyi-MAI/Z-Image-Turbo's files; they stand in if a single-file checkpoint
 has no config beside it, and its shapes must then match. A key that changes the mathematics and has a value this
 program does not implement is refused by name.
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from zimage_ref.checkpoints.component import CONFIG_FILE
 from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.files import atomic_write
@@ -63,7 +64,7 @@ def write_component(model: Path, name: str, config: Config, weights: Mapping[str
     folder, file = model / name, f"{COMPONENTS[name].stem}.safetensors"
     tensors = {key: Tensor.of(weights[key]).cast("bf16") for key in sorted(weights)}
     safetensors.write(folder / file, tensors, {"format": "pt"})
-    write_json(folder / "config.json", config.to_json())
+    write_json(folder / CONFIG_FILE, config.to_json())
 
 
 def write_surroundings(folder: Path, captions: Sequence[str], vocab_size: int, scheduler: SchedulerConfig) -> None:

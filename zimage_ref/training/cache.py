@@ -53,7 +53,7 @@ class TrainCache:
 
 
 def read_entry(path: Path) -> Array:
-    """The value in `path`. Raises FormatError where it is absent or damaged."""
+    """The value in `path`. Raises FormatError if it is absent or damaged."""
     tensors, metadata = safetensors.read(path)
     if "value" not in tensors:
         raise FormatError(f"{path}: is not an entry of a training cache")
