@@ -8,12 +8,12 @@ from functools import cached_property
 import numpy as np
 
 from .checkpoints.folder import ModelFolder
-from .formats.quantize import quantize_all
 from .formats.tensors import DTYPE_NAMES, Array
 from .generation.pipeline import Pipeline
 from .lora.file import LoRAFile
 from .memory import NUMPY, Footprint
 from .model.flow import model_time
+from .model.quantization import quantize_all
 from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE

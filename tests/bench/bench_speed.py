@@ -44,6 +44,7 @@ from zimage_mlx.training.packing import Packing
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import FAST, LEAN
 from zimage_ref.model import config, parameters
+from zimage_ref.model.quantization import covers
 from zimage_ref.training.config import TrainConfig
 
 CASES = ("forward", "quantized", "step", "decode", "text", "picture", "scaling", "peers")
@@ -57,7 +58,7 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
     model = random_(Transformer(bench.config))
     if bits:
         how = Quantization(bits, 64)
-        covered = {k for k, s in parameters.transformer_parameters(bench.config).items() if how.covers(k, s)}
+        covered = {k for k, s in parameters.transformer_parameters(bench.config).items() if covers(how, k, s)}
         layers = []
         for name in covered:
             path = name.removesuffix(".weight")

@@ -32,6 +32,7 @@ from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
 from zimage_ref.model.parameters import transformer_parameters
+from zimage_ref.model.quantization import covers
 from zimage_ref.options_file import to_json
 
 SHAPES = transformer_parameters(tiny.TRANSFORMER)
@@ -70,9 +71,9 @@ def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, mo
     how, found = Quantization(bits), 0
     for name, shape in SHAPES.items():
         layer = layers[name.removesuffix(".weight")] if name.endswith(".weight") else None
-        assert isinstance(layer, nn.QuantizedLinear) == how.covers(name, shape), name
+        assert isinstance(layer, nn.QuantizedLinear) == covers(how, name, shape), name
         found += isinstance(layer, nn.QuantizedLinear) and layer.bits == bits
-    assert found == sum(how.covers(*parameter) for parameter in SHAPES.items()) > 0
+    assert found == sum(covers(how, *parameter) for parameter in SHAPES.items()) > 0
 
 
 def test_quantizing_while_loading_never_holds_the_whole_base() -> None:

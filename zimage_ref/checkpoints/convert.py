@@ -23,8 +23,9 @@ from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import RECORD_KEY, SUFFIXES, Checkpoint
 from zimage_ref.formats.files import atomic_write, check_writable, existing_parent
-from zimage_ref.formats.quantize import Quantization, QuantizedTensor, quantize_all, unfold, without_quantization
+from zimage_ref.formats.quantize import Quantization, QuantizedTensor, unfold, without_quantization
 from zimage_ref.formats.tensors import BFLOAT16, Array, Tensor, Tensors, cast, float_dtype, row_blocks
+from zimage_ref.model.quantization import quantize_all
 
 from .components import COMPONENTS, config_of, identify, official_weights
 from .dialects import NAMINGS, OFFICIAL
