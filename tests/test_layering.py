@@ -33,7 +33,7 @@ ROOMS = {
     "zimage_ref": "errors model checkpoints generation pipeline training",  # its __init__: the public names
     "zimage_mlx.device": "",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
-    "zimage_mlx.lora": "zimage_mlx.networks lora",
+    "zimage_mlx.lora": "zimage_mlx.networks formats lora",
     "zimage_mlx.pipeline":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
     "zimage_mlx.training":

@@ -16,7 +16,7 @@ from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES, Quantizat
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.merge import merged
-from zimage_ref.lora.namings import NAMINGS as LORA_NAMINGS
+from zimage_ref.lora.spellings import lora_namings
 from zimage_ref.model.parameters import transformer_parameters
 
 from ..terminal.console import Console
@@ -31,7 +31,7 @@ MODEL_TYPES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage convert`."""
-    namings = sorted({name for known in (*NAMINGS.values(), LORA_NAMINGS) for name in known})
+    namings = sorted({name for known in (*NAMINGS.values(), lora_namings()) for name in known})
     parser.add_argument(
         "--input", dest="inputs", action="append", required=True,
         help="weights to read: a file or a folder; a LoRA may have a :SCALE, and may be given several times",
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--naming", choices=namings,
-        help=f"names to write (default: diffusers, the official ones; for a LoRA: {', '.join(LORA_NAMINGS)})",
+        help=f"names to write (default: diffusers, the official ones; for a LoRA: {', '.join(lora_namings())})",
     )  # fmt: skip
     parser.add_argument("--max-shard-size", metavar="SIZE", help="write safetensors in shards of at most this, as 5GB")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")

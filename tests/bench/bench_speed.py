@@ -106,7 +106,7 @@ def step(bench: Bench, bits: int | None = None) -> None:
     with transformer(bench, bits) as model:
         weights = mx.get_active_memory()
         layers = parameters.lora_modules(bench.config, ("attention", "feed_forward", "refiners"))
-        lora_layers.start(model, layers, 16, 16.0, np.random.default_rng(0))
+        lora_layers.add_trainable_loras(model, layers, 16, 16.0, np.random.default_rng(0))
         packing = Packing(dict(tree_flatten(model.trainable_parameters())))
         vectors = packing.pack(dict(tree_flatten(model.trainable_parameters())))
         optimizer = Optimizer(TrainConfig(model_dir=Path(), dataset=Path()), packing, vectors)

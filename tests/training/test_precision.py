@@ -139,7 +139,7 @@ def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
 def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Workshop, adapter: LoRA) -> None:
     pipe = ZImagePipeline.from_pretrained(shop.model, dtype="bfloat16", quantize=quantize)
     model, stored = pipe.transformer, pipe.folder.weights["transformer"]
-    lora_layers.start(model, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(model, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
     pristine = {name: mx.array(array) for name, array in tree_flatten(model.parameters())}
     trained = dict(tree_flatten(model.trainable_parameters())).keys()
     taken = TrainingAdapter(model, adapter, lambda name: to_mlx(stored[name], pipe.dtype))
@@ -153,7 +153,7 @@ def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Works
     merged = {name: mx.array(array) for name, array in tree_flatten(model.parameters())}
     assert not same(pristine)
     assert dict(tree_flatten(model.trainable_parameters())).keys() == trained
-    assert lora_layers.factors(model).keys() == {QUANTIZED, FLOAT}
+    assert lora_layers.trained_loras(model).keys() == {QUANTIZED, FLOAT}
     with taken.removed():
         assert same(pristine)
     assert same(merged)
@@ -167,7 +167,7 @@ def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Works
 def test_the_adapter_does_what_it_does_in_generation(quantize: int | None, shop: Workshop, adapter: LoRA) -> None:
     ours, theirs, plain = (ZImagePipeline.from_pretrained(shop.model, quantize=quantize) for _ in range(3))
     stored = ours.folder.weights["transformer"]
-    lora_layers.start(ours.transformer, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(ours.transformer, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
     TrainingAdapter(ours.transformer, adapter, lambda name: to_mlx(stored[name], ours.dtype)).merge()
     theirs.use_loras(theirs.read_loras([(shop.folder / "adapter.safetensors", 1.0)]))
     x, caption = mx.random.normal((1, 16, 4, 6), key=mx.random.key(1)), [plain.encode_prompt("a fox")]

@@ -19,8 +19,8 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import Array
-from zimage_ref.lora.alpha import companions
 from zimage_ref.lora.file import LoRAFile, read_lora
+from zimage_ref.lora.spellings import companions
 from zimage_ref.memory import Footprint, Stage, generation, largest, physical_memory
 from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.model.tokenizer import Tokenizer

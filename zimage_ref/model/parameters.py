@@ -1,7 +1,7 @@
 """Parameter names and shapes of the three models, as the official checkpoints spell them.
 
 A tensor is an entry of one of these tables or it is an error. Shapes are PyTorch's: Linear (out, in), Conv2d
-(out, in, kh, kw). Source: the published index files; counts and totals are checked in tests/test_names.py.
+(out, in, kh, kw). Source: the published index files; counts and totals are checked in tests/model/test_parameters.py.
 """
 
 from __future__ import annotations
