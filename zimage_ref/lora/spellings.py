@@ -9,7 +9,7 @@
     layers.0.attention.qkv.lora_a                               z-image-train
     lycoris_layers_0_attention_to_q.lokr_w1                     LyCORIS
 
-Written are four, by the names that --naming and --lora-format know them by:
+Written are four, by the names that `naming` and `lora_format` know them by:
 
     comfy    diffusion_model.<layer>.lora_A.weight          alpha / rank multiplied into B
     peft     transformer.<layer>.lora_A.weight              alpha in the metadata `lora_adapter_metadata`
