@@ -26,7 +26,7 @@ ROOMS = {
     "zimage_ref.checkpoints": _BASE,
     "zimage_ref.memory": f"{_BASE} checkpoints",
     "zimage_ref.generation": f"{_BASE} options options_file pictures lora checkpoints memory",
-    "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
+    "zimage_ref.pipeline": "formats model lora networks memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
     "zimage_ref.inspection": f"{_BASE} checkpoints memory training",
     "zimage_ref.tiny": "formats model pictures",

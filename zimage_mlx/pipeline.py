@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
@@ -29,35 +30,43 @@ from .networks.weights import DTYPES, load, to_mlx
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class ZImagePipeline(Pipeline):
+class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     """A Z-Image model that makes pictures, in bfloat16 on a GPU, float32 on a CPU, or as asked.
 
     Each network is loaded when it is first used. The state of sampling is float32 whatever the networks are.
     """
 
+    backend = "mlx"
     dtypes = tuple(DTYPES)
 
     def __init__(
-        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+        self,
+        folder: ModelFolder,
+        dtype: str | None = None,
+        lean: bool = False,
+        quantize: int | None = None,
+        parts: Mapping[str, Path | None] | None = None,
     ) -> None:
-        super().__init__(folder, dtype, lean, quantize)
-        default = "bfloat16" if on_gpu() else "float32"
-        self.dtype = DTYPES[dtype or default]
+        super().__init__(folder, dtype, lean, quantize, parts)
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
         self._adapters: Adapters | None = None  # of the transformer in memory
+
+    @classmethod
+    def default_dtype(cls) -> str:
+        return "bfloat16" if on_gpu() else "float32"
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the networks compute in."""
+        return DTYPES[self.precision]
+
+    def footprint(self, lean: bool) -> Footprint:
+        return LEAN if lean else FAST
 
     @property
     def loaded(self) -> frozenset[str]:
         """The networks that are in memory: text_encoder, transformer, vae."""
         return frozenset(self._networks)
-
-    @property
-    def footprint(self) -> Footprint:
-        return LEAN if self.lean else FAST
-
-    @property
-    def precision(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -110,9 +119,11 @@ class ZImagePipeline(Pipeline):
         return to_mlx(self.folder.weights["transformer"][name], self.dtype)
 
     def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
+        """As `Engine`: caption (B, T, D) in the working dtype, and a layout with the rotations and masks."""
         return self.transformer.condition(captions, h, w)
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
+        """As `Engine`: (copies * B, C, h, w) float32."""
         inputs = mx.concatenate([x] * copies)
         raw = self.transformer.denoise(inputs, mx.array([model_time(sigma)]), conditioning)
         return raw.astype(mx.float32)
@@ -140,4 +151,4 @@ class ZImagePipeline(Pipeline):
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:
-        return Strips(self.footprint.strips)
+        return Strips(self.footprint(self.lean).strips)
