@@ -10,8 +10,8 @@ from pathlib import Path
 
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.checkpoint import find_weights
-from zimage_ref.lora.alpha import companions
 from zimage_ref.lora.file import LoRAFile, read_lora
+from zimage_ref.lora.spellings import companions
 from zimage_ref.model.config import TransformerConfig
 from zimage_ref.model.parameters import transformer_parameters
 
