@@ -27,14 +27,14 @@ ROOMS = {
     "zimage_ref.checkpoints": f"{_BASE} extras",
     "zimage_ref.memory": f"{_BASE} checkpoints",
     "zimage_ref.generation": f"{_BASE} options options_file pictures lora checkpoints memory",
-    "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
+    "zimage_ref.pipeline": "formats model lora networks memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
     "zimage_ref.inspection": f"{_BASE} checkpoints memory training",
     "zimage_ref.tiny": "formats model pictures checkpoints",
     "zimage_ref": "errors model checkpoints generation pipeline training",  # its __init__: the public names
     "zimage_mlx.device": "",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
-    "zimage_mlx.lora": "zimage_mlx.networks lora",
+    "zimage_mlx.lora": "zimage_mlx.networks formats lora",
     "zimage_mlx.pipeline":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
     "zimage_mlx.training":
@@ -45,7 +45,7 @@ ROOMS = {
     "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training training",
     "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options_file pictures generation",
     "zimage_cli.commands":
-        "zimage_cli.terminal zimage_ref errors formats model options options_file pictures lora checkpoints memory "
+        "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
         "generation training inspection tiny",
     "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands zimage_ref errors",
     "zimage_cli.__main__": "zimage_cli.app",

@@ -17,6 +17,7 @@ from .formats.tensors import Tensor
 from .model import parameters
 from .model.config import TransformerConfig
 from .model.positions import padded
+from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
@@ -219,6 +220,6 @@ def _autoencoder_bytes(folder: ModelFolder, pixels: int, footprint: Footprint, i
 def _nbytes(name: str, tensor: Tensor, itemsize: int, how: Quantization | None) -> int:
     if isinstance(tensor, QuantizedTensor):
         how = tensor.quantization
-    elif how is None or not how.covers(name, tensor.shape):
+    elif how is None or not covers(how, name, tensor.shape):
         return tensor.size * itemsize
     return tensor.size * how.bits // 8 + 2 * itemsize * tensor.size // how.group_size  # scale and offset of each group

@@ -18,7 +18,7 @@ from zimage_ref.formats.shards import parse_size
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.merge import merged
-from zimage_ref.lora.namings import NAMINGS as LORA_NAMINGS
+from zimage_ref.lora.spellings import lora_namings
 
 from ..terminal.console import Console
 from ..terminal.options import path_and_scale
@@ -27,7 +27,7 @@ from . import convert_lora
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `zimage convert`."""
-    namings = sorted({*LORA_NAMINGS, *(naming for component in COMPONENTS.values() for naming in component.namings)})
+    namings = sorted({*lora_namings(), *(naming for component in COMPONENTS.values() for naming in component.namings)})
     parser.add_argument(
         "--input", dest="inputs", action="append", required=True,
         help="weights to read: a file or a folder; a LoRA may have a :SCALE, and may be given several times",
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--naming", choices=namings,
-        help=f"names to write (default: diffusers, the official ones; for a LoRA: {', '.join(LORA_NAMINGS)})",
+        help=f"names to write (default: diffusers, the official ones; for a LoRA: {', '.join(lora_namings())})",
     )  # fmt: skip
     parser.add_argument("--max-shard-size", metavar="SIZE", help="write safetensors in shards of at most this, as 5GB")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import zimage_ref
 from zimage_ref import BackendError
-from zimage_ref.generation.pipeline import Pipeline
+from zimage_ref.generation.pipeline import AnyPipeline
 
 from . import blas
 
@@ -33,8 +33,8 @@ def require_mlx(work: str) -> ModuleType:
     return mlx
 
 
-def pipeline(backend: str) -> type[Pipeline]:
+def pipeline(backend: str) -> type[AnyPipeline]:
     """The pipeline class of `backend`, mlx or numpy. Raises BackendError where MLX is not installed."""
     package = zimage_ref if backend == "numpy" else require_mlx("--backend mlx")
-    chosen: type[Pipeline] = package.ZImagePipeline
+    chosen: type[AnyPipeline] = package.ZImagePipeline
     return chosen

@@ -27,12 +27,12 @@ from zimage_ref.formats.quantize import (
     Quantization,
     QuantizedTensor,
     bytes_by_dtype,
-    quantize_all,
     unfold,
     without_quantization,
 )
 from zimage_ref.formats.tensors import Array, Tensor, Tensors, cast, count_nonfinite, float_dtype, row_blocks
 from zimage_ref.model.config_reader import Config
+from zimage_ref.model.quantization import quantize_all
 
 from .component import CONFIG_FILE
 from .dialects import OFFICIAL

@@ -26,14 +26,6 @@ BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 64  # default, as MLX's
 
-# What follows the block's name in the layers that stand it; embedders, adaLN, final layer and norms stay as they are
-_SUFFIXES = (
-    ".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight", ".attention.to_out.0.weight",
-    ".feed_forward.w1.weight", ".feed_forward.w2.weight", ".feed_forward.w3.weight",
-    ".self_attn.q_proj.weight", ".self_attn.k_proj.weight", ".self_attn.v_proj.weight", ".self_attn.o_proj.weight",
-    ".mlp.gate_proj.weight", ".mlp.up_proj.weight", ".mlp.down_proj.weight",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Quantization:
@@ -47,9 +39,9 @@ class Quantization:
             if value not in known:
                 raise ConfigError(f"quantization: {name} {value!r} must be one of {', '.join(map(str, known))}")
 
-    def covers(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the parameter `name` is quantized: a big matrix of a block, in whole groups."""
-        return len(shape) == 2 and name.endswith(_SUFFIXES) and shape[1] % self.group_size == 0
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether `shape` is that of a matrix whose rows are whole groups."""
+        return len(shape) == 2 and shape[1] % self.group_size == 0
 
     def to_json(self) -> JsonObject:
         """For a file's record."""
@@ -219,16 +211,3 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
 def without_quantization(tensors: Mapping[str, Tensor], dtype: str | None = None) -> dict[str, Tensor]:
     """The tensors, quantized ones to be dequantized in the dtype `dtype` when they are read."""
     return {n: t.plain(dtype) if isinstance(t, QuantizedTensor) else t for n, t in tensors.items()}
-
-
-def quantize_all(tensors: Mapping[str, Tensor], how: Quantization, keep: bool = False) -> dict[str, Tensor]:
-    """The tensors of a model by official name, with those that `how` covers to be quantized when they are read.
-
-    What is quantized already stays as it is.
-    """
-    return {
-        name: quantized(tensor, how, keep)
-        if how.covers(name, tensor.shape) and not isinstance(tensor, QuantizedTensor)
-        else tensor
-        for name, tensor in tensors.items()
-    }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_ref.errors import ConfigError
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
@@ -44,7 +46,7 @@ def by_model(name: str) -> str:
 class GenerateConfig:
     """What one picture should be. None is a choice left to the model or to the picture given; see `jobs`.
 
-    Raises ConfigError for values out of bounds, and for options of a picture to start from where there is none.
+    Raises ConfigError for values out of bounds, and for options of a picture to start from if there is none.
     """
 
     prompt: str = required("what the picture shows")
@@ -99,7 +101,7 @@ class GenerateConfig:
                     raise ConfigError(f"`{name}` needs `init_image`")
 
     def check_guidance(self) -> None:
-        """Raises ConfigError where an option is given that does nothing without `guidance`, which is 0 or None."""
+        """Raises ConfigError if an option is given that does nothing without `guidance`, which is 0 or None."""
         idle = {
             "negative_prompt": bool(self.negative_prompt),
             "cfg_normalization": bool(self.cfg_normalization),
@@ -108,6 +110,14 @@ class GenerateConfig:
         for name, given in idle.items():
             if given and not self.guidance:
                 raise ConfigError(f"`{name}` does nothing without guidance: give `guidance` above 0")
+
+
+def config_of(options: Mapping[str, Any]) -> GenerateConfig:
+    """The config with the fields `options`, as a caller named them.
+
+    Raises ConfigError for values out of bounds, TypeError for a name that is no field.
+    """
+    return GenerateConfig(**options)
 
 
 def check_side(name: str, side: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.generation.config import by_model, check_side
-from zimage_ref.lora.namings import NAMINGS
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, check_targets
 from zimage_ref.options import MEMORY, at_least, one_of, option, required
@@ -61,7 +61,7 @@ class TrainConfig:
     validation: str = option("", "pictures to measure but not to learn: a folder, or a fraction of the dataset")
     validation_every: int = option(50, "steps between measurements of the held-out loss", free=True)
 
-    lora_format: str = option("comfy", f"key naming of the LoRA file: {', '.join(NAMINGS)}", free=True)
+    lora_format: str = option(DEFAULT_NAMING, f"key naming of the LoRA file: {', '.join(lora_namings())}", free=True)
     targets: tuple[str, ...] = option(
         (*LORA_TARGETS, "refiners"), "layers to train: attention, feed-forward, refiners (their share too), adaln, all"
     )
@@ -141,7 +141,7 @@ class TrainConfig:
         one_of(self, "optimizer", OPTIMIZERS)
         one_of(self, "schedule", SCHEDULES)
         one_of(self, "base_precision", PRECISIONS)
-        one_of(self, "lora_format", NAMINGS)
+        one_of(self, "lora_format", lora_namings())
         one_of(self, "memory", MEMORY)
         check_targets(self.targets)
         TimestepSampling.parse(self.timesteps)
