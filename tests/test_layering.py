@@ -18,24 +18,26 @@ ROOMS = {
     "zimage_ref.lazy": "",
     "zimage_ref.errors": "",
     "zimage_ref.options": "errors",
-    "zimage_ref.formats": "errors",
+    "zimage_ref.extras": "errors",
+    "zimage_ref.version": "",
+    "zimage_ref.formats": "errors extras",
     "zimage_ref.options_file": "errors formats",
     "zimage_ref.model": "errors formats",
     "zimage_ref.pictures": "errors formats",
     "zimage_ref.lora": _BASE,
     "zimage_ref.networks": "formats model lora",
-    "zimage_ref.checkpoints": f"{_BASE} options",
+    "zimage_ref.checkpoints": f"{_BASE} extras",
     "zimage_ref.memory": f"{_BASE} checkpoints",
-    "zimage_ref.generation": f"{_BASE} options options_file pictures lora checkpoints memory",
-    "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
+    "zimage_ref.generation": f"{_BASE} version options options_file pictures lora checkpoints memory",
+    "zimage_ref.pipeline": "formats model lora networks memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
     "zimage_ref.inspection": "errors formats checkpoints",
     "zimage_ref.requirements": "formats model checkpoints memory training",
-    "zimage_ref.tiny": "formats model pictures",
-    "zimage_ref": f"lazy {_BASE} lora checkpoints generation pipeline training",  # its __init__: the public names
+    "zimage_ref.tiny": "formats model pictures checkpoints",
+    "zimage_ref": f"lazy version {_BASE} lora checkpoints generation pipeline training",
     "zimage_mlx.device": "",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
-    "zimage_mlx.lora": "zimage_mlx.networks lora",
+    "zimage_mlx.lora": "zimage_mlx.networks formats lora",
     "zimage_mlx.pipeline":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
     "zimage_mlx.training":
@@ -44,9 +46,9 @@ ROOMS = {
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
     "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_ref lazy training",
-    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
+    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options_file pictures generation",
     "zimage_cli.commands":
-        "zimage_cli.terminal zimage_ref errors formats model options options_file pictures lora checkpoints memory "
+        "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
         "generation training inspection requirements tiny",
     "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands zimage_ref errors",
     "zimage_cli.__main__": "zimage_cli.app",
@@ -68,8 +70,7 @@ HOMES = {  # a library -> the only files that may import it; a folder stands for
 
 LATE = {  # the only files that import when they run, not when they are read -> what, and why then
     "zimage_ref/lazy.py": "public names: most programs use few of them",
-    "zimage_ref/checkpoints/hub.py": "huggingface_hub: an extra",
-    "zimage_ref/formats/gguf.py": "gguf: an extra",
+    "zimage_ref/extras.py": "packages of an extra: they may be absent",
     "cli/commands/__init__.py": "the command that was asked for",
     "cli/commands/inspect.py": "what shows folders, LoRAs and pictures: a checkpoint needs none of it",
     "cli/terminal/backends.py": "MLX: may be absent, and needs a fast BLAS before it",
@@ -192,7 +193,7 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
         if isinstance(node.args[0], ast.Constant)
     }
-    libraries = {"diffusers", "gguf", "mlx", "peft", "torch", "transformers"}
+    libraries = {"diffusers", "gguf", "huggingface_hub", "mlx", "peft", "torch", "transformers"}
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
     for top, *below in (name.split(".") for name in names):
         file = ROOT.joinpath(folders.get(top, top), *below)

@@ -13,11 +13,11 @@ from zimage_ref import __version__, lazy
 
 __all__ = [
     "BackendError", "Checkpointed", "ConfigError", "DatasetError", "Done", "Encoded", "Event", "FormatError",
-    "GenerateConfig", "LoRAFile", "ModelFolder", "Notice", "Previewed", "Quantization", "Saved", "SchedulerConfig",
-    "Started", "Step", "Stopped", "Target", "TextEncoderConfig", "TrainConfig", "TrainPlan", "TrainingError",
-    "TransformerConfig", "VAEConfig", "Validated", "WeightError", "ZImageError", "ZImagePipeline", "__version__",
-    "base_precision", "combined", "is_first", "merged", "open_source", "plan_of", "read_lora", "train", "write_lora",
-    "write_model",
+    "GenerateConfig", "GenerationRun", "LoRAFile", "ModelFolder", "Notice", "Previewed", "Quantization", "RunSettings",
+    "Saved", "SchedulerConfig", "Started", "Step", "Stopped", "Target", "TextEncoderConfig", "TrainConfig", "TrainPlan",
+    "TrainingError", "TransformerConfig", "VAEConfig", "Validated", "WeightError", "ZImageError", "ZImagePipeline",
+    "__version__", "base_precision", "combined", "is_first", "merged", "open_source", "plan_of", "read_lora", "train",
+    "write_lora", "write_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time the table below does the same, name by name
@@ -27,9 +27,11 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time the table below 
         DatasetError,
         FormatError,
         GenerateConfig,
+        GenerationRun,
         LoRAFile,
         ModelFolder,
         Quantization,
+        RunSettings,
         SchedulerConfig,
         Target,
         TextEncoderConfig,

@@ -14,14 +14,13 @@ Letters in shape comments, in both packages:
 from typing import TYPE_CHECKING
 
 from . import lazy
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
-    "BackendError", "ConfigError", "DatasetError", "FormatError", "GenerateConfig", "LoRAFile", "ModelFolder",
-    "Quantization", "SchedulerConfig", "Target", "TextEncoderConfig", "TrainConfig", "TrainingError",
-    "TransformerConfig", "VAEConfig", "WeightError", "ZImageError", "ZImagePipeline", "__version__", "combined",
-    "merged", "open_source", "read_lora", "write_lora", "write_model",
+    "BackendError", "ConfigError", "DatasetError", "FormatError", "GenerateConfig", "GenerationRun", "LoRAFile",
+    "ModelFolder", "Quantization", "RunSettings", "SchedulerConfig", "Target", "TextEncoderConfig", "TrainConfig",
+    "TrainingError", "TransformerConfig", "VAEConfig", "WeightError", "ZImageError", "ZImagePipeline", "__version__",
+    "combined", "merged", "open_source", "read_lora", "write_lora", "write_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time the table below does the same, name by name
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time the table below 
     from .errors import BackendError, ConfigError, DatasetError, FormatError, TrainingError, WeightError, ZImageError
     from .formats.quantize import Quantization
     from .generation.config import GenerateConfig
+    from .generation.run import GenerationRun, RunSettings
     from .lora.file import LoRAFile, read_lora, write_lora
     from .lora.merge import combined, merged
     from .model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
@@ -44,6 +44,7 @@ else:
         ],
         ".formats.quantize": ["Quantization"],
         ".generation.config": ["GenerateConfig"],
+        ".generation.run": ["GenerationRun", "RunSettings"],
         ".lora.file": ["LoRAFile", "read_lora", "write_lora"],
         ".lora.merge": ["combined", "merged"],
         ".model.config": ["SchedulerConfig", "TextEncoderConfig", "TransformerConfig", "VAEConfig"],

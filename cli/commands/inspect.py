@@ -12,7 +12,7 @@ from zimage_ref.checkpoints.hub import resolved
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.inspection import Description, Fault, describe, is_model_folder, verify
-from zimage_ref.lora.keys import is_lora
+from zimage_ref.lora.spellings import is_lora
 from zimage_ref.pictures.formats import PICTURE_SUFFIXES
 
 from ..terminal.console import Console

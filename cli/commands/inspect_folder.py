@@ -45,7 +45,8 @@ def _show_folder(path: Path, parts: list[Part], needs: dict[int, dict[str, int]]
             what = f"{part.description.container}, {part.description.dialect or 'unknown'} names"
             dtypes = ", ".join(part.description.dtypes)
             parameters = f"{part.description.parameters:,}"
-        rows.append((part.component, file or "missing", what, parameters, dtypes))
+        absent = "missing" if part.problem else "none"
+        rows.append((part.component, file or absent, what, parameters, dtypes))
     console.table(("component", "file", "what", "parameters", "dtype"), rows, title=str(path))
     for part in parts:
         if part.problem:

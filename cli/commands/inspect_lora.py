@@ -7,8 +7,7 @@ from pathlib import Path
 
 from zimage_ref.errors import ZImageError
 from zimage_ref.lora.file import read_lora
-from zimage_ref.lora.merge import module_groups, norm
-from zimage_ref.lora.updates import rank
+from zimage_ref.lora.merge import module_groups
 
 from ..terminal.console import Console
 
@@ -23,8 +22,8 @@ def show(path: Path, args: argparse.Namespace, console: Console) -> int:
     console.table(("LoRA", ""), list(file.facts().items()))
     rows = []
     for group, updates in module_groups(file.updates).items():
-        ranks = sorted({r for update in updates if (r := rank(update)) is not None})
-        norms = [norm(update) for update in updates]
+        ranks = sorted({r for update in updates if (r := update.rank) is not None})
+        norms = [update.norm() for update in updates]
         mean = f"{sum(norms) / len(norms):.4g}"
         rows.append((group, len(updates), ", ".join(map(str, ranks)), mean, f"{max(norms):.4g}"))
     console.table(("changes", "blocks", "rank", "mean norm", "largest norm"), rows)

@@ -14,7 +14,7 @@ from zimage_ref.errors import BackendError
 from . import blas
 
 if TYPE_CHECKING:
-    from zimage_ref.generation.pipeline import Pipeline
+    from zimage_ref.generation.pipeline import AnyPipeline
 
 
 def _mlx_is_installed() -> bool:
@@ -43,8 +43,8 @@ def require_mlx(work: str) -> ModuleType:
     return zimage_mlx
 
 
-def pipeline(backend: str) -> type[Pipeline]:
+def pipeline(backend: str) -> type[AnyPipeline]:
     """The pipeline class of `backend`, mlx or numpy. Raises BackendError as `require_mlx` does."""
     package = zimage_ref if backend == "numpy" else require_mlx("--backend mlx")
-    chosen: type[Pipeline] = package.ZImagePipeline
+    chosen: type[AnyPipeline] = package.ZImagePipeline
     return chosen

@@ -21,6 +21,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 
+from .options import in_flags
+
 with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
 
@@ -47,7 +49,7 @@ class Console:
 
     def _say(self, markup: str) -> None:
         """One line of text: broken between words on a terminal, whole for another program."""
-        self.err.print(markup, soft_wrap=not self.err.is_terminal)
+        self.err.print(in_flags(markup), soft_wrap=not self.err.is_terminal)
 
     def wrote(self, path: object) -> None:
         """A result: its path on stdout."""

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import lora_makers, tiny
-from support.tiny_loras import ALPHA, EXACT, FACTORS, LAYERS, RANK, SHAPES, assert_same, difference, make
+from support.tiny_loras import ALPHA, EXACT, FACTORS, LAYERS, RANK, SHAPES, assert_same, delta, difference, make
 
 from zimage_ref import ConfigError, FormatError, WeightError, ZImageError
-from zimage_ref.lora.arithmetic import delta
 from zimage_ref.lora.file import read_lora, write_lora
-from zimage_ref.lora.updates import LoRA, LowRank
+from zimage_ref.lora.low_rank import LowRank
+from zimage_ref.lora.updates import LoRA
 from zimage_ref.model import parameters
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 

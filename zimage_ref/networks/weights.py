@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, Tensors, cast
-from zimage_ref.lora.arithmetic import updated
-from zimage_ref.lora.updates import LoRA, Update, by_parameter
+from zimage_ref.lora.arithmetic import NumPyArithmetic
+from zimage_ref.lora.updates import LoRA, Update, by_parameter, updated
 
 
 class Weights:
-    """Named weights under a prefix, in working precision, with LoRAs merged in on the way.
+    """Named weights under a prefix, in working precision, with LoRAs merged in as they are read.
 
     Nothing is kept: each use reads (and upcasts) the mapped tensor anew, so that a 12 GB checkpoint needs the memory
     of its largest layer. A tensor stored in the working dtype is used in place.
@@ -32,7 +32,8 @@ class Weights:
         return self.prefix + name in self.tensors
 
     def __getitem__(self, name: str) -> Array:
-        return updated(self._stored(name).read(), self._loras.get(self.prefix + name, ()))
+        weight: Array = self._stored(name).read()
+        return updated(weight, self._loras.get(self.prefix + name, ()), NumPyArithmetic(self.dtype))
 
     def rows(self, name: str, indices: Array) -> Array:
         """Some rows of a matrix, without reading the others."""

@@ -16,7 +16,7 @@ from .formats import check_suffix
 from .metadata import Record, metadata
 
 Picture = Image.Image
-Source = str | Path | Picture  # a picture, or the file that it is in
+PictureSource = str | Path | Picture  # a picture, or the file that it is in
 RGB = tuple[int, int, int]
 
 
@@ -34,7 +34,7 @@ def read_picture(path: Path) -> Picture:
     return _flat(picture)
 
 
-def to_rgb(source: Source) -> Picture:
+def to_rgb(source: PictureSource) -> Picture:
     """The RGB picture that `source` is or names. Raises DatasetError as `read_picture` does."""
     return _flat(source) if isinstance(source, Picture) else read_picture(Path(source))
 
@@ -80,7 +80,7 @@ def fit(picture: Picture, width: int, height: int, how: str) -> Picture:
     return cover(picture, width, height)
 
 
-def read_mask(source: Source) -> Picture:
+def read_mask(source: PictureSource) -> Picture:
     """The mask in `source`, black and white: white where it is at least half bright. Raises DatasetError."""
     return to_rgb(source).convert("L").point(lambda value: 255 * (value > 127))
 
