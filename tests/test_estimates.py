@@ -14,7 +14,6 @@ from zimage_ref import ConfigError, ModelFolder
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.inspection import memory_needs
 from zimage_ref.memory import FAST, LEAN, NUMPY, generation, peak, require_memory, training, weight_bytes
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import (
@@ -23,6 +22,7 @@ from zimage_ref.model.parameters import (
     transformer_parameters,
     vae_parameters,
 )
+from zimage_ref.requirements import memory_needs
 
 
 def official() -> ModelFolder:
@@ -37,8 +37,8 @@ def official() -> ModelFolder:
         "text_encoder": {n: t for n, t in encoder.items() if n not in text_encoder_unused(OFFICIAL_TEXT_ENCODER)},
         "vae": stored(vae_parameters(OFFICIAL_VAE)),
     }
-    configs = OFFICIAL_TRANSFORMER, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE, OFFICIAL_SCHEDULER
-    return ModelFolder(Path("Z-Image-Turbo"), *configs, Path("tokenizer.json"), weights)
+    configs = {"transformer": OFFICIAL_TRANSFORMER, "text_encoder": OFFICIAL_TEXT_ENCODER, "vae": OFFICIAL_VAE}
+    return ModelFolder(Path("Z-Image-Turbo"), configs, weights, OFFICIAL_SCHEDULER, Path("tokenizer.json"))
 
 
 def test_the_estimate_of_generation_is_what_was_measured() -> None:
@@ -108,7 +108,7 @@ def test_the_estimate_of_training_follows_the_options() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_weights_take_exactly_what_is_estimated(bits: int | None, tmp_path: Path) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     utils = pytest.importorskip("mlx.utils")
     model = tiny.write_model_folder(tmp_path / "model")
     how = Quantization(bits) if bits else None
@@ -141,9 +141,9 @@ def test_the_memory_estimate_follows_the_options() -> None:
             {"width": 512, "height": 512},
             LEAN,
             10e9,
-            "about 12.5 GB to denoise, 12.3 of it weights, and there are 10.0 GB: --quantize",
+            "about 12.5 GB to denoise, 12.3 of it weights, and there are 10.0 GB: `quantize`",
         ),
-        ({"width": 2048, "height": 2048, "batch": 4}, FAST, 24e9, "GB to denoise, 12.3 of .* a smaller --width"),
+        ({"width": 2048, "height": 2048, "batch": 4}, FAST, 24e9, "GB to denoise, 12.3 of .* a smaller `width`"),
     ],
 )
 def test_what_does_not_fit_into_memory_is_refused_with_a_way_out(
@@ -152,15 +152,15 @@ def test_what_does_not_fit_into_memory_is_refused_with_a_way_out(
     stages = generation(official(), "bfloat16", footprint, **options)
     with pytest.raises(ConfigError, match=fact) as caught:
         require_memory(stages, int(limit))
-    assert "--force" in str(caught.value)
+    assert "`force`" in str(caught.value)
     require_memory(stages, 200_000_000_000)
     require_memory(stages, None)
 
 
 def test_training_that_does_not_fit_is_refused_with_its_own_way_out() -> None:
     stages = training(official(), "bfloat16", None, trainable=36_000_000, image_tokens=1024)
-    with pytest.raises(ConfigError, match="to train, 12.3 of it weights, .* 10.0 GB: --base-precision 8 or 4"):
-        require_memory(stages, 10_000_000_000, "--base-precision")
+    with pytest.raises(ConfigError, match="to train, 12.3 of it weights, .* 10.0 GB: `base_precision` 8 or 4"):
+        require_memory(stages, 10_000_000_000, "base_precision")
 
 
 def test_memory_of_the_official_model_is_what_its_parameters_need() -> None:

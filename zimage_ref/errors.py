@@ -9,6 +9,7 @@
     └── BackendError    the work asked for needs software that is not installed
 
 Each message is one line that names the file, the fact and the way out. Anything else that is raised is a bug.
+Options are named as fields, in backticks: "`strength` needs `init_image`". The command line shows them as its flags.
 """
 
 from collections.abc import Iterable

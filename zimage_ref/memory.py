@@ -17,6 +17,7 @@ from .formats.tensors import Tensor
 from .model import parameters
 from .model.config import TransformerConfig
 from .model.positions import padded
+from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
@@ -30,7 +31,7 @@ _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LEAN_UNPACKED = 1.7  # blocks' matrices at once in training on 4 or 8 bits: two feed-forwards and an attention
 _LAYERS_MAKE = 16  # two layers of the autoencoder, on the way, in widths as of `Footprint.pixel_widths`
 _SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
-_SIDES = "--width and --height"
+_SIDES = "`width` and `height`"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -186,21 +187,21 @@ def physical_memory() -> int | None:
         return None
 
 
-def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "--quantize", sides: str = _SIDES) -> None:
+def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "quantize", sides: str = _SIDES) -> None:
     """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit.
 
-    bits, sides: the options that make weights and pictures smaller.
+    bits: the option that makes weights smaller. sides: those that make pictures smaller, in words.
     """
     most = peak(stages)
     if limit is None or most.total <= limit:
         return
     if most.weights > most.activations:
-        way_out = f"{bits} 8 or 4 makes the weights smaller"
+        way_out = f"`{bits}` 8 or 4 makes the weights smaller"
     else:
-        way_out = f"take a smaller {sides}, or --batch-size 1"
+        way_out = f"take a smaller {sides}, or `batch_size` 1"
     raise ConfigError(
         f"this takes about {most.total / 1e9:.1f} GB to {most.name}, {most.weights / 1e9:.1f} of it weights, and there "
-        f"are {limit / 1e9:.1f} GB: {way_out}; --force tries it all the same"
+        f"are {limit / 1e9:.1f} GB: {way_out}; `force` tries it all the same"
     )
 
 
@@ -230,7 +231,7 @@ def _autoencoder_bytes(folder: ModelFolder, pixels: int, footprint: Footprint, i
 def _nbytes(name: str, tensor: Tensor, itemsize: int, quantization: Quantization | None) -> int:
     if isinstance(tensor, QuantizedTensor):
         quantization = tensor.quantization
-    elif quantization is None or not quantization.covers(name, tensor.shape):
+    elif quantization is None or not covers(quantization, name, tensor.shape):
         return tensor.size * itemsize
     groups = tensor.size // quantization.group_size
     return tensor.size * quantization.bits // 8 + 2 * itemsize * groups  # a scale and an offset for each group

@@ -30,7 +30,7 @@ def read_options(path: Path, config: type[Any]) -> dict[str, Any]:
     if path.suffix == ".toml":
         data = _read_toml(path)
     elif path.suffix == ".json":
-        data = read_json(path)
+        data = read_json(path, ConfigError)
     else:
         raise ConfigError(f"{path}: options are read from .toml or .json")
     hints = get_type_hints(config)

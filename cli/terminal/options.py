@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from zimage_ref.errors import ConfigError
-from zimage_ref.options import flag
 from zimage_ref.options_file import typed
 
 AnyConfig = TypeVar("AnyConfig")
+
+
+def flag(name: str) -> str:
+    """The command line's option that sets the field `name`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def in_flags(text: str) -> str:
+    """`text` of a library, with the fields that it names in backticks as the options of the command line."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: flag(field[1]), text)
 
 
 def add_fields(
@@ -61,7 +71,7 @@ def path_and_scale(text: str) -> tuple[Path, float]:
 
 
 def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
-    help = field.metadata["help"].replace("%", "%%")
+    help = in_flags(field.metadata["help"]).replace("%", "%%")
     if field.default is MISSING:
         return {"required": True, "type": hint, "metavar": field.name.upper(), "help": help}
     if hint is bool:

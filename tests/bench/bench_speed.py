@@ -43,6 +43,7 @@ from zimage_mlx.training.packing import Packing
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import FAST, LEAN
 from zimage_ref.model import config, parameters
+from zimage_ref.model.quantization import covers
 from zimage_ref.training.config import TrainConfig
 
 CASES = ("forward", "quantized", "step", "decode", "text", "picture", "scaling", "peers")
@@ -56,7 +57,7 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
     model = random_(Transformer(bench.config, BlockRunner()))
     if bits:
         shapes, quantization = parameters.transformer_parameters(bench.config), Quantization(bits, 64)
-        covered = {name for name, shape in shapes.items() if quantization.covers(name, shape)}
+        covered = {name for name, shape in shapes.items() if covers(quantization, name, shape)}
         layers = []
         for name in covered:
             path = name.removesuffix(".weight")
@@ -103,7 +104,7 @@ def step(bench: Bench, bits: int | None = None) -> None:
     with transformer(bench, bits) as model:
         weights = mx.get_active_memory()
         layers = parameters.lora_modules(bench.config, ("attention", "feed_forward", "refiners"))
-        lora_layers.start(model, layers, 16, 16.0, np.random.default_rng(0))
+        lora_layers.add_trainable_loras(model, layers, 16, 16.0, np.random.default_rng(0))
         packing = Packing(dict(tree_flatten(model.trainable_parameters())))
         vectors = packing.pack(dict(tree_flatten(model.trainable_parameters())))
         optimizer = Optimizer(TrainConfig(model_dir=Path(), dataset=Path()), packing, vectors)

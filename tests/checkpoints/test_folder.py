@@ -60,7 +60,7 @@ def test_comfyuis_folders_are_found(model: Path, tmp_path: Path) -> None:
         (tmp_path / component).mkdir(exist_ok=True)
         shutil.copy(model / component / "config.json", tmp_path / component)
     foreign.write(tmp_path / "text_encoders" / "another.safetensors", {})
-    with pytest.raises(FormatError, match=r"holds no tokenizer: looked for .*; --tokenizer FILE names one"):
+    with pytest.raises(FormatError, match=r"holds no tokenizer: looked for .*; give one as `tokenizer`"):
         ModelFolder.open(tmp_path)
     opened = ModelFolder.open(tmp_path, {"tokenizer": model / "tokenizer"})
     assert weights_equal(opened, ModelFolder.open(model))
@@ -74,7 +74,7 @@ def test_any_part_may_come_from_elsewhere(model: Path, tmp_path: Path) -> None:
     opened = ModelFolder.open(model, {"transformer": other, "vae": model / "vae", "text_encoder": None})
     for name, tensor in opened.weights["transformer"].items():
         assert (tensor.read() == doubled[name]).all()
-    with pytest.raises(FormatError, match=r"--text-encoder .*nowhere.npz: is not there"):
+    with pytest.raises(FormatError, match=r"`text_encoder` .*nowhere.npz: is not there"):
         ModelFolder.open(model, {"text_encoder": tmp_path / "nowhere.npz"})
 
 
@@ -98,7 +98,7 @@ def test_what_is_missing_is_named_with_every_place(model: Path, tmp_path: Path) 
         "z_image_turbo_bf16, ",
         ".npz, .safetensors, .bpk, .gguf",
         "diffusion_models/",
-        "--tr",
+        "`tr",
     ):
         assert place in str(caught.value)
 

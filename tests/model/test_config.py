@@ -98,4 +98,4 @@ def test_a_missing_key_is_named_with_its_file(kind: str, key: str) -> None:
 def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        read_json(tmp_path / "config.json")
+        read_json(tmp_path / "config.json", ConfigError)

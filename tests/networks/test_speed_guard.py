@@ -52,7 +52,7 @@ def test_nothing_promotes_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -
     """Every Linear layer of a block is given bfloat16, also where LoRAs of float32 are beside it."""
     seen = []
     block, inputs = block_and_inputs()
-    lora_layers.start(block, ["attention.to_q", "feed_forward.w2"], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(block, ["attention.to_q", "feed_forward.w2"], 2, 2.0, np.random.default_rng(0))
     call = zimage_mlx.networks.transformer.nn.Linear.__call__
     monkeypatch.setattr(
         zimage_mlx.networks.transformer.nn.Linear, "__call__", lambda self, x: seen.append(x.dtype) or call(self, x)
@@ -102,7 +102,9 @@ def test_generation_computes_nothing_for_a_gradient(how: str, compiled: bool, mo
 def test_the_gradient_of_a_block_makes_no_more_products_than_it_needs(tmp_path: Path) -> None:
     block, (x, *context) = block_and_inputs()
     layers = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    lora_layers.start(block, [*layers, *(f"feed_forward.w{i}" for i in (1, 2, 3))], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(
+        block, [*layers, *(f"feed_forward.w{i}" for i in (1, 2, 3))], 2, 2.0, np.random.default_rng(0)
+    )
     context = gradient.BlockContext(*context)
     y, kept = gradient.forward(block, x, context)
     mx.eval(y, kept)

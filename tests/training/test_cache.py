@@ -134,7 +134,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training_runs import Workshop
+from support.training_runs import Workshop
 shop = Workshop(Path({folder!r}), Path({model!r}), Path({data!r}))
 run = shop.train({name!r}, epochs=1, cache=shop.folder / {name!r}, batch_size=8, targets="attention")
 print(sum(step.pictures for step in run.steps), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -94,23 +94,23 @@ def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, f
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        ({"rank": 0}, "--rank 0 must be at least 1"),
-        ({"lr": float("nan")}, "--lr nan must be 0 or above"),
-        ({"resolution": 250}, "--resolution 250 must be a multiple of 16: 256 is the nearest"),
-        ({"resolution": ()}, "--resolution needs at least one side"),
-        ({"optimizer": "adamw8bit"}, "--optimizer 'adamw8bit' is unknown: known are adamw"),
-        ({"targets": "atention"}, "--targets 'atention' is unknown: known are attention"),
-        ({"preview_size": 40}, "--preview-size 40 must be a multiple of 16"),
-        ({"schedule": "step"}, "--schedule 'step' is unknown"),
-        ({"lora_format": "ggml"}, "--lora-format 'ggml' is unknown"),
-        ({"base_precision": "2"}, "--base-precision '2' is unknown"),
-        ({"timesteps": "gauss"}, "--timesteps 'gauss' is unknown"),
+        ({"rank": 0}, "`rank` 0 must be at least 1"),
+        ({"lr": float("nan")}, "`lr` nan must be 0 or above"),
+        ({"resolution": 250}, "`resolution` 250 must be a multiple of 16: 256 is the nearest"),
+        ({"resolution": ()}, "`resolution` needs at least one side"),
+        ({"optimizer": "adamw8bit"}, "`optimizer` 'adamw8bit' is unknown: known are adamw"),
+        ({"targets": "atention"}, "`targets` 'atention' is unknown: known are attention"),
+        ({"preview_size": 40}, "`preview_size` 40 must be a multiple of 16"),
+        ({"schedule": "step"}, "`schedule` 'step' is unknown"),
+        ({"lora_format": "ggml"}, "`lora_format` 'ggml' is unknown"),
+        ({"base_precision": "2"}, "`base_precision` '2' is unknown"),
+        ({"timesteps": "gauss"}, "`timesteps` 'gauss' is unknown"),
         ({"timesteps": "shift=-1"}, "shift=S takes a number above 0"),
-        ({"ema": 1.0}, "--ema 1.0 must be a share"),
-        ({"caption_dropout": 1.5}, "--caption-dropout 1.5 must be a share"),
+        ({"ema": 1.0}, "`ema` 1.0 must be a share"),
+        ({"caption_dropout": 1.5}, "`caption_dropout` 1.5 must be a share"),
         ({"output": "x.npz"}, "a LoRA is written as .safetensors"),
-        ({"grad_clip": -1.0}, "--grad-clip -1.0 must be at least 0"),
-        ({"max_upscale": 0.5}, "--max-upscale 0.5 must be at least 1"),
+        ({"grad_clip": -1.0}, "`grad_clip` -1.0 must be at least 0"),
+        ({"max_upscale": 0.5}, "`max_upscale` 0.5 must be at least 1"),
     ],
 )
 def test_values_out_of_bounds_are_refused(options: dict[str, Any], fact: str) -> None:
@@ -127,10 +127,10 @@ def test_what_must_be_given_is_asked_for(capfd: pytest.CaptureFixture[str]) -> N
 def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
+    pipeline = pytest.importorskip("zimage_mlx.pipeline", reason="training needs MLX", exc_type=ImportError)
     shop: Workshop = workshop(tmp_path)
     data = pictures(tmp_path / "shapes", (40, 40), (44, 40), (64, 32), (64, 36))
-    monkeypatch.setattr(mlx.pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
     argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tiny
+from support.datasets import read_dataset
 from support.training_runs import pictures
 
 from zimage_ref import DatasetError
-from zimage_ref.training.dataset import fingerprint, hold_out, list_dataset, read_dataset, with_trigger
+from zimage_ref.training.dataset import fingerprint, hold_out, list_dataset, with_trigger
 
 
 def test_subfolders_are_read_and_those_that_are_hidden_or_of_a_run_are_not(tmp_path: Path) -> None:

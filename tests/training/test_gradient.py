@@ -43,7 +43,7 @@ def model_with_loras(layers: list[str]) -> Any:
     """A transformer with non-zero trainable LoRAs."""
     rng = np.random.default_rng(1)
     model = network("mlx", "transformer", tiny.TRANSFORMER, WEIGHTS, "float32")
-    lora_layers.start(model, layers, 3, 6.0, rng)
+    lora_layers.add_trainable_loras(model, layers, 3, 6.0, rng)
     for _, module in model.named_modules():
         if isinstance(module, lora_layers.LoRALinear):
             module.lora_B = mx.array(rng.standard_normal(module.lora_B.shape, dtype=np.float32) * 0.1)

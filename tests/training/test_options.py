@@ -25,7 +25,7 @@ from zimage_mlx.training.loss import NoisyBatch
 from zimage_mlx.training.optimizer import averaged, clipped
 from zimage_ref import ConfigError, SchedulerConfig, TrainingError
 from zimage_ref.lora.file import write_lora
-from zimage_ref.lora.updates import LowRank
+from zimage_ref.lora.low_rank import LowRank
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import TimestepSampling, shifted
 from zimage_ref.model.parameters import transformer_parameters
@@ -103,7 +103,7 @@ def test_a_batch_of_two_is_the_mean_of_two_batches_of_one(shop: Workshop) -> Non
     assert len(captions[1]) > 32 > len(captions[0])  # so that the shorter one is masked
     arrays = [mx.array(rng.standard_normal((2, 16, 6, 4), dtype=np.float32)) for _ in range(2)]
     sigma, weight = mx.array([0.3, 0.8]), mx.array([0.5, 1.5])
-    zimage_mlx.lora.layers.start(
+    zimage_mlx.lora.layers.add_trainable_loras(
         pipeline.transformer, ["layers.0.attention.to_q", "noise_refiner.0.feed_forward.w2"], 2, 2, rng
     )
 
@@ -381,14 +381,14 @@ def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, mon
 
 
 @pytest.mark.parametrize(
-    ("memory", "way_out"), [("auto", "--resolution, or"), ("fast", "--resolution, --memory lean, or")]
+    ("memory", "way_out"), [("auto", "`resolution`, or"), ("fast", "`resolution`, `memory` lean, or")]
 )
 def test_a_run_that_does_not_fit_into_memory_is_refused(
     memory: str, way_out: str, shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: 1000)
     monkeypatch.setattr(zimage_mlx.training.run, "EncodedDataset", lambda *args: pytest.fail("went on"))
-    with pytest.raises(ConfigError, match=f"there are 0.0 GB: .*{way_out}.*--force") as caught:
+    with pytest.raises(ConfigError, match=f"there are 0.0 GB: .*{way_out}.*`force`") as caught:
         shop.train("refused", steps=1, memory=memory)
     assert "\n" not in str(caught.value)
     assert not shop.config("refused").output.exists()

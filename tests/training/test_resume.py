@@ -143,11 +143,11 @@ def _interrupted(shop: Workshop, name: str, **options: Any) -> None:
 
 def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
     _interrupted(shop, "precious")
-    with pytest.raises(ConfigError, match=r"stopped at step 2: --resume goes on with it, --overwrite starts anew"):
+    with pytest.raises(ConfigError, match=r"stopped at step 2: `resume` goes on with it, `overwrite` starts anew"):
         shop.train("precious", steps=4)
     assert shop.train("precious", steps=4, overwrite=True).of(Started) == [Started(0, 4)]
     before = shop.config("precious").output.read_bytes()
-    with pytest.raises(ConfigError, match=r"precious\.safetensors: exists: give --overwrite to replace it"):
+    with pytest.raises(ConfigError, match=r"precious\.safetensors: exists: give `overwrite` to replace it"):
         shop.train("precious", steps=1)
     assert shop.config("precious").output.read_bytes() == before
     assert shop.train("precious", steps=1, overwrite=True).of(Done)
@@ -156,10 +156,10 @@ def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        ({"lr": 2e-3}, r"--lr 0\.01 -> 0\.002"),
-        ({"steps": 5}, "--steps 4 -> 5"),
-        ({"ema": 0.9}, r"--ema 0\.0 -> 0\.9"),
-        ({"targets": "attention"}, "--targets"),
+        ({"lr": 2e-3}, r"`lr` 0\.01 -> 0\.002"),
+        ({"steps": 5}, "`steps` 4 -> 5"),
+        ({"ema": 0.9}, r"`ema` 0\.0 -> 0\.9"),
+        ({"targets": "attention"}, "`targets`"),
         ({"dataset": "other"}, "the pictures or captions"),
         ({"model_dir": "other"}, "the model's weights"),
     ],
@@ -179,7 +179,7 @@ def test_a_changed_run_is_named_and_refused(shop: Workshop, options: dict[str, A
         shutil.move(tmp_path / "changed.safetensors", file)
         options = {"model_dir": model}
     given = {"steps": 4, "resume_every": 2, **options, "resume": True}
-    with pytest.raises(ConfigError, match=fact + ".*--resume-anyway goes on all the same"):
+    with pytest.raises(ConfigError, match=fact + ".*`resume_anyway` goes on all the same"):
         shop.train(name, **given)
     if "targets" in options:
         with pytest.raises(ConfigError, match="the saved run has other layers or another rank"):
@@ -227,7 +227,7 @@ def test_a_full_disk_is_foreseen_and_leaves_the_last_state(shop: Workshop, monke
     monkeypatch.setattr(
         zimage_ref.training.run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 + 1000)
     )
-    fact = r"full\.run: the disk is full: .* MB are missing: make room and go on with --resume, from step 2"
+    fact = r"full\.run: the disk is full: .* MB are missing: make room and go on with `resume`, from step 2"
     with pytest.raises(TrainingError, match=fact):
         shop.train("full", steps=4, resume=True)
     monkeypatch.undo()

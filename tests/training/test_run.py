@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import tiny
+from support.datasets import read_dataset
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
@@ -21,7 +22,6 @@ from zimage_ref import DatasetError
 from zimage_ref.formats import safetensors
 from zimage_ref.model.flow import add_noise, model_time, training_target
 from zimage_ref.model.parameters import lora_modules
-from zimage_ref.training.dataset import read_dataset
 
 SIDE = 48  # 3 x 3 patches of 16 pixels: 9 image tokens, so padding is forced
 

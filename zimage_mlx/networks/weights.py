@@ -17,6 +17,7 @@ from zimage_ref.errors import WeightError, listing
 from zimage_ref.formats.npz import npy_header
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.formats.tensors import BFLOAT16, Array, Tensor, Tensors
+from zimage_ref.model.quantization import covers
 
 from .quantized import QuantizedLinear
 
@@ -44,7 +45,7 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
         parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
         layers.append(_quantized_linear(name, tensor.shape, tensor.quantization, parts))
     for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
-        if quantization and quantization.covers(name, tensors[name].shape):
+        if quantization and covers(quantization, name, tensors[name].shape):
             made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
             parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
             layers.append(_quantized_linear(name, tensors[name].shape, quantization, parts))

@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 from zimage_mlx.networks.vae import VAE
 from zimage_mlx.networks.weights import load, to_numpy
 from zimage_mlx.pipeline import ZImagePipeline
-from zimage_ref.errors import ZImageError
+from zimage_ref.errors import ConfigError, ZImageError
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Array
@@ -123,7 +123,7 @@ def make(output: Path, recipe: Recipe, report: Report, pace: Pace = Pace(), netw
         trained = train_vae(pictures, recipe, report, pace, networks.vae, state / "autoencoder")
         if not trained:
             return False
-        write_component(output / "vae", trained.config, parameters(trained))
+        write_component(output, "vae", trained.config, parameters(trained))
         shutil.rmtree(state / "autoencoder")
     vae = read_vae(output)  # as it is written: what the denoiser learns is what users decode
     latents = mx.concatenate([encode(vae, batch) for batch in in_batches(pictures)])
@@ -271,7 +271,7 @@ def judge_model(folder: Path, count: int) -> Shares:
 def read_vae(folder: Path) -> VAE:
     """The autoencoder in `folder`, its weights float32."""
     file = folder / "vae" / "config.json"
-    vae = VAE(VAEConfig.from_json(read_json(file), str(file)))
+    vae = VAE(VAEConfig.from_json(read_json(file, ConfigError), str(file)))
     load(vae, Checkpoint.open(folder / "vae").tensors, mx.float32)
     return vae
 
@@ -284,8 +284,8 @@ def write_denoiser(folder: Path, model: Denoiser, networks: Networks) -> None:
         name: np.ones(shapes[name], np.float32) if "norm" in name else 0.02 * rng.standard_normal(shapes[name])
         for name in sorted(text_encoder_unused(config))
     }
-    write_component(folder / "text_encoder", config, parameters(model.text_encoder) | unused)
-    write_component(folder / "transformer", networks.transformer, parameters(model.transformer))
+    write_component(folder, "text_encoder", config, parameters(model.text_encoder) | unused)
+    write_component(folder, "transformer", networks.transformer, parameters(model.transformer))
 
 
 def parameters(model: nn.Module) -> dict[str, Array]:

@@ -59,7 +59,7 @@ class EncodedDataset:
                 raise
             raise TrainingError(
                 f"{self._cache.folder}: the disk is full: about {left * value.nbytes / 1e6:,.1f} MB are missing: make "
-                f"room or give --cache on another disk"
+                f"room or give `cache` on another disk"
             ) from error
 
     def latents(self, example: Example, size: Size, flip: bool = False) -> mx.array:
@@ -98,4 +98,4 @@ def _read(path: Path) -> mx.array:
     try:
         return from_stored(read_entry(path))
     except FormatError as error:
-        raise TrainingError(f"{path}: the cache was changed during the run: go on with --resume: {error}") from error
+        raise TrainingError(f"{path}: the cache was changed during the run: go on with `resume`: {error}") from error

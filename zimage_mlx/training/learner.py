@@ -49,7 +49,7 @@ class Learner:
         """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
-        layers.start(model, plan.layers, config.rank, config.alpha, stream(config.seed, INITIAL))
+        layers.add_trainable_loras(model, plan.layers, config.rank, config.alpha, stream(config.seed, INITIAL))
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
         self._packing = Packing(parameters)
         self._vectors = self._packing.pack(parameters)
@@ -84,7 +84,7 @@ class Learner:
     def factors(self) -> LoRA:
         """The LoRA as it would be saved."""
         with self.result() as model:
-            return layers.factors(model)
+            return layers.trained_loras(model)
 
     def state(self) -> dict[str, dict[str, Array]]:
         """All that the next step depends on: lora, optimizer and, if there is one, ema."""

@@ -33,7 +33,7 @@ def losses() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith(_BACKENDS):
             raise
-        raise TrainingError(f"another machine of the group is gone: go on with --resume: {error}") from error
+        raise TrainingError(f"another machine of the group is gone: go on with `resume`: {error}") from error
 
 
 def agree(group: mx.distributed.Group, facts: Mapping[str, Any], free: set[str]) -> None:

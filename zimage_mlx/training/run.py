@@ -1,7 +1,7 @@
 """LoRA training: the loop, and what is saved when.
 
 A run is a sequence of steps that each follow from the saved state before it, the options and the cached data alone.
-So `--resume` gives the same bytes as no interruption, wherever that came.
+So `resume` gives the same bytes as no interruption, wherever that came.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ class _Run:
         if not config.resume:
             if (step := run.unfinished()) and not config.overwrite:
                 raise ConfigError(
-                    f"{run.path}: holds a run that stopped at step {step}: --resume goes on with it, "
-                    f"--overwrite starts anew"
+                    f"{run.path}: holds a run that stopped at step {step}: `resume` goes on with it, "
+                    f"`overwrite` starts anew"
                 )
             if config.output.exists() and not config.overwrite:
-                raise ConfigError(f"{config.output}: exists: give --overwrite to replace it, or another --output")
+                raise ConfigError(f"{config.output}: exists: give `overwrite` to replace it, or another `output`")
             check_writable(config.output)
             return None, []
         saved, notices = run.latest()
@@ -147,7 +147,7 @@ class _Run:
         if different := changes(saved.facts, self._facts):
             text = f"{run.path}: the run that stopped at step {saved.step} was another: {'; '.join(different)}"
             if not config.resume_anyway:
-                raise ConfigError(f"{text}: --resume-anyway goes on all the same")
+                raise ConfigError(f"{text}: `resume_anyway` goes on all the same")
             notices.append(text)
         if saved.facts["environment"] != self._facts["environment"]:
             notices.append("the run began with other software or on another machine: results may differ in last digits")
@@ -210,7 +210,7 @@ class _Run:
                 yield from self._save(step)
                 raise TrainingError(
                     f"step {step}: loss or gradient was not finite {_PATIENCE} times in a row: the LoRA before that "
-                    f"is saved in {self._run.path}: try a lower --lr, or --base-precision bf16"
+                    f"is saved in {self._run.path}: try a lower `lr`, or `base_precision` bf16"
                 )
             yield from self._after(step)
             if step < total and self._asked_to_stop():

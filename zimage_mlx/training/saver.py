@@ -12,6 +12,7 @@ import numpy as np
 
 from zimage_ref import __version__
 from zimage_ref.lora.file import write_lora
+from zimage_ref.model.parameters import TARGETS
 from zimage_ref.training.events import Checkpointed, Saved
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder
@@ -37,7 +38,7 @@ class Saver:
         return event(path, step)
 
     def state(self, step: int, progress: Mapping[str, Any]) -> Checkpointed:
-        """Writes all that `--resume` needs to go on after `step`, `progress` of the loop included."""
+        """Writes all that `resume` needs to go on after `step`, `progress` of the loop included."""
         return Checkpointed(self._run.save(step, self._learner.state(), {**self._facts, **progress}), step)
 
     def _drop_old(self, step: int) -> None:
@@ -54,7 +55,7 @@ class Saver:
     def _record(self, step: int) -> dict[str, Any]:
         """What a LoRA file says about itself."""
         config, sides = self._plan.config, self._plan.config.resolution
-        trained = {target: target in config.targets or "all" in config.targets for target in _RECORDED}
+        trained = {target: target in config.targets or "all" in config.targets for target in TARGETS if target != "all"}
         return {
             "base_model": config.model_dir.resolve().name,
             "rank": config.rank,
@@ -67,9 +68,6 @@ class Saver:
             "training_adapter": config.training_adapter.name if config.training_adapter else "",
             "dataset": self._facts["dataset"],
         }
-
-
-_RECORDED = ("attention", "feed_forward", "refiners", "adaln")
 
 
 def environment() -> dict[str, str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_ref.errors import ConfigError
+from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
 from zimage_ref.options import at_least, at_most, one_of, option, required
-from zimage_ref.pictures.images import FITS, Source
+from zimage_ref.pictures.images import FITS, PictureSource
 
 from .samplers import SAMPLERS
 
-SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
-
-
+SIDE_MULTIPLE = size_multiple(OFFICIAL_TRANSFORMER, OFFICIAL_VAE)  # 16: 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
-
-
 MAX_AREA = 2048 * 2048  # pixels
 
 
@@ -47,15 +46,15 @@ def by_model(name: str) -> str:
 class GenerateConfig:
     """What one picture should be. None is a choice left to the model or to the picture given; see `jobs`.
 
-    Raises ConfigError for values out of bounds, and for options of a picture to start from where there is none.
+    Raises ConfigError for values out of bounds, and for options of a picture to start from if there is none.
     """
 
     prompt: str = required("what the picture shows")
     negative_prompt: str = option("", "what it should not show; needs guidance")
     width: int | None = option(
-        None, f"pixels, a multiple of {SIDE_MULTIPLE}, or auto: that of --init-image, else {DEFAULT_SIDE}"
+        None, f"pixels, a multiple of {SIDE_MULTIPLE}, or auto: that of `init_image`, else {DEFAULT_SIDE}"
     )
-    height: int | None = option(None, "as --width; the shape of --init-image decides where only one is given")
+    height: int | None = option(None, "as `width`; the shape of `init_image` decides where only one is given")
     steps: int | None = option(None, f"denoising steps (auto: {by_model('steps')})")
     guidance: float | None = option(
         None,
@@ -68,19 +67,19 @@ class GenerateConfig:
     cfg_normalization: float = option(0.0, "longest that guidance may make a prediction, 1 is no longer; 0: no limit")
     cfg_truncation: float = option(1.0, "part of the way, 0 to 1, after which there is no guidance")
     seed: int = option(0, "seed of the starting noise")
-    init_image: Source | None = option(None, "picture to start from")
+    init_image: PictureSource | None = option(None, "picture to start from")
     strength: float | None = option(
         None,
-        f"how much of --init-image to change, 1 is all (auto: {IMAGE_STRENGTH:g}, with --mask {MASK_STRENGTH:g})",
+        f"how much of `init_image` to change, 1 is all (auto: {IMAGE_STRENGTH:g}, with `mask` {MASK_STRENGTH:g})",
     )
-    mask: Source | None = option(None, "black and white picture the size of --init-image: white is painted anew")
+    mask: PictureSource | None = option(None, "black and white picture the size of `init_image`: white is painted anew")
     fit: str = option(
-        "crop", f"how --init-image comes to another shape: {', '.join(FITS)} (with --mask: to be painted)"
+        "crop", f"how `init_image` comes to another shape: {', '.join(FITS)} (with `mask`: to be painted)"
     )
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
-        _check_text("negative-prompt", self.negative_prompt)
+        _check_text("negative_prompt", self.negative_prompt)
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 check_side(name, getattr(self, name))
@@ -90,7 +89,7 @@ class GenerateConfig:
         at_least(self, 0, "seed", "guidance", "cfg_normalization", "cfg_truncation", "strength")
         at_most(self, 1, "cfg_truncation", "strength")
         if self.shift is not None and not 0 < self.shift < math.inf:
-            raise ConfigError(f"--shift {self.shift} must be above 0")
+            raise ConfigError(f"`shift` {self.shift} must be above 0")
         one_of(self, "sampler", SAMPLERS)
         one_of(self, "fit", FITS)
         if self.init_image is None:
@@ -99,25 +98,33 @@ class GenerateConfig:
             }  # fmt: skip
             for name, given in needs_picture.items():
                 if given:
-                    raise ConfigError(f"--{name} needs --init-image")
+                    raise ConfigError(f"`{name}` needs `init_image`")
 
     def check_guidance(self) -> None:
-        """Raises ConfigError where an option is given that does nothing without `guidance`, which is 0 or None."""
+        """Raises ConfigError if an option is given that does nothing without `guidance`, which is 0 or None."""
         idle = {
-            "negative-prompt": bool(self.negative_prompt),
-            "cfg-normalization": bool(self.cfg_normalization),
-            "cfg-truncation": self.cfg_truncation < 1,
+            "negative_prompt": bool(self.negative_prompt),
+            "cfg_normalization": bool(self.cfg_normalization),
+            "cfg_truncation": self.cfg_truncation < 1,
         }
         for name, given in idle.items():
             if given and not self.guidance:
-                raise ConfigError(f"--{name} does nothing without guidance: give --guidance above 0")
+                raise ConfigError(f"`{name}` does nothing without guidance: give `guidance` above 0")
+
+
+def config_of(options: Mapping[str, Any]) -> GenerateConfig:
+    """The config with the fields `options`, as a caller named them.
+
+    Raises ConfigError for values out of bounds, TypeError for a name that is no field.
+    """
+    return GenerateConfig(**options)
 
 
 def check_side(name: str, side: int) -> None:
     """Raises ConfigError unless `side` is a positive multiple of SIDE_MULTIPLE."""
     if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
         nearest = max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE)
-        raise ConfigError(f"--{name} {side} must be a multiple of {SIDE_MULTIPLE}: {nearest} is the nearest")
+        raise ConfigError(f"`{name}` {side} must be a multiple of {SIDE_MULTIPLE}: {nearest} is the nearest")
 
 
 def check_area(width: int, height: int) -> None:
@@ -142,4 +149,4 @@ def _check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of a command line in another encoding
-        raise ConfigError(f"--{name} is not valid Unicode: {error.reason}") from error
+        raise ConfigError(f"`{name}` is not valid Unicode: {error.reason}") from error

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, Tensors, cast
-from zimage_ref.lora.arithmetic import updated
-from zimage_ref.lora.updates import LoRA, Update, by_parameter
-
-Float = np.float32 | np.float64  # what this engine computes in
+from zimage_ref.lora.arithmetic import FloatDType, NumPyArithmetic
+from zimage_ref.lora.updates import LoRA, Update, by_parameter, updated
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Named weights under a prefix, in working precision, with LoRAs merged in on the way.
+    """Named weights under a prefix, in working precision, with LoRAs merged in as they are read.
 
     Nothing is kept: each use reads (and upcasts) the mapped tensor anew, so that a 12 GB checkpoint needs the memory
     of its largest layer. A tensor stored in the working dtype is used in place.
     """
 
     tensors: Tensors
-    dtype: np.dtype[Float]
+    dtype: FloatDType
     prefix: str = ""
     loras: dict[str, list[tuple[Update, float]]] = field(default_factory=dict)  # by parameter; one for all parts
 
@@ -35,7 +31,8 @@ class Weights:
         return self.prefix + name in self.tensors
 
     def __getitem__(self, name: str) -> Array:
-        return updated(self._stored(name).read(), self.loras.get(self.prefix + name, ()))
+        weight: Array = self._stored(name).read()
+        return updated(weight, self.loras.get(self.prefix + name, ()), NumPyArithmetic(self.dtype))
 
     def rows(self, name: str, indices: Array) -> Array:
         """Some rows of a matrix, without reading the others."""
@@ -49,8 +46,3 @@ class Weights:
         """From now on W + sum of scale * update; replaces the LoRAs of an earlier call, also in every part."""
         self.loras.clear()
         self.loras.update(by_parameter(loras))
-
-
-def of_arrays(arrays: Mapping[str, Array], dtype: type[Float] = np.float64) -> Weights:
-    """Weights from arrays in memory."""
-    return Weights({name: Tensor.of(array) for name, array in arrays.items()}, np.dtype(dtype))

@@ -35,7 +35,7 @@ def metadata(format: str, record: Record) -> dict[str, Any]:
     comment = _UNICODE + text.encode("utf-16-be")
     if len(comment) > _EXIF_LIMIT:
         raise FormatError(
-            f"{len(text)} characters of metadata do not fit a {format}: write a PNG or give --no-metadata"
+            f"{len(text)} characters of metadata do not fit a {format}: write a PNG or give `no_metadata`"
         )
     exif = Image.Exif()
     exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}  # older Pillows write nothing that get_ifd gave

@@ -12,18 +12,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.generation.config import by_model, check_side
-from zimage_ref.lora.namings import NAMINGS
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, check_targets
-from zimage_ref.options import MEMORY, PARTS, at_least, flag, one_of, option, required
+from zimage_ref.options import MEMORY, at_least, one_of, option, required
 
 OPTIMIZERS = (
     "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd"
 )  # fmt: skip
 SCHEDULES = ("constant", "cosine", "linear")
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
+_PARTS = part_options()  # name -> help; each has a field below
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
 
 
@@ -40,7 +42,7 @@ class TrainConfig:
     rank: int = option(16, "rank of the LoRA matrices")
     alpha: float = option(16.0, "LoRA strength; the update is scaled by alpha / rank")
     epochs: int = option(100, "passes over the dataset")
-    steps: int = option(0, "optimizer steps to make, instead of --epochs (0: go by epochs)")
+    steps: int = option(0, "optimizer steps to make, instead of `epochs` (0: go by epochs)")
     lr: float = option(0.0, f"learning rate (0: {LR:g} at the width of Z-Image, more for a narrower model)")
     resolution: tuple[int, ...] = option((256,), "pictures get the area of a square of this side; or of these: 512,768")
     batch_size: int = option(1, "pictures in a batch, all of one size")
@@ -51,15 +53,15 @@ class TrainConfig:
     caption_dropout: float = option(0.05, "share of pictures shown with the empty prompt, for guidance to work")
     repeats: int = option(1, "times each picture is shown in an epoch")
     flip: bool = option(False, "mirror pictures left to right half of the time")
-    max_upscale: float = option(1.0, "pictures smaller than --resolution are enlarged at most this many times")
+    max_upscale: float = option(1.0, "pictures smaller than `resolution` are enlarged at most this many times")
     square: bool = option(False, "crop every picture to a square instead of keeping its shape")
     cache: Path | None = option(
-        None, "folder for latents and caption features (zimage-cache beside --output)", free=True
+        None, "folder for latents and caption features (zimage-cache beside `output`)", free=True
     )
     validation: str = option("", "pictures to measure but not to learn: a folder, or a fraction of the dataset")
     validation_every: int = option(50, "steps between measurements of the held-out loss", free=True)
 
-    lora_format: str = option("comfy", f"key naming of the LoRA file: {', '.join(NAMINGS)}", free=True)
+    lora_format: str = option(DEFAULT_NAMING, f"key naming of the LoRA file: {', '.join(lora_namings())}", free=True)
     targets: tuple[str, ...] = option(
         (*LORA_TARGETS, "refiners"), "layers to train: attention, feed-forward, refiners (their share too), adaln, all"
     )
@@ -79,28 +81,28 @@ class TrainConfig:
     )
     memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
-    transformer: Path | None = option(None, PARTS["transformer"], free=True)
-    text_encoder: Path | None = option(None, PARTS["text_encoder"], free=True)
-    vae: Path | None = option(None, PARTS["vae"], free=True)
-    tokenizer: Path | None = option(None, PARTS["tokenizer"], free=True)
+    transformer: Path | None = option(None, _PARTS["transformer"], free=True)
+    text_encoder: Path | None = option(None, _PARTS["text_encoder"], free=True)
+    vae: Path | None = option(None, _PARTS["vae"], free=True)
+    tokenizer: Path | None = option(None, _PARTS["tokenizer"], free=True)
 
     save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
-    resume_every: int = option(100, "save what --resume needs every N steps, and with each saved LoRA", free=True)
+    resume_every: int = option(100, "save what `resume` needs every N steps, and with each saved LoRA", free=True)
     keep_last: int = option(0, "LoRA files of earlier steps to keep (0: all)", free=True)
     preview_prompt: tuple[str, ...] = option(
         (), "prompt to draw as training goes on; may be given several times", free=True, repeatable=True
     )
     preview_every: int = option(250, "steps between previews", free=True)
-    preview_size: int = option(0, "side of previews in pixels (0: the largest --resolution)", free=True)
+    preview_size: int = option(0, "side of previews in pixels (0: the largest `resolution`)", free=True)
     preview_steps: int = option(0, f"denoising steps of previews (0: {by_model('preview_steps')})", free=True)
     preview_guidance: float = option(-1.0, f"guidance of previews (-1: {by_model('guidance')})", free=True)
-    resume: bool = option(False, "go on from where an earlier run into --output stopped", free=True)
+    resume: bool = option(False, "go on from where an earlier run into `output` stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
-    overwrite: bool = option(False, "replace --output, and an unfinished run into it", free=True)
+    overwrite: bool = option(False, "replace `output`, and an unfinished run into it", free=True)
     force: bool = option(False, "go on where memory seems too small", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):
+        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
@@ -112,7 +114,7 @@ class TrainConfig:
     @property
     def parts(self) -> dict[str, Path | None]:
         """Files that stand in for those of the model's folder, for `ModelFolder.open`."""
-        return {name: getattr(self, name) for name in PARTS}
+        return {name: getattr(self, name) for name in _PARTS}
 
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")
@@ -121,30 +123,30 @@ class TrainConfig:
         at_least(self, 0, "preview_size", "preview_steps")
         for name in ("alpha", "lora_plus"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{flag(name)} {getattr(self, name)} must be above 0")
+                raise ConfigError(f"`{name}` {getattr(self, name)} must be above 0")
         if not 0 <= self.lr < math.inf:
-            raise ConfigError(f"--lr {self.lr} must be 0 or above")
+            raise ConfigError(f"`lr` {self.lr} must be 0 or above")
         for name in ("caption_dropout", "ema", "rank_dropout"):
             limit = 1.0
             if not 0 <= getattr(self, name) <= limit or (getattr(self, name) == limit and name != "caption_dropout"):
-                raise ConfigError(f"{flag(name)} {getattr(self, name)} must be a share from 0 to below 1")
+                raise ConfigError(f"`{name}` {getattr(self, name)} must be a share from 0 to below 1")
         if not self.resolution:
-            raise ConfigError("--resolution needs at least one side in pixels")
+            raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:
             check_side("resolution", side)
         if self.preview_size:
-            check_side("preview-size", self.preview_size)
+            check_side("preview_size", self.preview_size)
 
     def _check_names(self) -> None:
         one_of(self, "optimizer", OPTIMIZERS)
         one_of(self, "schedule", SCHEDULES)
         one_of(self, "base_precision", PRECISIONS)
-        one_of(self, "lora_format", NAMINGS)
+        one_of(self, "lora_format", lora_namings())
         one_of(self, "memory", MEMORY)
         check_targets(self.targets)
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
-            raise ConfigError(f"--output {self.output}: a LoRA is written as .safetensors")
+            raise ConfigError(f"`output` {self.output}: a LoRA is written as .safetensors")
 
 
 def free_options() -> set[str]:

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from zimage_ref.errors import DatasetError, listing, reason
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Array
-from zimage_ref.pictures.images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
+from zimage_ref.pictures.formats import PICTURE_SUFFIXES
+from zimage_ref.pictures.images import cover, mirror, read_picture, to_array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
 TRIGGER_MARK = "[trigger]"
@@ -40,20 +42,12 @@ class Example:
     def open(cls, picture: Path, caption: str) -> Example:
         """Reads the picture once. Raises DatasetError where it cannot be."""
         size = read_picture(picture).size
-        return cls(picture, caption, size, hashlib.sha256(picture.read_bytes()).hexdigest())
+        return cls(picture, caption, size, sha256(picture))
 
     def pixels(self, width: int, height: int, flip: bool = False) -> Array:
         """(3, height, width) float32 in [-1, 1], scaled to cover and cut around the centre; mirrored with `flip`."""
         picture = cover(read_picture(self.picture), width, height)
         return to_array(mirror(picture) if flip else picture)
-
-
-def read_dataset(folder: Path, trigger: str = "") -> list[Example]:
-    """All examples of `folder`, sorted by path, every picture and caption read once to know that it can be.
-
-    Raises DatasetError naming the file: see `list_dataset`; or an unreadable picture.
-    """
-    return [Example.open(picture, caption) for picture, caption in list_dataset(folder, trigger)]
 
 
 def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
@@ -63,7 +57,7 @@ def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
     one caption file, a caption without its picture.
     """
     if not folder.is_dir():
-        raise DatasetError(f"{folder}: is not a folder: --dataset takes one with pictures and captions")
+        raise DatasetError(f"{folder}: is not a folder: `dataset` takes one with pictures and captions")
     pictures = sorted(
         path
         for path in folder.rglob("*")
@@ -91,7 +85,7 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
     """
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
-        raise DatasetError(f"--validation {fraction:g} of {len(examples)} pictures leaves none to train on")
+        raise DatasetError(f"`validation` {fraction:g} of {len(examples)} pictures leaves none to train on")
     held = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
     return (
         [example for i, example in enumerate(examples) if i not in held],
@@ -142,7 +136,7 @@ def _caption_beside(picture: Path) -> str:
 
 
 def _captions_of(file: Path, pictures: Sequence[Path]) -> list[str]:
-    captions = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file)
+    captions = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file, DatasetError)
     names = [picture.relative_to(file.parent).as_posix() for picture in pictures]
     if missing := [name for name in names if name not in captions]:
         raise DatasetError(f"{file}: has no caption for {listing(missing)}")

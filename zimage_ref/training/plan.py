@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
@@ -19,18 +20,16 @@ from zimage_ref.memory import Stage, require_memory, trainable_parameters, train
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
-from zimage_ref.options import flag
 from zimage_ref.options_file import to_json
 
 from .batches import Batches, Item
 from .buckets import Size, buckets
-from .cache import model_digests
 from .config import LR, TrainConfig, free_options
 from .dataset import Example, fingerprint, hold_out, list_dataset
 
 TURBO_WARNING = (
     "this is Turbo, a distilled model: training it as it is wears its few-step ability away (blurred pictures at 8 "
-    "steps). Give --training-adapter with a de-distillation LoRA, or train the base model"
+    "steps). Give `training_adapter` with a de-distillation LoRA, or train the base model"
 )
 
 
@@ -100,12 +99,12 @@ class TrainPlan:
         )
 
     def require_memory(self, precision: str, quantization: Quantization | None, limit: int | None) -> None:
-        """Raises ConfigError where the run takes more than `limit` bytes and --force does not say to try."""
+        """Raises ConfigError where the run takes more than `limit` bytes and `force` does not say to try."""
         if not self.config.force:
             lean = self.config.memory != "fast"
             stages = self.memory(precision, quantization, lean)
-            sides = "--resolution" if lean else "--resolution, --memory lean"
-            require_memory(stages, limit, "--base-precision", sides)
+            sides = "`resolution`" if lean else "`resolution`, `memory` lean"
+            require_memory(stages, limit, "base_precision", sides)
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed bit for bit, and the whole config for the record."""
@@ -115,13 +114,13 @@ class TrainPlan:
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
-            "model": model_digests(self.model),
-            "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None,
+            "model": part_digests(self.model),
+            "adapter": sha256(adapter) if adapter else None,
         }
 
 
 def list_examples(config: TrainConfig) -> tuple[list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """Pictures and captions of the dataset, and of --validation where that is a folder; pictures not yet read."""
+    """Pictures and captions of the dataset, and of `validation` where that is a folder; pictures not yet read."""
     held_out = [] if _fraction(config) is not None else list_dataset(Path(config.validation), config.trigger)
     return list_dataset(config.dataset, config.trigger), held_out
 
@@ -135,7 +134,7 @@ def make_plan(
     multiple = model.size_multiple
     for side in (*config.resolution, config.preview_size):
         if side % multiple:
-            raise ConfigError(f"--resolution {side} must be a multiple of {multiple} for {model.path}")
+            raise ConfigError(f"`resolution` {side} must be a multiple of {multiple} for {model.path}")
     items = [
         Item(index, size, repeat)
         for repeat in range(config.repeats)
@@ -153,7 +152,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of a run's facts has changed in a way that changes its result, in words."""
     free = free_options()
     found = [
-        f"{flag(name)} {_said(then['config'].get(name))} -> {_said(value)}"
+        f"`{name}` {_said(then['config'].get(name))} -> {_said(value)}"
         for name, value in now["config"].items()
         if name not in free and then["config"].get(name) != value
     ]
@@ -176,11 +175,11 @@ def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Si
 
 
 def _fraction(config: TrainConfig) -> float | None:
-    """The share to hold out; 0 for none; None where --validation names a folder."""
+    """The share to hold out; 0 for none; None where `validation` names a folder."""
     try:
         fraction = float(config.validation or 0)
     except ValueError:
         return None
     if not 0 <= fraction < 1:
-        raise ConfigError(f"--validation {config.validation}: a fraction is between 0 and 1, anything else a folder")
+        raise ConfigError(f"`validation` {config.validation}: a fraction is between 0 and 1, anything else a folder")
     return fraction

@@ -10,8 +10,6 @@ previews/                pictures
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -23,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from zimage_ref.errors import ConfigError, FormatError, TrainingError
+from zimage_ref.errors import FormatError, TrainingError
 from zimage_ref.formats import safetensors
-from zimage_ref.formats.files import atomic_write, disk_is_full, remove_stale
-from zimage_ref.formats.json_file import read_json
+from zimage_ref.formats.files import disk_is_full, remove_stale, sha256
+from zimage_ref.formats.json_file import read_json, write_json
 from zimage_ref.formats.tensors import Array, Tensor
 
 from .dataset import RUN_SUFFIX
@@ -69,7 +67,7 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise TrainingError(
-                        f"{self.output}: another run is writing it: wait for it or give another --output"
+                        f"{self.output}: another run is writing it: wait for it or give another `output`"
                     ) from None
             self._sweep()
             yield
@@ -95,9 +93,8 @@ class RunFolder:
             for name, part in tensors.items():
                 file = temporary / f"{name}.safetensors"
                 safetensors.write(file, {key: Tensor.of(array) for key, array in part.items()})
-                digests[file.name] = _file_digest(file)
-            with atomic_write(temporary / "state.json") as out:
-                out.write(json.dumps({"step": step, "files": digests, "facts": facts}, indent=1).encode())
+                digests[file.name] = sha256(file)
+            write_json(temporary / "state.json", {"step": step, "files": digests, "facts": facts})
             _sync(temporary)
             remove_folder(target)
             temporary.rename(target)
@@ -112,7 +109,7 @@ class RunFolder:
         for step, folder in reversed(self._saves()):
             try:
                 return _read_save(step, folder), faults
-            except (FormatError, ConfigError, OSError, KeyError, TypeError) as error:
+            except (FormatError, OSError, KeyError, TypeError) as error:
                 faults.append(f"{folder}: cannot be resumed from: {error}")
         return None, faults
 
@@ -146,7 +143,7 @@ class RunFolder:
         step = self._saves()[-1][0] if self._saves() else 0
         return TrainingError(
             f"{self.path}: the disk is full: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free, "
-            f"{max(needed - free, 0) / 1e6:,.1f} MB are missing: make room and go on with --resume, from step {step}"
+            f"{max(needed - free, 0) / 1e6:,.1f} MB are missing: make room and go on with `resume`, from step {step}"
         )
 
     def _saves(self) -> list[tuple[int, Path]]:
@@ -169,19 +166,11 @@ def _read_save(step: int, folder: Path) -> Saved:
     tensors = {}
     for name, digest in state["files"].items():
         file = folder / name
-        if _file_digest(file) != digest:
+        if sha256(file) != digest:
             raise FormatError(f"{file}: is damaged: its checksum differs")
         stored, _ = safetensors.read(file)
         tensors[file.stem] = {key: np.array(tensor.read()) for key, tensor in stored.items()}
     return Saved(step, state["facts"], tensors)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:
