@@ -15,7 +15,6 @@ from zimage_ref import ZImagePipeline as NumPyPipeline
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.inspection import memory_needs
 from zimage_ref.memory import (
     FAST,
     LEAN,
@@ -36,6 +35,7 @@ from zimage_ref.model.parameters import (
     transformer_parameters,
     vae_parameters,
 )
+from zimage_ref.requirements import memory_needs
 
 
 def official() -> ModelFolder:
@@ -50,8 +50,8 @@ def official() -> ModelFolder:
         "text_encoder": {n: t for n, t in encoder.items() if n not in text_encoder_unused(OFFICIAL_TEXT_ENCODER)},
         "vae": stored(vae_parameters(OFFICIAL_VAE)),
     }
-    configs = OFFICIAL_TRANSFORMER, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE, OFFICIAL_SCHEDULER
-    return ModelFolder(Path("Z-Image-Turbo"), *configs, Path("tokenizer.json"), weights)
+    configs = {"transformer": OFFICIAL_TRANSFORMER, "text_encoder": OFFICIAL_TEXT_ENCODER, "vae": OFFICIAL_VAE}
+    return ModelFolder(Path("Z-Image-Turbo"), configs, weights, OFFICIAL_SCHEDULER, Path("tokenizer.json"))
 
 
 def loaded(precision: str = "bfloat16", quantization: Quantization | None = None) -> LoadedModel:
@@ -131,7 +131,7 @@ def test_the_estimate_of_training_follows_the_options() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_weights_take_exactly_what_is_estimated(bits: int | None, tmp_path: Path) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     utils = pytest.importorskip("mlx.utils")
     model = tiny.write_model_folder(tmp_path / "model")
     how = Quantization(bits) if bits else None

@@ -17,6 +17,7 @@ from .formats.tensors import Tensor
 from .model import parameters
 from .model.config import TransformerConfig
 from .model.positions import padded
+from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
@@ -95,7 +96,7 @@ class LoadedModel:
         quantization = self.quantization
         if isinstance(tensor, QuantizedTensor):
             quantization = tensor.quantization
-        elif quantization is None or not quantization.covers(name, tensor.shape):
+        elif quantization is None or not covers(quantization, name, tensor.shape):
             return tensor.size * self.itemsize
         scales_and_offsets = 2 * self.itemsize * tensor.size // quantization.group_size  # one of each for every group
         return tensor.size * quantization.bits // 8 + scales_and_offsets
@@ -146,7 +147,7 @@ def training_stages(model: LoadedModel, image_tokens: int, lora: int, batch: int
     """
     folder, config = model.folder, model.folder.transformer
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
-    kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
+    kept = config.dim if lean else kept_values(config)  # for each block: its input, or all that its gradient needs
     blocks = len(list(parameters.transformer_blocks(config)))
     values = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
     values += (_LEAN_UNPACKED if lean else FAST.unpacked) * _quantized_values(model)
@@ -167,9 +168,20 @@ def lora_bytes(trainable: int, slots: int, ema: bool = False) -> int:
     return 4 * (2 + slots + ema) * trainable
 
 
-def residual_values(config: TransformerConfig) -> int:
-    """Values for each token that a block keeps for its gradient, all that its matrix products made."""
-    return 7 * config.dim + 2 * config.ffn_dim
+def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
+    """The arrays that a block keeps of its forward pass for its gradient, and how many values each has for a token.
+
+    These are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in their order, except
+    scale and gate, which have no tokens. A test compares names and bytes.
+    """
+    D, F = config.dim, config.ffn_dim
+    attention = [("x", D), ("q", D), ("k", D), ("v", D), ("attended", D), ("out", D)]
+    return [*attention, ("hidden_gate", F), ("hidden_value", F), ("out", D)]
+
+
+def kept_values(config: TransformerConfig) -> int:
+    """Values of each token that a block keeps for its gradient."""
+    return sum(width for _, width in kept_widths(config))
 
 
 def trainable_parameters(shapes: parameters.Shapes, layers: Iterable[str], rank: int) -> int:

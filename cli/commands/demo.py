@@ -1,4 +1,4 @@
-"""zimage demo: a new word, learned from eight drawings by a small model."""
+"""zimage demo: its data, its run, and the table of what has changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from zimage_ref.tiny.drawings import FORMS, SIDE, Scene, articles, contact_sheet
 from zimage_ref.tiny.judge import look, shows
 
 from ..terminal import blas
-from ..terminal.backends import DEFAULT, mlx, pipeline
+from ..terminal.backends import DEFAULT, pipeline
 from ..terminal.console import Console
+from ..terminal.pictures import show
 from . import train
 
 WORD = "zorp"
@@ -44,13 +45,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if note := blas.advice():
         console.note(note)
     folder: Path = args.model_dir
-    sheet = args.output / ("before-after.png" if mlx else "pictures.png")
+    sheet = args.output / ("before-after.png" if DEFAULT == "mlx" else "pictures.png")
     check_writable(sheet)
     dataset, lora = args.output / "dataset", args.output / f"{WORD}.safetensors"
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
-    if mlx is None:
+    if DEFAULT != "mlx":
         pictures = generate(folder, known, [], console, "generate")
-        console.picture(contact_sheet(pictures, PICTURES))
+        show(contact_sheet(pictures, PICTURES), console)
         compare(console, known, {"by NumPy": pictures})
         keep(console, sheet, pictures, PICTURES)
         console.note("To see a LoRA learn a word, install MLX: pip install 'zimage-mlx[cpu]', or [cuda] for NVIDIA")
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     after = generate(folder, new + known, [lora], console, "after")
 
     console.curve("loss", losses)
-    console.picture(contact_sheet(before + after, 2 * PICTURES))
+    show(contact_sheet(before + after, 2 * PICTURES), console)
     compare(console, new + known, {"before": before, "after": after})
     keep(console, sheet, before + after, 2 * PICTURES)
     console.wrote(lora)

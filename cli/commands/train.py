@@ -1,4 +1,4 @@
-"""zimage train: a LoRA from a folder of captioned pictures."""
+"""zimage train: its options, and a run as the terminal shows it."""
 
 from __future__ import annotations
 

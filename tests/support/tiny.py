@@ -67,7 +67,7 @@ def random_weights(shapes: parameters.Shapes, salt: str = "") -> dict[str, np.nd
         rng = np.random.RandomState(zlib.crc32((salt + name).encode()))
         scale = 0.5 + rng.uniform()
         values = rng.standard_normal(shape)
-        if "norm" in name and name.endswith("weight") or name == "cap_embedder.0.weight":
+        if ("norm" in name and name.endswith("weight")) or name == "cap_embedder.0.weight":
             values = 1 + 0.2 * values
         elif len(shape) > 1 and "token" not in name:
             values = values * scale / np.sqrt(prod(shape[1:]))

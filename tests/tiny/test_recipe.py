@@ -156,7 +156,7 @@ def test_both_engines_draw_the_same_with_it(made: tuple[Path, list[dict[str, Any
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
 def test_diffusers_opens_it_and_draws_the_same(made: tuple[Path, list[dict[str, Any]]]) -> None:
-    official = pytest.importorskip("official", reason="torch and diffusers are not installed (extra `oracle`)")
+    official = pytest.importorskip("support.official", reason="torch and diffusers are not installed (extra `oracle`)")
     noise = np.random.default_rng(1).standard_normal((1, 16, 16, 16), np.float32)
     caption = "a red circle left of an orange star on a blue background"
     expected = official.generate(official.pipeline(made[0]), caption, noise, 8, "np", 3.0, "")

@@ -231,10 +231,10 @@ def test_what_must_be_given_is_asked_for(capfd: pytest.CaptureFixture[str]) -> N
 def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
+    pipeline = pytest.importorskip("zimage_mlx.pipeline", reason="training needs MLX", exc_type=ImportError)
     shop: Workshop = workshop(tmp_path)
     data = pictures(tmp_path / "shapes", (40, 40), (44, 40), (64, 32), (64, 36))
-    monkeypatch.setattr(mlx.pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
     argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())

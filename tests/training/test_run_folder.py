@@ -50,7 +50,7 @@ def test_a_state_is_read_as_it_was_saved(run: RunFolder) -> None:
         (lambda state: state["facts"].update(config=[]), "config is missing or of another kind"),
         (lambda state: state.pop("files"), "it does not name its files, lora.safetensors, optimizer.safetensors"),
         (lambda state: state["files"].pop("optimizer.safetensors"), "it does not name its files"),
-        (lambda state: state["files"].update({"gone.safetensors": "0"}), "gone.safetensors: cannot be read: No such"),
+        (lambda state: state["files"].update({"gone.safetensors": "0"}), "gone.safetensors: cannot be opened: No such"),
         (lambda state: state["files"].update({"lora.safetensors": 7}), "lora.safetensors: is damaged: its checksum"),
     ],
 )

@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_mlx.networks.text_encoder import TextEncoder
-from zimage_mlx.networks.transformer import Conditioning, Layout, Transformer
+from zimage_mlx.networks.token_layout import TokenLayout
+from zimage_mlx.networks.transformer import Conditioning, Transformer
 from zimage_mlx.networks.vae import VAE
 from zimage_ref.model.config import TextEncoderConfig, TransformerConfig
 from zimage_ref.model.flow import add_noise, model_time, resolution_shift, shifted, training_target
@@ -46,7 +47,7 @@ class Denoiser(nn.Module):
 
 
 def denoising_loss(
-    model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: Layout
+    model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: TokenLayout
 ) -> mx.array:
     """The flow-matching loss of x_0 (B, C, h, w) with captions ids (B, TOKENS), each of its own length.
 

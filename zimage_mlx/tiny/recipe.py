@@ -129,7 +129,7 @@ def build(output: Path, recipe: Recipe, options: BuildOptions = BuildOptions(), 
         trained = train_vae(pictures, recipe, networks.vae, options, state)
         if not trained:
             return False
-        write_component(output / "vae", trained.config, parameters(trained))
+        write_component(output, "vae", trained.config, parameters(trained))
         shutil.rmtree(state)
     vae = read_vae(output)  # with weights as they are written: the denoiser learns the latents that users decode
     latents = mx.concatenate([encode(vae, batch) for batch in in_batches(pictures)])
@@ -296,8 +296,8 @@ def write_denoiser(folder: Path, model: Denoiser, networks: Networks) -> None:
         name: np.ones(shapes[name], np.float32) if "norm" in name else 0.02 * rng.standard_normal(shapes[name])
         for name in sorted(text_encoder_unused(config))
     }
-    write_component(folder / "text_encoder", config, parameters(model.text_encoder) | unused)
-    write_component(folder / "transformer", networks.transformer, parameters(model.transformer))
+    write_component(folder, "text_encoder", config, parameters(model.text_encoder) | unused)
+    write_component(folder, "transformer", networks.transformer, parameters(model.transformer))
 
 
 def parameters(model: nn.Module) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from zimage_ref.training.batches import DRAW, HELD_OUT, rng_for
 from zimage_ref.training.plan import TrainPlan
 
 from .encode import EncodedDataset
-from .loss import Batch
+from .loss import NoisyBatch
 
 
 class Feed:
@@ -27,11 +27,11 @@ class Feed:
         self._plan, self._data = plan, data
         self._sampling = TimestepSampling.parse(plan.config.timesteps)
 
-    def batch(self, epoch: int, items: Sequence[int]) -> Batch:
+    def batch(self, epoch: int, items: Sequence[int]) -> NoisyBatch:
         """The pictures of `items`, all of one size, as they are in `epoch`."""
         drawn = [self._draw(epoch, item) for item in items]
         sigma = np.concatenate([s for _, _, s, _ in drawn])
-        return Batch(
+        return NoisyBatch(
             x_0=mx.stack([x_0 for x_0, _, _, _ in drawn]),
             noise=mx.array(np.stack([noise for _, noise, _, _ in drawn])),
             sigma=mx.array(sigma),
@@ -39,7 +39,7 @@ class Feed:
             captions=[self._data.caption(caption) for _, _, _, caption in drawn],
         )
 
-    def held_out(self, index: int) -> list[tuple[float, Batch]]:
+    def held_out(self, index: int) -> list[tuple[float, NoisyBatch]]:
         """One batch, of one picture, for each sigma of the held-out loss; always the same noise."""
         plan = self._plan
         example, size = plan.held_out[index], plan.held_out_sizes[index]
@@ -47,7 +47,7 @@ class Feed:
         batches = []
         for i, sigma in enumerate(VALIDATION_SIGMAS):
             noise = rng_for(plan.config.seed, HELD_OUT, index, i).standard_normal(x_0.shape, dtype=np.float32)
-            batches.append((sigma, Batch(x_0, mx.array(noise), mx.array([sigma]), [caption])))
+            batches.append((sigma, NoisyBatch(x_0, mx.array(noise), mx.array([sigma]), [caption])))
         return batches
 
     def _draw(self, epoch: int, item: int) -> tuple[mx.array, Array, Array, str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from zimage_ref import __version__
 from zimage_ref.lora.file import write_lora
+from zimage_ref.model.parameters import TARGETS
 from zimage_ref.training.events import Checkpointed, Saved
 from zimage_ref.training.facts import RunFacts, SavedFacts
 from zimage_ref.training.plan import TrainPlan
@@ -58,7 +59,7 @@ class Saver:
     def _record(self, step: int) -> dict[str, object]:
         """What a LoRA file says about itself."""
         config, sides = self._plan.config, self._plan.config.resolution
-        trained = {target: target in config.targets or "all" in config.targets for target in _RECORDED}
+        trained = {target: target in config.targets or "all" in config.targets for target in TARGETS if target != "all"}
         return {
             "base_model": config.model_dir.resolve().name,
             "rank": config.rank,
@@ -71,9 +72,6 @@ class Saver:
             "training_adapter": config.training_adapter.name if config.training_adapter else "",
             "dataset": self._facts["dataset"],
         }
-
-
-_RECORDED = ("attention", "feed_forward", "refiners", "adaln")
 
 
 def environment() -> dict[str, str]:

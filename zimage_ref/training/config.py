@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.generation.config import by_model, check_side
-from zimage_ref.lora.namings import NAMINGS
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, check_targets
-from zimage_ref.options import MEMORY, PARTS, at_least, one_of, option, required
+from zimage_ref.options import MEMORY, at_least, one_of, option, required
 
 from .optimizers import OPTIMIZERS
 
@@ -30,6 +31,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
 }
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
+_PARTS = part_options()  # name -> help; each has a field below
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
@@ -71,7 +73,7 @@ class TrainConfig:
     validation: str = option("", "pictures to measure but not to learn: a folder, or a fraction of the dataset")
     validation_every: int = option(50, "steps between measurements of the held-out loss", free=True)
 
-    lora_format: str = option("comfy", f"key naming of the LoRA file: {', '.join(NAMINGS)}", free=True)
+    lora_format: str = option(DEFAULT_NAMING, f"key naming of the LoRA file: {', '.join(lora_namings())}", free=True)
     targets: tuple[str, ...] = option(
         (*LORA_TARGETS, "refiners"), "layers to train: attention, feed-forward, refiners (their share too), adaln, all"
     )
@@ -91,10 +93,10 @@ class TrainConfig:
     )
     memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
-    transformer: Path | None = option(None, PARTS["transformer"], free=True)
-    text_encoder: Path | None = option(None, PARTS["text_encoder"], free=True)
-    vae: Path | None = option(None, PARTS["vae"], free=True)
-    tokenizer: Path | None = option(None, PARTS["tokenizer"], free=True)
+    transformer: Path | None = option(None, _PARTS["transformer"], free=True)
+    text_encoder: Path | None = option(None, _PARTS["text_encoder"], free=True)
+    vae: Path | None = option(None, _PARTS["vae"], free=True)
+    tokenizer: Path | None = option(None, _PARTS["tokenizer"], free=True)
 
     save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
     resume_every: int = option(100, "save what `resume` needs every N steps, and with each saved LoRA", free=True)
@@ -118,7 +120,7 @@ class TrainConfig:
     force: bool = option(False, "go on even if memory seems too small", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):
+        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
@@ -133,7 +135,7 @@ class TrainConfig:
     @property
     def parts(self) -> dict[str, Path | None]:
         """Files that stand in for those of the model's folder, for `ModelFolder.open`."""
-        return {name: getattr(self, name) for name in PARTS}
+        return {name: getattr(self, name) for name in _PARTS}
 
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")
@@ -159,7 +161,7 @@ class TrainConfig:
         one_of(self, "optimizer", OPTIMIZERS)
         one_of(self, "schedule", SCHEDULES)
         one_of(self, "base_precision", PRECISIONS)
-        one_of(self, "lora_format", NAMINGS)
+        one_of(self, "lora_format", lora_namings())
         one_of(self, "memory", MEMORY)
         check_targets(self.targets)
         TimestepSampling.parse(self.timesteps)

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from zimage_ref.errors import DatasetError, listing, reason
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Array
-from zimage_ref.pictures.images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
+from zimage_ref.pictures.formats import PICTURE_SUFFIXES
+from zimage_ref.pictures.images import cover, mirror, read_picture, to_array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
 TRIGGER_MARK = "[trigger]"
@@ -39,7 +41,7 @@ class Example:
     def open(cls, picture: Path, caption: str) -> Example:
         """Reads the picture once. Raises DatasetError if it cannot be read."""
         size = read_picture(picture).size
-        return cls(picture, caption, size, hashlib.sha256(picture.read_bytes()).hexdigest())
+        return cls(picture, caption, size, sha256(picture))
 
     def pixels(self, width: int, height: int, flip: bool = False) -> Array:
         """(3, height, width) float32 in [-1, 1], scaled to cover and cut around the centre; mirrored with `flip`."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
@@ -22,7 +23,6 @@ from zimage_ref.options_file import to_json
 
 from .batches import BatchOrder, Item
 from .buckets import Size, buckets
-from .cache import model_digests
 from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out, list_dataset
 from .events import Encoded
@@ -113,8 +113,8 @@ class TrainPlan:
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
-            "model": model_digests(self.model),
-            "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None,
+            "model": part_digests(self.model),
+            "adapter": sha256(adapter) if adapter else None,
             "environment": environment,
         }
 

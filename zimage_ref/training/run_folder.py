@@ -10,8 +10,6 @@ previews/                pictures
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -24,8 +22,8 @@ import numpy as np
 
 from zimage_ref.errors import FormatError, TrainingError, reason
 from zimage_ref.formats import safetensors
-from zimage_ref.formats.files import atomic_write, disk_is_full, remove_stale
-from zimage_ref.formats.json_file import read_json
+from zimage_ref.formats.files import disk_is_full, remove_stale, sha256
+from zimage_ref.formats.json_file import read_json, write_json
 from zimage_ref.formats.tensors import Array, Tensor
 
 from .dataset import RUN_SUFFIX
@@ -96,9 +94,8 @@ class RunFolder:
             for name, part in tensors.items():
                 file = temporary / f"{name}.safetensors"
                 safetensors.write(file, {key: Tensor.of(array) for key, array in part.items()})
-                digests[file.name] = _file_digest(file)
-            with atomic_write(temporary / "state.json") as out:
-                out.write(json.dumps({"step": step, "files": digests, "facts": facts}, indent=1).encode())
+                digests[file.name] = sha256(file)
+            write_json(temporary / "state.json", {"step": step, "files": digests, "facts": facts})
             _sync(temporary)
             remove_folder(target)
             temporary.rename(target)
@@ -175,21 +172,13 @@ def _read_save(step: int, folder: Path) -> SavedState:
     try:
         for name, digest in files.items():
             file = folder / name
-            if _file_digest(file) != digest:
+            if sha256(file) != digest:
                 raise FormatError(f"{file}: is damaged: its checksum differs")
             stored, _ = safetensors.read(file)
             tensors[file.stem] = {key: np.array(tensor.read()) for key, tensor in stored.items()}
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {reason(error)}") from error
     return SavedState(step, facts, tensors)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:
