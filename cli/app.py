@@ -11,35 +11,34 @@ import os
 import sys
 from collections.abc import Sequence
 
-from zimage_ref import ZImageError, __version__
-from zimage_ref.errors import reason
+from zimage_ref import __version__
+from zimage_ref.errors import ZImageError, reason
 
-from .commands import convert, demo, generate, inspect, train
+from .commands import COMMANDS, load
 from .terminal.console import Console
 from .terminal.signals import INTERRUPTED, TERMINATED, Terminated, unwinding
 
-COMMANDS = {"train": train, "generate": generate, "convert": convert, "inspect": inspect, "demo": demo}
 
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each adds its own options."""
+def parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of the command line `words`. Only commands that are among the words get their options."""
     root = argparse.ArgumentParser("zimage", description="Z-Image: LoRA training, generation, conversion, inspection")
     root.add_argument("--version", action="version", version=f"zimage-mlx {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").split("\n")[0].partition(": ")[2]
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        module.add_options(command)
+        if name in words:
+            load(name).add_options(command)
     return root
 
 
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser(words).parse_args(words)
     console = console or Console()
     try:
         with unwinding():
-            code: int | None = COMMANDS[args.command].run(args, console)
+            code = load(args.command).run(args, console)
     except ZImageError as error:
         console.error(str(error))
         return 1

@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zimage_mlx import ZImagePipeline
-from zimage_ref import GenerateConfig
+from zimage_mlx import GenerateConfig, ZImagePipeline
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 python examples/merge.py dog.safetensors:0.8 style.safetensors:0.5 --output both.safetensors [--rank 16]
 
 Without --rank the ranks add up, and the result does exactly what the inputs do together. `zimage convert
---model-type lora` does the same; this shows the functions behind it. They are not public: they may change.
+--model-type lora` does the same; this shows the functions behind it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zimage_ref.lora.file import read_lora, write_lora
-from zimage_ref.lora.merge import combined
+from zimage_mlx import combined, read_lora, write_lora
 
 
 def path_and_scale(text: str) -> tuple[Path, float]:

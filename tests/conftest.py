@@ -3,11 +3,15 @@ import os
 os.environ["MLX_ENABLE_TF32"] = "0"  # read once, when mlx is first used: float32 has to mean float32
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices are tiny here: threads that wait for each other cost more
 
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from support import tiny
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so; tests send this signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

@@ -10,12 +10,24 @@ import numpy as np
 import pytest
 from support import tiny
 
-from zimage_ref import ConfigError, ModelFolder
+from zimage_ref import ConfigError, GenerateConfig, ModelFolder
+from zimage_ref import ZImagePipeline as NumPyPipeline
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.inspection import memory_needs
-from zimage_ref.memory import FAST, LEAN, NUMPY, generation, peak, require_memory, training, weight_bytes
+from zimage_ref.memory import (
+    FAST,
+    LEAN,
+    NUMPY,
+    Footprint,
+    LoadedModel,
+    Stage,
+    generation_stages,
+    lora_bytes,
+    peak,
+    require_memory,
+    training_stages,
+)
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import (
     text_encoder_parameters,
@@ -23,6 +35,7 @@ from zimage_ref.model.parameters import (
     transformer_parameters,
     vae_parameters,
 )
+from zimage_ref.requirements import memory_needs
 
 
 def official() -> ModelFolder:
@@ -37,23 +50,34 @@ def official() -> ModelFolder:
         "text_encoder": {n: t for n, t in encoder.items() if n not in text_encoder_unused(OFFICIAL_TEXT_ENCODER)},
         "vae": stored(vae_parameters(OFFICIAL_VAE)),
     }
-    configs = OFFICIAL_TRANSFORMER, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE, OFFICIAL_SCHEDULER
-    return ModelFolder(Path("Z-Image-Turbo"), *configs, Path("tokenizer.json"), weights)
+    configs = {"transformer": OFFICIAL_TRANSFORMER, "text_encoder": OFFICIAL_TEXT_ENCODER, "vae": OFFICIAL_VAE}
+    return ModelFolder(Path("Z-Image-Turbo"), configs, weights, OFFICIAL_SCHEDULER, Path("tokenizer.json"))
+
+
+def loaded(precision: str = "bfloat16", quantization: Quantization | None = None) -> LoadedModel:
+    """The same as an engine would hold it."""
+    return LoadedModel(official(), precision, quantization)
+
+
+FOUR = Quantization(4)
+TRAINABLE = 36_000_000
+LORA = lora_bytes(TRAINABLE, slots=2)  # with AdamW
 
 
 def test_the_estimate_of_generation_is_what_was_measured() -> None:
-    folder = official()
-    encode, denoise, decode = generation(folder, "bfloat16", LEAN, width=1024, height=1024)
+    model = loaded()
+    encode, denoise, decode = generation_stages(model, LEAN, (1024, 1024))
     assert encode.activations == pytest.approx(0.78e9, rel=0.1)
     assert encode.weights == 2 * (4_022_468_096 - 201_866_752 // 2)
     assert denoise.weights == 2 * 6_154_908_736 and decode.weights == 2 * 83_819_683
     for footprint, side, forward, picture in (
         (FAST, 512, 0.40e9, 1.3e9), (FAST, 1024, 1.31e9, 4.0e9), (LEAN, 512, 0.18e9, 0.8e9), (LEAN, 1024, 0.69e9, 1.8e9)
     ):  # fmt: skip
-        stages = generation(folder, "bfloat16", footprint, width=side, height=side)
+        stages = generation_stages(model, footprint, (side, side))
         assert stages[1].activations == pytest.approx(forward, rel=0.15)
         assert picture < stages[2].activations < 1.5 * picture
-    assert generation(folder, "float32", NUMPY, width=192, height=192)[2].activations == pytest.approx(199e6, rel=0.1)
+    by_numpy = generation_stages(loaded("float32"), NUMPY, (192, 192))
+    assert by_numpy[2].activations == pytest.approx(199e6, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -61,18 +85,17 @@ def test_the_estimate_of_generation_is_what_was_measured() -> None:
     [(True, 512, 1.4e9, 0.2), (True, 1024, 4.6e9, 0.05), (False, 512, 5.1e9, 0.35), (False, 1024, 21.8e9, 0.05)],
 )
 def test_the_estimate_of_training_is_what_was_measured(lean: bool, side: int, measured: float, within: float) -> None:
-    folder, tokens = official(), (side // 16) ** 2
-    captions, pictures, train = training(folder, "bfloat16", None, trainable=36_000_000, image_tokens=tokens, lean=lean)
+    captions, pictures, train = training_stages(loaded(), (side // 16) ** 2, LORA, lean=lean)
     assert train.total - train.weights == pytest.approx(measured, rel=within)
-    assert train.weights == 2 * 6_154_908_736 and train.lora == 36_000_000 * 16
+    assert train.weights == 2 * 6_154_908_736 and train.lora == TRAINABLE * 16
     assert captions.weights > pictures.weights > 0
 
 
 @pytest.mark.parametrize(("side", "generated", "trained"), [(512, 4.95e9, 5.74e9), (1024, 5.72e9, 8.20e9)])
 def test_the_estimates_at_4_bits_are_what_whole_runs_took(side: int, generated: float, trained: float) -> None:
-    folder, four = official(), Quantization(4)
-    picture = peak(generation(folder, "bfloat16", LEAN, width=side, height=side, quantization=four))
-    run = peak(training(folder, "bfloat16", four, trainable=36_000_000, image_tokens=(side // 16) ** 2))
+    model = loaded(quantization=FOUR)
+    picture = peak(generation_stages(model, LEAN, (side, side)))
+    run = peak(training_stages(model, (side // 16) ** 2, LORA))
     assert picture.total == pytest.approx(generated, rel=0.05) and run.total == pytest.approx(trained, rel=0.08)
 
 
@@ -81,34 +104,34 @@ def test_a_mac_of_8_gb_generates_at_1024_and_trains_at_512(monkeypatch: pytest.M
     info = {"memory_size": 8 << 30, "max_recommended_working_set_size": 5_726_623_061}  # what an M1 says
     monkeypatch.setattr(mlx, "on_gpu", lambda: True)
     monkeypatch.setattr(mlx.mx, "device_info", lambda: info)
-    folder, limit, four = official(), mlx.ZImagePipeline.memory_limit(mlx.ZImagePipeline), Quantization(4)
-    require_memory(generation(folder, "bfloat16", LEAN, width=1024, height=1024, quantization=four), limit)
+    model, limit = loaded(quantization=FOUR), mlx.ZImagePipeline.memory_limit(mlx.ZImagePipeline)
+    require_memory(generation_stages(model, LEAN, (1024, 1024)), limit)
     for tokens in (32**2, 64**2):
-        stages = training(folder, "bfloat16", four, trainable=36_000_000, image_tokens=tokens)
+        stages = training_stages(model, tokens, LORA)
         with pytest.raises(ConfigError) if tokens > 32**2 else nullcontext():
             require_memory(stages, limit)
 
 
 def test_the_estimate_of_training_follows_the_options() -> None:
-    def last(precision: str = "bfloat16", how: Quantization | None = None, **options: Any) -> Any:
-        return training(official(), precision, how, **{"trainable": 36_000_000, "image_tokens": 1024, **options})[-1]
+    def last(model: LoadedModel | None = None, image_tokens: int = 1024, lora: int = LORA, **options: Any) -> Stage:
+        return training_stages(model or loaded(), image_tokens, lora, **options)[-1]
 
-    plain, four, whole = last(), last(how=Quantization(4)), last(lean=False)
+    plain, four, whole = last(), last(loaded(quantization=FOUR)), last(lean=False)
     assert four.weights == pytest.approx(3.6e9, rel=0.05)
     unpacked = 2 * 3840 * (2 * 3 * 10240 + 4 * 3840)  # feed-forwards of two pieces, attention of one
     assert four.activations - plain.activations == pytest.approx(unpacked, rel=0.02)
-    assert last("float32").weights == 2 * plain.weights
+    assert last(loaded("float32")).weights == 2 * plain.weights
     assert whole.activations - plain.activations > 2 * (1024 + 128) * 34 * (6 * 3840 + 2 * 10240)
-    assert last(ema=True).lora == 36_000_000 * 20 and last(optimizer="sgd").lora == 36_000_000 * 8
+    assert last(lora=lora_bytes(TRAINABLE, slots=2, ema=True)).lora == TRAINABLE * 20
     assert last(batch=2).activations == 2 * plain.activations
     assert last(image_tokens=4096).activations > 3 * plain.activations
-    captions = training(official(), "bfloat16", Quantization(4), trainable=1, image_tokens=1024)[0]
+    captions = training_stages(loaded(quantization=FOUR), 1024, lora_bytes(1, slots=2))[0]
     assert captions.weights == pytest.approx(2.9e9, rel=0.05)  # the table of tokens is not quantized
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_weights_take_exactly_what_is_estimated(bits: int | None, tmp_path: Path) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     utils = pytest.importorskip("mlx.utils")
     model = tiny.write_model_folder(tmp_path / "model")
     how = Quantization(bits) if bits else None
@@ -117,39 +140,45 @@ def test_weights_take_exactly_what_is_estimated(bits: int | None, tmp_path: Path
     for parts, asked in (({}, bits), ({"transformer": file}, None)):
         pipe = mlx.ZImagePipeline.from_pretrained(model, "bfloat16", quantize=asked, parts=parts)
         held = sum(array.nbytes for _, array in utils.tree_flatten(pipe.transformer.parameters()))
-        assert weight_bytes(pipe.folder.weights["transformer"], 2, pipe.quantization) == held
+        assert LoadedModel(pipe.folder, "bfloat16", pipe.quantization).weight_bytes("transformer") == held
 
 
 def test_the_memory_estimate_follows_the_options() -> None:
-    folder, size = official(), {"width": 1024, "height": 1024}
-    plain = generation(folder, "bfloat16", FAST, **size)
-    four = generation(folder, "bfloat16", FAST, quantization=Quantization(4), **size)
+    model, size = loaded(), (1024, 1024)
+    plain = generation_stages(model, FAST, size)
+    four = generation_stages(loaded(quantization=FOUR), FAST, size)
     assert four[1].weights == pytest.approx(3.6e9, rel=0.05) and four[2] == plain[2]
-    assert generation(folder, "float32", FAST, **size)[1].weights == 2 * plain[1].weights
-    guided = generation(folder, "bfloat16", FAST, guided=True, **size)
-    batch = generation(folder, "bfloat16", FAST, batch=2, **size)
-    assert guided[1].activations == batch[1].activations == 2 * plain[1].activations
-    together = generation(folder, "bfloat16", FAST, one_at_a_time=False, **size)
+    assert generation_stages(loaded("float32"), FAST, size)[1].weights == 2 * plain[1].weights
+    guided_or_two = generation_stages(model, FAST, size, predictions=2)
+    assert guided_or_two[1].activations == 2 * plain[1].activations
+    together = generation_stages(model, FAST, size, one_at_a_time=False)
     assert {s.weights for s in together} == {sum(s.weights for s in plain)}
-    assert generation(folder, "float32", NUMPY, **size)[1].weights == 4 * 3840 * 10240
+    assert generation_stages(loaded("float32"), NUMPY, size)[1].weights == 4 * 3840 * 10240
+
+
+def test_a_batch_and_guidance_each_double_the_predictions(tmp_path: Path) -> None:
+    pipe = NumPyPipeline.from_pretrained(tiny.write_model_folder(tmp_path / "model"))
+
+    def estimate(count: int, batch_size: int, guidance: float) -> int:
+        configs = [GenerateConfig("a fox", width=64, height=64, guidance=guidance)] * count
+        return pipe.memory(pipe.plan(configs), batch_size)[1].activations
+
+    one = estimate(1, 1, 0.0)
+    assert estimate(1, 1, 3.0) == estimate(2, 2, 0.0) == estimate(2, 9, 0.0) == 2 * one
+    assert estimate(2, 1, 0.0) == one and estimate(2, 2, 3.0) == 4 * one
 
 
 @pytest.mark.parametrize(
-    ("options", "footprint", "limit", "fact"),
+    ("side", "predictions", "footprint", "limit", "fact"),
     [
-        (
-            {"width": 512, "height": 512},
-            LEAN,
-            10e9,
-            "about 12.5 GB to denoise, 12.3 of it weights, and there are 10.0 GB: `quantize`",
-        ),
-        ({"width": 2048, "height": 2048, "batch": 4}, FAST, 24e9, "GB to denoise, 12.3 of .* a smaller `width`"),
+        (512, 1, LEAN, 10e9, "about 12.5 GB to denoise, 12.3 of it weights, and there are 10.0 GB: `quantize`"),
+        (2048, 4, FAST, 24e9, "GB to denoise, 12.3 of .* a smaller `width`"),
     ],
 )
 def test_what_does_not_fit_into_memory_is_refused_with_a_way_out(
-    options: Any, footprint: Any, limit: float, fact: str
+    side: int, predictions: int, footprint: Footprint, limit: float, fact: str
 ) -> None:
-    stages = generation(official(), "bfloat16", footprint, **options)
+    stages = generation_stages(loaded(), footprint, (side, side), predictions)
     with pytest.raises(ConfigError, match=fact) as caught:
         require_memory(stages, int(limit))
     assert "`force`" in str(caught.value)
@@ -158,7 +187,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_a_way_out(
 
 
 def test_training_that_does_not_fit_is_refused_with_its_own_way_out() -> None:
-    stages = training(official(), "bfloat16", None, trainable=36_000_000, image_tokens=1024)
+    stages = training_stages(loaded(), 1024, LORA)
     with pytest.raises(ConfigError, match="to train, 12.3 of it weights, .* 10.0 GB: `base_precision` 8 or 4"):
         require_memory(stages, 10_000_000_000, "base_precision")
 

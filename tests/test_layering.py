@@ -15,37 +15,41 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # further up in this table: so there is no circle, and nothing below imports what is above it.
 _BASE = "errors formats model"
 ROOMS = {
+    "zimage_ref.lazy": "",
     "zimage_ref.errors": "",
     "zimage_ref.options": "errors",
-    "zimage_ref.formats": "errors",
+    "zimage_ref.extras": "errors",
+    "zimage_ref.version": "",
+    "zimage_ref.formats": "errors extras",
     "zimage_ref.options_file": "errors formats",
     "zimage_ref.model": "errors formats",
     "zimage_ref.pictures": "errors formats",
     "zimage_ref.lora": _BASE,
     "zimage_ref.networks": "formats model lora",
-    "zimage_ref.checkpoints": _BASE,
+    "zimage_ref.checkpoints": f"{_BASE} extras",
     "zimage_ref.memory": f"{_BASE} checkpoints",
-    "zimage_ref.generation": f"{_BASE} options options_file pictures lora checkpoints memory",
-    "zimage_ref.pipeline": "formats model lora networks checkpoints memory generation",
+    "zimage_ref.generation": f"{_BASE} version options options_file pictures lora checkpoints memory",
+    "zimage_ref.pipeline": "formats model lora networks memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
-    "zimage_ref.inspection": f"{_BASE} checkpoints memory training",
-    "zimage_ref.tiny": "formats model pictures",
-    "zimage_ref": "errors model checkpoints generation pipeline training",  # its __init__: the public names
+    "zimage_ref.inspection": "errors formats checkpoints",
+    "zimage_ref.requirements": "formats model checkpoints memory training",
+    "zimage_ref.tiny": "formats model pictures checkpoints",
+    "zimage_ref": f"lazy version {_BASE} lora checkpoints generation pipeline training",
     "zimage_mlx.device": "",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
-    "zimage_mlx.lora": "zimage_mlx.networks lora",
+    "zimage_mlx.lora": "zimage_mlx.networks formats lora",
     "zimage_mlx.pipeline":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
     "zimage_mlx.training":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
-        "pictures lora checkpoints memory generation training",
+        "pictures lora memory generation training",
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
-    "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training training",
+    "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_ref lazy training",
     "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options_file pictures generation",
     "zimage_cli.commands":
-        "zimage_cli.terminal zimage_ref errors formats model options options_file pictures lora checkpoints memory "
-        "generation training inspection tiny",
+        "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
+        "generation training inspection requirements tiny",
     "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands zimage_ref errors",
     "zimage_cli.__main__": "zimage_cli.app",
     "zimage_cli": "",
@@ -58,11 +62,19 @@ FORBIDDEN = {  # package -> what its files may not import, besides
 HOMES = {  # a library -> the only files that may import it; a folder stands for all of its files
     "PIL": ("zimage_ref/pictures", "zimage_ref/tiny/drawings.py", "zimage_ref/tiny/judge.py"),
     "rich": ("cli",),
-    "argparse": ("cli", "zimage_mlx/tiny/recipe.py"),
+    "argparse": ("cli", "zimage_mlx/tiny/__main__.py"),
     "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
     "safetensors": ("zimage_ref/formats/safetensors.py",),
     "torch": (), "diffusers": (), "transformers": (), "peft": (),
 }  # fmt: skip
+
+LATE = {  # the only files that import when they run, not when they are read -> what, and why then
+    "zimage_ref/lazy.py": "public names: most programs use few of them",
+    "zimage_ref/extras.py": "packages of an extra: they may be absent",
+    "cli/commands/__init__.py": "the command that was asked for",
+    "cli/commands/inspect.py": "what shows folders, LoRAs and pictures: a checkpoint needs none of it",
+    "cli/terminal/backends.py": "MLX: may be absent, and needs a fast BLAS before it",
+}
 
 
 def identify(path: Path) -> str:
@@ -158,6 +170,34 @@ def test_imports_stand_at_the_top_and_only_cli_prints(path: Path) -> None:
         assert not hidden, f"{function.name} imports on line {hidden[0]}"
     prints = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "print"]
     assert path.is_relative_to(ROOT / "cli") or not prints, f"print on line {prints[0]}"
+
+
+def test_few_files_import_late() -> None:
+    """What `import_module` loads is in no list of imports, so each file that calls it is known by name."""
+    late = {
+        identify(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (node.id if isinstance(node, ast.Name) else node.attr) in ("import_module", "__import__")
+    }
+    assert late == set(LATE)
+
+
+def test_tests_are_skipped_for_libraries_only() -> None:
+    """`importorskip` of a module of this project that has moved would skip its test for ever."""
+    names = {
+        str(ast.literal_eval(node.args[0]))
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
+        if isinstance(node.args[0], ast.Constant)
+    }
+    libraries = {"diffusers", "gguf", "huggingface_hub", "mlx", "peft", "torch", "transformers"}
+    folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
+    for top, *below in (name.split(".") for name in names):
+        file = ROOT.joinpath(folders.get(top, top), *below)
+        assert top in libraries or file.with_suffix(".py").is_file() or (file / "__init__.py").is_file(), file
 
 
 @pytest.mark.parametrize("init", [path for path in FILES if path.name == "__init__.py"], ids=identify)

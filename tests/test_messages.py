@@ -13,7 +13,7 @@ from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.training.dataset import list_dataset
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"zimage_mlx/tiny/recipe.py", "zimage_mlx/tiny/__main__.py"}  # a command line of their own
+COMMANDS = {"zimage_mlx/tiny/__main__.py"}  # a command line of its own
 FILES = [
     path for package in ("zimage_ref", "zimage_mlx") for path in sorted((ROOT / package).rglob("*.py"))
     if path.relative_to(ROOT).as_posix() not in COMMANDS

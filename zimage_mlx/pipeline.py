@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from zimage_ref.checkpoints.folder import ModelFolder
@@ -18,82 +19,108 @@ from zimage_ref.model.flow import model_time
 
 from .device import on_gpu
 from .lora.layers import Adapters
-from .networks.compiled import BlockRunner, Pieces
+from .networks.running import BlockRunner, RunInPieces
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
-from .networks.transformer import Block, Conditioning, Transformer
+from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import DTYPES, load, to_mlx
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class ZImagePipeline(Pipeline):
+
+class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     """A Z-Image model that makes pictures, in bfloat16 on a GPU, float32 on a CPU, or as asked.
 
     Each network is loaded when it is first used. The state of sampling is float32 whatever the networks are.
     """
 
+    backend = "mlx"
     dtypes = tuple(DTYPES)
 
     def __init__(
-        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
+        self,
+        folder: ModelFolder,
+        dtype: str | None = None,
+        lean: bool = False,
+        quantize: int | None = None,
+        parts: Mapping[str, Path | None] | None = None,
     ) -> None:
-        super().__init__(folder, dtype, lean, quantize)
-        default = "bfloat16" if on_gpu() else "float32"
-        self.dtype = DTYPES[dtype or default]
-        if mx.metal.is_available():  # keeps weights from being paged out between steps
-            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        super().__init__(folder, dtype, lean, quantize, parts)
+        self._networks: dict[str, nn.Module] = {}  # in memory, by component
+        self._adapters: Adapters | None = None  # of the transformer in memory
+
+    @classmethod
+    def default_dtype(cls) -> str:
+        return "bfloat16" if on_gpu() else "float32"
 
     @property
-    def footprint(self) -> Footprint:
-        return LEAN if self.lean else FAST
+    def dtype(self) -> mx.Dtype:
+        """What the networks compute in."""
+        return DTYPES[self.precision]
+
+    def footprint(self, lean: bool) -> Footprint:
+        return LEAN if lean else FAST
 
     @property
-    def precision(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+    def loaded(self) -> frozenset[str]:
+        """The networks that are in memory: text_encoder, transformer, vae."""
+        return frozenset(self._networks)
 
-    @cached_property
+    @property
     def text_encoder(self) -> TextEncoder:
         """The Qwen3 encoder."""
-        return self._loaded(TextEncoder(self.folder.text_encoder), "text_encoder")
+        return self._network("text_encoder", lambda: TextEncoder(self.folder.text_encoder))
 
-    @cached_property
+    @property
     def transformer(self) -> Transformer:
         """The denoiser."""
-        model: Transformer = self._loaded(Transformer(self.folder.transformer), "transformer")
-        in_pieces: Any = partial(Block.__call__, run=Pieces(on_gpu()))
-        model.run = in_pieces if self.lean else BlockRunner()
-        return model
+        return self._network("transformer", self._empty_transformer)
 
-    @cached_property
+    @property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self._loaded(VAE(self.folder.vae), "vae")
+        return self._network("vae", lambda: VAE(self.folder.vae))
 
-    def _loaded(self, model: Any, component: str) -> Any:
-        load(model, self.folder.weights[component], self.dtype, self.quantization)
-        return model
+    def _network(self, component: str, make: Callable[[], Network]) -> Network:
+        """The network `component`; if it is not in memory, `make` gives it and its weights are loaded."""
+        if component not in self._networks:
+            network = make()
+            load(network, self.folder.weights[component], self.dtype, self.quantization)
+            self._networks[component] = network
+        return cast(Network, self._networks[component])
+
+    def _empty_transformer(self) -> Transformer:
+        """A transformer that still needs weights. A lean one computes blocks in pieces."""
+        run = RunInPieces(on_gpu()).block if self.lean else BlockRunner()
+        return Transformer(self.folder.transformer, run)
+
+    def release(self, *components: str) -> None:
+        for component in components:
+            self._networks.pop(component, None)
+        if "transformer" in components:
+            self._adapters = None
+        mx.clear_cache()
 
     def encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
+        if self._adapters is None:
+            # merging is faster for each step, branches are faster to change: a lean pipeline has nothing to change
+            self._adapters = Adapters(self.transformer, self._stored, merge=self.lean)
         self._adapters.use([(file.updates, scale) for file, scale in loras])
 
-    @cached_property
-    def _adapters(self) -> Adapters:
-        """Merging is faster for each step, branches are faster to change: a lean pipeline has nothing to change."""
-        tensors = self.folder.weights["transformer"]
-        return Adapters(self.transformer, lambda name: to_mlx(tensors[name], self.dtype), merge=self.lean)
-
-    def release(self, *components: str) -> None:
-        for component in (*components, *(["_adapters"] if "transformer" in components else [])):
-            self.__dict__.pop(component, None)
-        mx.clear_cache()
+    def _stored(self, name: str) -> mx.array:
+        """A parameter of the transformer as its file has it, in the working dtype."""
+        return to_mlx(self.folder.weights["transformer"][name], self.dtype)
 
     def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
+        """As `Engine`: caption (B, T, D) in the working dtype, and a layout with the rotations and masks."""
         return self.transformer.condition(captions, h, w)
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
+        """As `Engine`: (copies * B, C, h, w) float32."""
         inputs = mx.concatenate([x] * copies)
         raw = self.transformer.denoise(inputs, mx.array([model_time(sigma)]), conditioning)
         return raw.astype(mx.float32)
@@ -121,4 +148,4 @@ class ZImagePipeline(Pipeline):
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:
-        return Strips(self.footprint.strips)
+        return Strips(self.footprint(self.lean).strips)

@@ -7,24 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .checkpoints.components import COMPONENTS, config_of, identify, looks_like, official_weights
-from .checkpoints.convert import count_nonfinite
-from .checkpoints.folder import ModelFolder, find_component, find_parts
+from .checkpoints.component import AnyComponent
+from .checkpoints.folder import component_file, find_component, find_tokenizer
+from .checkpoints.identify import config_of, identify, looks_like, official_weights
+from .checkpoints.registry import COMPONENTS, TOKENIZER
 from .errors import ZImageError
 from .formats import npz
 from .formats.checkpoint import READABLE, Checkpoint
-from .formats.quantize import Quantization, QuantizedTensor, unfold
-from .formats.tensors import DTYPE_NAMES, FLOATS, Tensor
-from .memory import LEAN, generation, peak, trainable_parameters, training, weight_bytes
-from .model.parameters import lora_modules, transformer_parameters
-from .training.config import TrainConfig
-
-WEIGHT_BITS = (16, 8, 4)
-_SIDE = 1024  # pixels of the square picture that memory is estimated for
+from .formats.json_file import JsonObject
+from .formats.quantize import bytes_by_dtype, unfold
+from .formats.tensors import DTYPE_NAMES, FLOATS, count_nonfinite
 
 
 @dataclass(frozen=True)
@@ -49,9 +44,9 @@ class Description:
     parameters: int
     tensors: list[TensorLine]
     dtypes: dict[str, dict[str, int]]  # dtype -> tensors, bytes
-    metadata: dict[str, Any]
+    metadata: JsonObject
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For programs."""
         return {
             "path": str(self.path),
@@ -69,31 +64,24 @@ class Description:
 def describe(file: Checkpoint, pattern: str = "*") -> Description:
     """What `file` holds; the table lists the tensors whose names match the glob `pattern`. Reads no data."""
     identity = identify(file.tensors)
-    counts, sizes = Counter[str](), Counter[str]()
-    for tensor in file.tensors.values():
-        counts[tensor.stored_as] += 1
-        sizes[tensor.stored_as] += _stored_bytes(tensor)
+    counts = Counter(tensor.stored_as for tensor in file.tensors.values())
+    sizes = bytes_by_dtype(file.tensors.values())
     lines = [
         TensorLine(i, name, tensor.shape, tensor.stored_as)
         for i, (name, tensor) in enumerate(file.tensors.items())
         if fnmatchcase(name, pattern)
     ]
     return Description(
-        file.path,
-        file.container,
-        identity.dialect.name if identity else None,
-        identity.component if identity else None,
-        looks_like(file.tensors, identity),
-        file.parameters,
-        lines,
-        {dtype: {"tensors": n, "bytes": sizes[dtype]} for dtype, n in counts.most_common()},
-        dict(file.metadata),
+        path=file.path,
+        container=file.container,
+        dialect=identity.dialect.name if identity else None,
+        model_type=identity.component if identity else None,
+        looks_like=looks_like(file.tensors, identity),
+        parameters=file.parameters,
+        tensors=lines,
+        dtypes={dtype: {"tensors": n, "bytes": sizes[dtype]} for dtype, n in counts.most_common()},
+        metadata=dict(file.metadata),
     )
-
-
-def _stored_bytes(tensor: Tensor) -> int:
-    parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
-    return sum(part.nbytes for part in parts)
 
 
 @dataclass(frozen=True)
@@ -131,60 +119,43 @@ class Part:
     component: str
     file: Path | None
     description: Description | None
-    problem: str  # "" if it is there and fits
+    problem: str  # "" if it is there and fits, or is optional and not there
 
 
 def is_model_folder(path: Path) -> bool:
     """Whether `path` is a folder of a whole model rather than of one checkpoint."""
     if not path.is_dir():
         return False
-    found = sum(_finds(path, component) for component in COMPONENTS)
+    found = sum(_finds(path, component) for component in COMPONENTS.values())
     own = any(file.suffix in READABLE for file in path.iterdir())
     return (path / "model_index.json").is_file() or found > 1 or (found == 1 and not own)
 
 
-def _finds(folder: Path, component: str) -> bool:
+def _finds(folder: Path, component: AnyComponent) -> bool:
     try:
-        find_component(folder, component)
+        return component_file(folder, component) is not None
     except ZImageError:
         return False
-    return True
 
 
 def describe_folder(folder: Path) -> list[Part]:
     """Which file serves which component, and what is missing or does not fit."""
-    parts = []
-    for component in COMPONENTS:
-        path, description, problem = None, None, ""
-        try:
-            path = find_component(folder, component)
-            file = Checkpoint.open(path)
-            description = describe(file)
-            official_weights(file, component, config_of(file, component, folder) or COMPONENTS[component].official)
-        except ZImageError as error:
-            problem = str(error)
-        parts.append(Part(component, path, description, problem))
-    nothing = {component: folder for component in COMPONENTS}
+    parts = [_part(folder, component) for component in COMPONENTS.values()]
     try:
-        tokenizer, problem = find_parts(folder, nothing)["tokenizer"], ""
+        tokenizer, problem = find_tokenizer(folder), ""
     except ZImageError as error:
         tokenizer, problem = None, str(error)
-    return [*parts, Part("tokenizer", tokenizer, None, problem)]
+    return [*parts, Part(TOKENIZER, tokenizer, None, problem)]
 
 
-def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
-    """Bytes, by bits a weight, of all weights, and about the least that generating and training at 1024 x 1024 take.
-
-    One network is in memory at a time; what is not quantized, activations too, is bfloat16.
-    """
-    layers = lora_modules(folder.transformer, TrainConfig.targets)
-    trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)
-    tokens, needs = (_SIDE // folder.size_multiple) ** 2, {}
-    for bits in WEIGHT_BITS:
-        how = Quantization(bits) if bits < 16 else None
-        needs[bits] = {
-            "weights": sum(weight_bytes(tensors, 2, how) for tensors in folder.weights.values()),
-            "generate": peak(generation(folder, "bfloat16", LEAN, width=_SIDE, height=_SIDE, quantization=how)).total,
-            "train": peak(training(folder, "bfloat16", how, trainable=trainable, image_tokens=tokens)).total,
-        }
-    return needs
+def _part(folder: Path, component: AnyComponent) -> Part:
+    path, description, problem = None, None, ""
+    try:
+        path = component_file(folder, component) if component.optional else find_component(folder, component)
+        if path is not None:
+            file = Checkpoint.open(path)
+            description = describe(file)
+            official_weights(file, component, config_of(file, component, folder) or component.official)
+    except ZImageError as error:
+        problem = str(error)
+    return Part(component.name, path, description, problem)

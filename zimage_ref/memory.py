@@ -1,13 +1,13 @@
 """How much memory making pictures and training will take: from headers and sizes alone, before anything is loaded.
 
-An estimate to choose options by and to refuse the hopeless, not a promise. Weights and optimizer state are exact
-arithmetic; activations are measured multiples of tokens or pixels, all of them in the table below.
+An estimate, not a promise: it serves to choose options and to refuse what cannot work. Weights and optimizer state
+are exact; activations are multiples of tokens or pixels, fitted to the measurements in the table below.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .checkpoints.folder import ModelFolder
@@ -17,46 +17,89 @@ from .formats.tensors import Tensor
 from .model import parameters
 from .model.config import TransformerConfig
 from .model.positions import padded
+from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
 CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
 # Values of one block that live at once, in widths of the stream and of the feed-forward for each token
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
-# Blocks' values that live at once beside what is kept for the gradient, lean (in pieces) and fast. Measured with this
-# project's training on an H100, official transformer in bfloat16, rank 16, AdamW, over the base, LoRA and optimizer
-# included, at 512 x 512 and 1024 x 1024: lean 1.4 and 4.6 GB, where this makes 1.6 and 4.5; fast 5.1 and 21.8 GB, where
-# this makes 6.7 and 22.7
+# Training: how many blocks' values live at once, beside what all blocks keep for the gradient
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
-_LEAN_UNPACKED = 1.7  # blocks' matrices at once in training on 4 or 8 bits: two feed-forwards and an attention
-_LAYERS_MAKE = 16  # two layers of the autoencoder, on the way, in widths as of `Footprint.pixel_widths`
-_SLOTS = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0, "sgd": 0}  # others keep one
+_LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks' matrices unpacked at once, two feed-forwards and an attention
+_LAYER_WIDTHS = 16  # values that two layers of the autoencoder make, in widths as of `Footprint.pixel_widths`
 _SIDES = "`width` and `height`"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """How an engine, run in one way, uses memory for activations."""
+    """How much memory for activations an engine takes, run in one way."""
 
-    mapped: bool  # weights stay on disk but for the one in use
+    mapped: bool  # weights stay on disk, except for the one in use
     blocks: float  # how many blocks' values live at once
     text_blocks: float  # the same of the text encoder
-    pixel_widths: int  # values for each pixel on its way through the autoencoder, in widths of its first level
-    unpacked: float = 0.0  # how many blocks' matrices live unpacked at once, where they are stored in 4 or 8 bits
-    strips: int = 0  # bytes besides, that strips of the autoencoder's large layers make on their way
+    pixel_widths: int  # values of each pixel that the autoencoder holds at once, in widths of its first level
+    unpacked: float = 0.0  # how many blocks' matrices live unpacked at once, if they are stored in 4 or 8 bits
+    strips: int = 0  # bytes that strips of the autoencoder's large layers take besides
 
 
-# MLX, official model in bfloat16 on an H100. FAST: one block computed while the next is queued, 0.4 GB at 1088 tokens,
-# 1.3 GB at 4160, 5.2 GB at 16,448, where this makes 0.4, 1.5 and 5.7. LEAN: pieces of blocks, 0.2 and 0.7 GB, which
-# this makes, too. The text encoder, as one: 0.8 GB at 512 tokens. The autoencoder's largest layer has an input of twice
-# its width, one array between, and its output; the rest is strips: 4.0 and 1.8 GB at 1024 x 1024, where this makes 5.4
-# (as of whole layers, which FAST cuts only from there on) and 2.0. Half of FAST's strips took a seventh longer
-# Unpacked, FAST: 1.2 and 1.7 GB at 8 bits, where this makes 1.4; LEAN: whole runs at 4 bits took 4.9 and 5.7 GB, where
-# this makes 5.1 and 5.6
+# The constants are fitted to the peaks in this table, in GB over the weights. They were measured on one H100 with MLX,
+# on the official model in bfloat16 with random weights: by tests/bench/bench_speed.py, whole runs by bench_totals.py.
+# The estimates are those of the functions below; tests/test_estimates.py holds them to the measured values. All this
+# is here and not with the MLX engine, so that `zimage inspect` needs no MLX for its estimate.
+#
+#                                                           FAST                    LEAN
+#                                                    measured   estimate     measured   estimate
+#   transformer, 512 x 512                             0.4        0.4          0.2        0.2
+#   transformer, 1024 x 1024                           1.3        1.5          0.7        0.7
+#   transformer, 2048 x 2048                           5.2        5.7
+#   transformer, 8 bits, more than at 16 bits        1.2 to 1.7   1.4
+#   text encoder, 512 tokens                           0.8        0.8          0.8        0.8
+#   autoencoder, decoding 1024 x 1024                  4.0        5.4          1.8        2.0
+#   training step, rank 16, AdamW, 512 x 512           5.1        6.6          1.4        1.6
+#   training step, rank 16, AdamW, 1024 x 1024        21.8       22.7          4.6        4.5
+#   generation at 4 bits, whole run, 512 x 512                                 4.9        5.1   with weights
+#   generation at 4 bits, whole run, 1024 x 1024                               5.7        5.7   with weights
+#   training at 4 bits, whole run, 512 x 512                                   5.7        5.9   with weights
+#   training at 4 bits, whole run, 1024 x 1024                                 8.2        8.7   with weights
+#
+# FAST computes one block while the next is queued, and whole layers of the autoencoder up to 1024 x 1024, strips of
+# them beyond that; half of these strips took a seventh longer. LEAN computes blocks in pieces, layers in small strips.
 FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=4_840_000_000)
 LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=3.6, strips=900_000_000)
-# NumPy in float32: 57 MB at 288 tokens; decoding 199 MB at 192 x 192
+# NumPy in float32 on a CPU: 57 MB for the transformer at 288 tokens, 199 MB for decoding 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model as an engine would hold it in memory."""
+
+    folder: ModelFolder
+    precision: str  # dtype of the networks, by name
+    quantization: Quantization | None = None  # of the big matrices, of transformer and text encoder
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value that is not quantized."""
+        return _ITEMSIZES[self.precision]
+
+    def weight_bytes(self, component: str, mapped: bool = False) -> int:
+        """Memory of the weights of one network; of its largest tensor alone if they are `mapped`.
+
+        A value takes `itemsize` bytes, unless it is quantized: by `quantization`, or in the file already.
+        """
+        sizes = [self._nbytes(name, tensor) for name, tensor in self.folder.weights[component].items()]
+        return max(sizes) if mapped else sum(sizes)
+
+    def _nbytes(self, name: str, tensor: Tensor) -> int:
+        quantization = self.quantization
+        if isinstance(tensor, QuantizedTensor):
+            quantization = tensor.quantization
+        elif quantization is None or not covers(quantization, name, tensor.shape):
+            return tensor.size * self.itemsize
+        scales_and_offsets = 2 * self.itemsize * tensor.size // quantization.group_size  # one of each for every group
+        return tensor.size * quantization.bits // 8 + scales_and_offsets
 
 
 @dataclass(frozen=True)
@@ -74,82 +117,71 @@ class Stage:
         return self.weights + self.activations + self.lora
 
 
-def generation(
-    folder: ModelFolder,
-    precision: str,
-    footprint: Footprint,
-    *,
-    width: int,
-    height: int,
-    batch: int = 1,
-    guided: bool = False,
-    quantization: Quantization | None = None,
-    one_at_a_time: bool = True,
+def generation_stages(
+    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: int = 1, one_at_a_time: bool = True
 ) -> list[Stage]:
-    """The memory of each stage of making `batch` pictures of width x height together.
+    """The memory of each stage of making pictures of `size`, width and height in pixels.
 
-    precision: the networks' dtype by name. quantization: of the big matrices. one_at_a_time: a network is freed before
-    the next is loaded.
+    predictions: how many the transformer makes at once, one for each picture of a batch, two with guidance.
+    one_at_a_time: a network is freed before the next is loaded.
     """
-    itemsize = _ITEMSIZES[precision]
-    weights = {n: weight_bytes(t, itemsize, quantization, footprint.mapped) for n, t in folder.weights.items()}
+    folder, (width, height) = model.folder, size
+    weights = {component: model.weight_bytes(component, footprint.mapped) for component in folder.weights}
     if not one_at_a_time:
         weights = dict.fromkeys(weights, sum(weights.values()))
-    tokens = batch * (1 + guided) * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
+    tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
     denoise = tokens * _block_values(folder.transformer) * footprint.blocks
-    denoise += footprint.unpacked * _quantized_values(folder, quantization)
+    denoise += footprint.unpacked * _quantized_values(model)
     return [
-        Stage("encode", weights["text_encoder"], round(itemsize * _encode_values(folder, footprint))),
-        Stage("denoise", weights["transformer"], round(itemsize * denoise)),
-        Stage("decode", weights["vae"], _autoencoder_bytes(folder, width * height, footprint, itemsize)),
+        Stage("encode", weights["text_encoder"], round(model.itemsize * _encode_values(folder, footprint))),
+        Stage("denoise", weights["transformer"], round(model.itemsize * denoise)),
+        Stage("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint)),
     ]
 
 
-def training(
-    folder: ModelFolder,
-    precision: str,
-    quantization: Quantization | None,
-    *,
-    trainable: int,
-    image_tokens: int,
-    batch: int = 1,
-    optimizer: str = "adamw",
-    ema: bool = False,
-    lean: bool = True,
-) -> list[Stage]:
+def training_stages(model: LoadedModel, image_tokens: int, lora: int, batch: int = 1, lean: bool = True) -> list[Stage]:
     """The memory of each stage of training on batches of at most `batch` pictures of `image_tokens` tokens.
 
-    precision, quantization: of the frozen base, and of the text encoder. trainable: LoRA parameters. lean: blocks keep
-    only their input for the gradient and run twice; else they keep all that it needs.
+    lora: bytes as of `lora_bytes`. lean: blocks keep only their input for the gradient and run twice; else they keep
+    all that it needs.
     """
-    itemsize, config = _ITEMSIZES[precision], folder.transformer
-    base = weight_bytes(folder.weights["transformer"], itemsize, quantization)
-    encoder, vae = (weight_bytes(folder.weights[name], itemsize, quantization) for name in ("text_encoder", "vae"))
+    folder, config = model.folder, model.folder.transformer
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
-    kept = config.dim if lean else residual_values(config)  # for each block: its input, or its residuals
+    kept = config.dim if lean else kept_values(config)  # for each block: its input, or all that its gradient needs
     blocks = len(list(parameters.transformer_blocks(config)))
-    activations = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
-    activations += (_LEAN_UNPACKED if lean else FAST.unpacked) * _quantized_values(folder, quantization)
+    values = tokens * (kept * blocks + (_LEAN_BLOCKS if lean else _FAST_BLOCKS) * _block_values(config))
+    values += (_LEAN_UNPACKED if lean else FAST.unpacked) * _quantized_values(model)
     pixels = image_tokens * folder.size_multiple**2
-    copies = 2 + _SLOTS.get(optimizer, 1) + int(ema)  # matrices and gradients, and what the optimizer keeps of them
+    captions = round(model.itemsize * _encode_values(folder, LEAN))
     return [
-        Stage("encode captions", encoder, round(itemsize * _encode_values(folder, LEAN))),
-        Stage("encode pictures", vae, _autoencoder_bytes(folder, pixels, LEAN, itemsize)),
-        Stage("train", base, round(itemsize * activations), lora=4 * copies * trainable),
+        Stage("encode captions", model.weight_bytes("text_encoder"), captions),
+        Stage("encode pictures", model.weight_bytes("vae"), _autoencoder_bytes(model, pixels, LEAN)),
+        Stage("train", model.weight_bytes("transformer"), round(model.itemsize * values), lora),
     ]
 
 
-def residual_values(config: TransformerConfig) -> int:
-    """Values for each token that a block keeps for its gradient, all that its matrix products made."""
-    return 7 * config.dim + 2 * config.ffn_dim
+def lora_bytes(trainable: int, slots: int, ema: bool = False) -> int:
+    """Bytes of `trainable` LoRA parameters while they train: matrices, gradients, optimizer state, average; float32.
+
+    slots: values that the optimizer keeps for each. ema: whether there is an average over steps.
+    """
+    return 4 * (2 + slots + ema) * trainable
 
 
-def weight_bytes(
-    tensors: Mapping[str, Tensor], itemsize: int, how: Quantization | None = None, mapped: bool = False
-) -> int:
-    """Memory of a network's weights: `itemsize` bytes each, but what `how` covers or the file holds quantized."""
-    sizes = [_nbytes(name, tensor, itemsize, how) for name, tensor in tensors.items()]
-    return max(sizes) if mapped else sum(sizes)
+def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
+    """The arrays that a block keeps of its forward pass for its gradient, and how many values each has for a token.
+
+    These are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in their order, except
+    scale and gate, which have no tokens. A test compares names and bytes.
+    """
+    D, F = config.dim, config.ffn_dim
+    attention = [("x", D), ("q", D), ("k", D), ("v", D), ("attended", D), ("out", D)]
+    return [*attention, ("hidden_gate", F), ("hidden_value", F), ("out", D)]
+
+
+def kept_values(config: TransformerConfig) -> int:
+    """Values of each token that a block keeps for its gradient."""
+    return sum(width for _, width in kept_widths(config))
 
 
 def trainable_parameters(shapes: parameters.Shapes, layers: Iterable[str], rank: int) -> int:
@@ -163,12 +195,12 @@ def peak(stages: Iterable[Stage]) -> Stage:
 
 
 def largest(estimates: Iterable[Sequence[Stage]]) -> list[Stage]:
-    """Of each stage the largest that occurs."""
+    """The largest that occurs of each stage."""
     return [peak(same) for same in zip(*estimates, strict=True)]
 
 
 def physical_memory() -> int | None:
-    """Bytes of memory that this machine has, None where it does not say."""
+    """Bytes of memory that this machine has, None if it does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -176,7 +208,7 @@ def physical_memory() -> int | None:
 
 
 def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "quantize", sides: str = _SIDES) -> None:
-    """Raises ConfigError where a stage takes more than `limit` bytes; None is no limit.
+    """Raises ConfigError if a stage takes more than `limit` bytes; None is no limit.
 
     bits: the option that makes weights smaller. sides: those that make pictures smaller, in words.
     """
@@ -197,10 +229,10 @@ def _block_values(config: TransformerConfig) -> int:
     return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
 
 
-def _quantized_values(folder: ModelFolder, how: Quantization | None) -> int:
-    """Values of one block's matrices, if they are stored in 4 or 8 bits."""
-    config, tensors = folder.transformer, folder.weights["transformer"].values()
-    quantized = how is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
+def _quantized_values(model: LoadedModel) -> int:
+    """Values of one block's matrices, if they are stored in 4 or 8 bits; else 0."""
+    config, tensors = model.folder.transformer, model.folder.weights["transformer"].values()
+    quantized = model.quantization is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
     return quantized * config.dim * (4 * config.dim + 3 * config.ffn_dim)
 
 
@@ -210,15 +242,7 @@ def _encode_values(folder: ModelFolder, footprint: Footprint) -> float:
     return MAX_TOKENS * widths * footprint.text_blocks
 
 
-def _autoencoder_bytes(folder: ModelFolder, pixels: int, footprint: Footprint, itemsize: int) -> int:
-    """Whole arrays and strips, which in a small picture are no more than its largest layers make."""
-    width = pixels * folder.vae.block_out_channels[0] * itemsize
-    return width * footprint.pixel_widths + min(footprint.strips, _LAYERS_MAKE * width)
-
-
-def _nbytes(name: str, tensor: Tensor, itemsize: int, how: Quantization | None) -> int:
-    if isinstance(tensor, QuantizedTensor):
-        how = tensor.quantization
-    elif how is None or not how.covers(name, tensor.shape):
-        return tensor.size * itemsize
-    return tensor.size * how.bits // 8 + 2 * itemsize * tensor.size // how.group_size  # scale and offset of each group
+def _autoencoder_bytes(model: LoadedModel, pixels: int, footprint: Footprint) -> int:
+    """Whole arrays, and strips: in a small picture these take no more than its largest layers make."""
+    width = pixels * model.folder.vae.block_out_channels[0] * model.itemsize
+    return width * footprint.pixel_widths + min(footprint.strips, _LAYER_WIDTHS * width)

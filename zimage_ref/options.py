@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import field
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ConfigError
 
+AnyDefault = TypeVar("AnyDefault")
+
 MEMORY = ("auto", "lean", "fast")  # how memory is traded for time
-# Parts of a model that a file may be given for -> help of that option
-PARTS = {
-    "transformer": "file or folder of the transformer, instead of the one in `model_dir`",
-    "text_encoder": "file or folder of the text encoder, instead of the one in `model_dir`",
-    "vae": "file or folder of the autoencoder, instead of the one in `model_dir`",
-    "tokenizer": "tokenizer.json, or its folder, instead of the one in `model_dir`",
-}
 
 
-def option(default: Any, help: str, **traits: bool) -> Any:
+def option(default: AnyDefault, help: str, **traits: bool) -> AnyDefault:
     """A dataclass field with a default, the help text that the command line shows, and traits of `training.config`."""
     return field(default=default, metadata={"help": help, **traits})
 
@@ -31,21 +26,21 @@ def required(help: str, **traits: bool) -> Any:
     return field(metadata={"help": help, **traits})
 
 
-def at_least(config: Any, low: float, *names: str) -> None:
-    """Raises ConfigError where one of the fields `names` of `config` is below `low`; None is not."""
+def at_least(config: object, low: float, *names: str) -> None:
+    """Raises ConfigError if one of the fields `names` of `config` is below `low`; None is not."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) >= low:
             raise ConfigError(f"`{name}` {getattr(config, name)} must be at least {low}")
 
 
-def at_most(config: Any, high: float, *names: str) -> None:
-    """Raises ConfigError where one of the fields `names` of `config` is above `high`; None is not."""
+def at_most(config: object, high: float, *names: str) -> None:
+    """Raises ConfigError if one of the fields `names` of `config` is above `high`; None is not."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) <= high:
             raise ConfigError(f"`{name}` {getattr(config, name)} must be at most {high}")
 
 
-def one_of(config: Any, name: str, known: Iterable[str]) -> None:
+def one_of(config: object, name: str, known: Iterable[str]) -> None:
     """Raises ConfigError unless the field `name` of `config` is one of `known`."""
     if getattr(config, name) not in known:
         raise ConfigError(f"`{name}` {getattr(config, name)!r} is unknown: known are {', '.join(known)}")

@@ -7,36 +7,34 @@ from functools import cached_property
 
 import numpy as np
 
-from .checkpoints.folder import ModelFolder
-from .formats.quantize import quantize_all
 from .formats.tensors import DTYPE_NAMES, Array
 from .generation.pipeline import Pipeline
 from .lora.file import LoRAFile
 from .memory import NUMPY, Footprint
 from .model.flow import model_time
+from .model.quantization import quantize_all
 from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import Weights
 
 
-class ZImagePipeline(Pipeline):
+class ZImagePipeline(Pipeline[Array, Conditioning]):
     """A Z-Image model that makes pictures, in float32 or float64. Weights stay on disk, memory-mapped."""
 
+    backend = "numpy"
     dtypes = ("float32", "float64")
 
-    def __init__(
-        self, folder: ModelFolder, dtype: str | None = None, lean: bool = False, quantize: int | None = None
-    ) -> None:
-        super().__init__(folder, dtype, lean, quantize)
-        self.dtype = np.dtype(dtype or "float32")
+    @classmethod
+    def default_dtype(cls) -> str:
+        return "float32"
 
     @property
-    def precision(self) -> str:
-        return str(self.dtype)
+    def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
+        """What the networks compute in."""
+        return np.dtype(self.precision)
 
-    @property
-    def footprint(self) -> Footprint:
+    def footprint(self, lean: bool) -> Footprint:
         return NUMPY
 
     @cached_property
@@ -71,9 +69,11 @@ class ZImagePipeline(Pipeline):
         """Nothing to free: mapped weights take no memory of the process's own."""
 
     def condition(self, captions: Sequence[Array], h: int, w: int) -> Conditioning:
+        """As `Engine`: caption (B, T, D) in the working dtype, rotations (B, L, K / 2) and (B, S, K / 2), a mask."""
         return self.transformer.condition(captions, h, w)
 
     def predict(self, x: Array, sigma: float, conditioning: Conditioning, copies: int = 1) -> Array:
+        """As `Engine`: (copies * B, C, h, w) in the working dtype."""
         inputs = np.concatenate([x] * copies)
         return self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
 
@@ -87,4 +87,5 @@ class ZImagePipeline(Pipeline):
         return self.vae.encode(pixels)
 
     def decode(self, x: Array) -> Array:
-        return self.vae.decode(x)[0]
+        pixels: Array = self.vae.decode(x)[0]
+        return pixels

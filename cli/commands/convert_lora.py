@@ -7,7 +7,7 @@ import argparse
 from zimage_ref import ConfigError
 from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
 from zimage_ref.lora.merge import combined
-from zimage_ref.lora.namings import NAMINGS
+from zimage_ref.lora.spellings import DEFAULT_NAMING
 
 from ..terminal.console import Console
 from ..terminal.options import flag, path_and_scale
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
     lora = combined([(file.updates, scale) for file, scale in loras], args.rank)
     record = {"sources": ", ".join(f"{file.path.name}:{scale:g}" for file, scale in loras)}
     dtype = args.dtype or _widest([file for file, _ in loras])
-    write_lora(args.output, lora, record, args.naming or NAMINGS[0], dtype, with_sidecar=False)
+    write_lora(args.output, lora, record, args.naming or DEFAULT_NAMING, dtype, with_sidecar=False)
     console.wrote(args.output)
 
 
 def _widest(files: list[LoRAFile]) -> str:
-    """As stored where all files are stored alike, else float32, which holds them all."""
+    """As stored if all files are stored alike, else float32, which holds them all."""
     dtypes = {file.dtype for file in files}
     return dtypes.pop() if len(dtypes) == 1 else "f32"

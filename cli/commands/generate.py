@@ -1,35 +1,29 @@
-"""zimage generate: pictures from prompts."""
+"""zimage generate: its options, and the run that they describe."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from zimage_ref import ConfigError, GenerateConfig, __version__
+from zimage_ref import ConfigError, GenerateConfig
+from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import reason
 from zimage_ref.formats.quantize import BITS
-from zimage_ref.generation.denoising import Step
 from zimage_ref.generation.jobs import Request
-from zimage_ref.generation.pipeline import Pipeline
-from zimage_ref.generation.provenance import ENGINE, Repeat, identity, record
-from zimage_ref.memory import peak, require_memory
-from zimage_ref.model.tokenizer import MAX_TOKENS
-from zimage_ref.options import MEMORY, PARTS
-from zimage_ref.pictures.images import save_picture
-from zimage_ref.pictures.metadata import read_record
+from zimage_ref.generation.pipeline import AnyPipeline
+from zimage_ref.generation.provenance import ModelChoice, Repeat
+from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
+from zimage_ref.options import MEMORY
 
 from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
-from ..terminal.pictures import STDOUT, Names, preview_path, write
+from ..terminal.pictures import STDOUT, OutputNames, PictureWriter
 from . import interactive
-
-THUMBNAIL_COLUMNS = 48
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,47 +59,58 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, help=f"engine (default here: {DEFAULT})")
     add("--dtype", help="precision of the networks, such as bfloat16 or float32 (default: the engine's)")
     add("--quantize", type=int, choices=BITS, help="bits that the big matrices are quantized to as they load")
-    for part, help in PARTS.items():
+    for part, help in part_options().items():
         add(flag(part), type=Path, metavar="FILE", help=in_flags(help))
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Makes the pictures. Everything that can be wrong is checked before weights are read."""
-    names = Names(args.output, args.overwrite)
+    names = OutputNames(args.output, args.overwrite)
     if args.interactive and (args.prompts or args.prompt_file or names.pattern == STDOUT):
         raise ConfigError("--interactive reads prompts and writes files: give no --prompt, --prompt-file or --output -")
-    repeat = Repeat.of(read_record(args.from_image), args.from_image) if args.from_image else None
+    repeat = Repeat.read(args.from_image) if args.from_image else None
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
-    given = None if args.lora is None else [path_and_scale(text) for text in args.lora]
-    loras = given if given is not None else repeat.loras if repeat else []
-    pipe, facts = _open(args, repeat)
-    if facts["backend"] == "mlx" and (note := blas.advice()):
+    loras = _loras(args, repeat)
+    pipe = _open(args, repeat)
+    if pipe.backend == "mlx" and (note := blas.advice()):
         console.note(note)
-    if repeat:
-        for path in repeat.changes(facts, loras):
-            console.warn(f"{path}: is not what {args.from_image} was made from: the picture will differ")
-    run = Run(pipe, loras, names, args, console, facts)
+    run = GenerationRun(pipe, _settings(args), loras)
+    for notice in run.changes(repeat) if repeat else ():
+        console.warn(notice)
+    writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail)
     if args.interactive:
-        interactive.loop(run, configs[0], console)
-    else:
-        run.make(run.plan(configs), names.of(configs))
+        interactive.Session(writer, names, configs[0]).loop()
+        return
+    requests = run.plan(configs, console.warn)
+    paths = names.of(configs)
+    _show_facts(run, requests, console)
+    writer.make(requests, paths)
 
 
-def _open(args: argparse.Namespace, repeat: Repeat | None) -> tuple[Pipeline, dict[str, Any]]:
-    """The model that is asked for, else the one that is recorded; with what a record should say of it."""
-    model_dir = args.model_dir or (repeat.model if repeat else None)
-    if model_dir is None:
-        raise ConfigError("--model-dir must be given: a folder with the Z-Image model")
-    before = repeat.engine if repeat else {}
-    facts: dict[str, Any] = {name: getattr(args, name) or before.get(name) for name in ENGINE}
-    facts["backend"] = facts["backend"] or DEFAULT
-    engine = pipeline(facts["backend"])
-    if not args.dtype and facts["dtype"] not in engine.dtypes:  # recorded of the other engine
-        facts["dtype"] = None
-    parts = {name: facts[name] for name in PARTS}
-    pipe = engine.from_pretrained(model_dir, facts["dtype"], quantize=facts["quantize"], parts=parts)
-    texts = {name: path and str(path) for name, path in parts.items()}
-    return pipe, {**facts, **texts, **identity(pipe.folder), "dtype": pipe.precision, "version": __version__}
+def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, float]]:
+    """The LoRAs that are asked for, else those that are recorded."""
+    if args.lora is not None:
+        return [path_and_scale(text) for text in args.lora]
+    return [(lora.path, lora.scale) for lora in repeat.loras] if repeat else []
+
+
+def _open(args: argparse.Namespace, repeat: Repeat | None) -> AnyPipeline:
+    """The model that is asked for, else the one that is recorded."""
+    parts = {name: path for name in part_options() if (path := getattr(args, name)) is not None}
+    asked = ModelChoice(args.model_dir, args.backend, args.dtype, args.quantize, parts)
+    recorded = repeat.choice if repeat else ModelChoice()
+    return open_pipeline(pipeline(asked.backend or recorded.backend or DEFAULT), asked, recorded)
+
+
+def _settings(args: argparse.Namespace) -> RunSettings:
+    return RunSettings(
+        batch_size=args.batch_size,
+        memory=args.memory,
+        keep_model=args.interactive,
+        force=args.force,
+        preview_steps=args.preview_steps,
+        metadata=not args.no_metadata,
+    )
 
 
 def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateConfig]:
@@ -135,96 +140,22 @@ def _prompts(path: Path) -> list[str]:
     return prompts
 
 
-class Run:
-    """A pipeline, and what is the same for all pictures that it makes."""
-
-    def __init__(
-        self,
-        pipe: Pipeline,
-        loras: Sequence[tuple[Path, float]],
-        names: Names,
-        args: argparse.Namespace,
-        console: Console,
-        facts: Mapping[str, Any],
-    ) -> None:
-        self.pipe, self.loras, self.names, self.console = pipe, list(loras), names, console
-        self._args, self._facts = args, facts
-
-    def plan(self, configs: Sequence[GenerateConfig]) -> list[Request]:
-        """What to do for `configs`, checked as a whole, with a warning for each prompt that is too long."""
-        if self._args.batch_size < 1 or self._args.preview_steps < 0:
-            raise ConfigError("--batch-size must be at least 1 and --preview-steps at least 0")
-        requests = self.pipe.plan(configs)
-        self.pipe.read_loras(self.loras)
-        self.pipe.lean = self._lean(requests)
-        for request in requests:
-            request.config.check_guidance()
-        for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
-            tokens = self.pipe.tokenizer.count(text)
-            if tokens > MAX_TOKENS:
-                self.console.warn(f"prompt cut after {MAX_TOKENS} of {tokens} tokens: {text[:60]}...")
-        if not self._args.force:
-            require_memory(self.pipe.memory(requests, self._args.batch_size), self.pipe.memory_limit())
-        return requests
-
-    def use_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
-        """Takes other LoRAs from here on. Raises as `Pipeline.read_loras`, and then keeps those in use."""
-        self.pipe.read_loras(loras)
-        self.loras = list(loras)
-
-    def _lean(self, requests: Sequence[Request]) -> bool:
-        """Whether a network is freed before the next is loaded."""
-        if self._args.memory != "auto":
-            return bool(self._args.memory == "lean")
-        if not self._args.interactive:  # a process that ends with its pictures needs no network twice
-            return True
-        limit, self.pipe.lean = self.pipe.memory_limit(), False
-        stages = self.pipe.memory(requests, self._args.batch_size)
-        return limit is not None and peak(stages).total > limit
-
-    def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
-        """Makes and writes the pictures."""
-        args = self._args
-        records = [None if args.no_metadata else self._record(request.config) for request in requests]
-        if not args.interactive:
-            self._show_facts(requests)
-        finished = {id(request): place for place, request in enumerate(requests)}
-
-        def watch(batch: Sequence[Request], step: Step) -> None:
-            if args.preview_steps and step.index % args.preview_steps == 0 and step.index < step.total:
-                for i, request in enumerate(batch):
-                    shown = self.pipe.picture(step.x_0[i : i + 1])
-                    save_picture(shown, preview_path(paths[finished[id(request)]]))
-
-        with self.console.progress() as bars:
-            made = self.pipe.generate(
-                requests, batch_size=args.batch_size, loras=self.loras, progress=bars.update, watch=watch
-            )
-            for (_, picture), path, facts in zip(made, paths, records, strict=True):
-                write(picture, path, facts, self.console)
-                if not args.no_thumbnail and path != STDOUT:
-                    self.console.picture(picture, THUMBNAIL_COLUMNS)
-
-    def _record(self, config: GenerateConfig) -> dict[str, Any]:
-        return record(config, self.loras, **self._facts)
-
-    def _show_facts(self, requests: Sequence[Request]) -> None:
-        first, config = requests[0], requests[0].config
-        prompts = dict.fromkeys(request.config.prompt for request in requests)
-        for file, scale in self.pipe.read_loras(self.loras):
-            self.console.facts(str(file.path), {**file.facts(), "used at": f"{scale:g}"})
-        loras = ", ".join(f"{path} at {scale:g}" for path, scale in self.loras)
-        facts = {
-            "model": self.pipe.folder.path,
-            "prompt": " | ".join(prompts),
-            "size": f"{first.width} x {first.height}",
-            "steps": len(first.sigmas) - 1,
-            "guidance": f"{config.guidance:g}",
-            "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
-            "negative": config.negative_prompt or None,
-            "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
-            "mask": config.mask,
-            "LoRA": loras or "none",
-            "backend": f"{self._facts['backend']}, {self.pipe.precision}",
-        }
-        self.console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
+def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Console) -> None:
+    """A panel for each LoRA, and one of what is about to be made."""
+    first, config, loras = requests[0], requests[0].config, run.read_loras()
+    for lora in loras:
+        console.facts(str(lora.content.file.path), {**lora.content.file.facts(), "used at": f"{lora.scale:g}"})
+    facts = {
+        "model": run.pipeline.folder.path,
+        "prompt": " | ".join(dict.fromkeys(request.config.prompt for request in requests)),
+        "size": f"{first.width} x {first.height}",
+        "steps": len(first.sigmas) - 1,
+        "guidance": f"{config.guidance:g}",
+        "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
+        "negative": config.negative_prompt or None,
+        "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
+        "mask": config.mask,
+        "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
+        "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
+    }
+    console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, Protocol, get_type_hints
+from typing import get_type_hints
 
 from zimage_ref import ConfigError, GenerateConfig, ZImageError
-from zimage_ref.generation.jobs import Request
+from zimage_ref.generation.config import config_of
 from zimage_ref.options_file import typed
 
-from ..terminal.console import Console
 from ..terminal.options import path_and_scale
+from ..terminal.pictures import OutputNames, PictureWriter
 
 HELP = """A line is a prompt. A line that begins with / changes what the next pictures are like:
   /size 1024x768        width and height; /size alone: the default
@@ -20,72 +20,66 @@ HELP = """A line is a prompt. A line that begins with / changes what the next pi
   /show                 what is set
   /quit                 or the end of the input; Ctrl-C stops a picture under way"""
 _HINTS = get_type_hints(GenerateConfig)
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(GenerateConfig)}
+_DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(GenerateConfig)}
 
 
-class Maker(Protocol):
-    """What the loop needs of a run."""
+class Session:
+    """What the person at the keyboard has set, and the run that makes the pictures."""
 
-    loras: list[Any]
-    names: Any
+    def __init__(self, writer: PictureWriter, names: OutputNames, config: GenerateConfig) -> None:
+        self._writer, self._names, self._config = writer, names, config
+        self._run, self._console = writer.run, writer.console
 
-    def use_loras(self, loras: Any) -> None: ...
+    def loop(self) -> None:
+        """Reads lines until the input ends; an error is one line, and nothing is lost by it."""
+        self._console.note("a prompt makes a picture; /help lists the commands")
+        while True:
+            try:
+                line = self._console.ask("> ")
+            except (EOFError, KeyboardInterrupt):
+                return
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                self._take(line)
+            except ZImageError as error:
+                self._console.error(str(error))
+            except KeyboardInterrupt:
+                self._console.note("stopped")
 
-    def plan(self, configs: Any) -> list[Request]: ...
+    def _take(self, line: str) -> None:
+        """Does what the line says."""
+        if line.startswith("/"):
+            self._command(line)
+        elif line:
+            config = replace(self._config, prompt=line)
+            requests = self._run.plan([config], self._console.warn)
+            self._writer.make(requests, [self._names.free(config)])
 
-    def make(self, requests: Any, paths: Any) -> None: ...
+    def _command(self, line: str) -> None:
+        name, _, value = line[1:].partition(" ")
+        name, value = name.replace("-", "_"), value.strip()
+        if name == "help":
+            self._console.note(HELP)
+        elif name == "show":
+            self._show()
+        elif name == "lora":
+            self._run.use_loras([path_and_scale(part.strip()) for part in value.split(",") if part.strip()])
+        elif name == "size":
+            width, _, height = value.partition("x")
+            self._config = _set(_set(self._config, "width", width), "height", height)
+        elif name in _DEFAULTS and name != "prompt":
+            self._config = _set(self._config, name, value)
+        else:
+            raise ConfigError(f"/{name} is unknown: /help lists the commands")
 
-
-def loop(run: Maker, config: GenerateConfig, console: Console) -> None:
-    """Reads lines until the input ends; an error is one line, and nothing is lost by it."""
-    console.note("a prompt makes a picture; /help lists the commands")
-    while True:
-        try:
-            line = console.ask("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line in ("/quit", "/exit"):
-            return
-        try:
-            config = _take(line, run, config, console)
-        except ZImageError as error:
-            console.error(str(error))
-        except KeyboardInterrupt:
-            console.note("stopped")
-
-
-def _take(line: str, run: Maker, config: GenerateConfig, console: Console) -> GenerateConfig:
-    """Does what the line says; returns the config that the next line starts from."""
-    if not line:
-        return config
-    if line.startswith("/"):
-        return _command(line, run, config, console)
-    wanted = replace(config, prompt=line)
-    run.make(run.plan([wanted]), [run.names.free(wanted)])
-    return config
-
-
-def _command(line: str, run: Maker, config: GenerateConfig, console: Console) -> GenerateConfig:
-    name, _, value = line[1:].partition(" ")
-    name, value = name.replace("-", "_"), value.strip()
-    if name == "help":
-        console.note(HELP)
-    elif name == "show":
-        values = {key: getattr(config, key) for key in _DEFAULTS if key != "prompt"}
-        loras = ", ".join(f"{path} x {scale:g}" for path, scale in run.loras) or "none"
-        console.facts("next", {key: v for key, v in values.items() if v is not None} | {"LoRA": loras})
-    elif name == "lora":
-        run.use_loras([path_and_scale(part.strip()) for part in value.split(",") if part.strip()])
-    elif name == "size":
-        width, _, height = value.partition("x")
-        config = _set(_set(config, "width", width), "height", height)
-    elif name in _DEFAULTS and name != "prompt":
-        config = _set(config, name, value)
-    else:
-        raise ConfigError(f"/{name} is unknown: /help lists the commands")
-    return config
+    def _show(self) -> None:
+        values = {name: getattr(self._config, name) for name in _DEFAULTS if name != "prompt"}
+        loras = ", ".join(f"{path} x {scale:g}" for path, scale in self._run.loras) or "none"
+        self._console.facts("next", {name: v for name, v in values.items() if v is not None} | {"LoRA": loras})
 
 
 def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:
+    """`config` with the field `name` as the text `value` says; without a text the default."""
     known = typed(value, _HINTS[name], f"/{name}") if value else _DEFAULTS[name]
-    return replace(config, **{name: known})
+    return config_of({field.name: getattr(config, field.name) for field in fields(config)} | {name: known})

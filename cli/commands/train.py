@@ -1,17 +1,18 @@
-"""zimage train: a LoRA from a folder of captioned pictures."""
+"""zimage train: its options, and a run as the terminal shows it."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from zimage_ref import TrainConfig
+from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
-from zimage_ref.training.plan import TrainPlan
+from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
+from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 
 from ..terminal import blas
@@ -20,7 +21,7 @@ from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
 from ..terminal.signals import noted
 
-_LOG_EVERY = 10.0  # seconds between lines where there is no terminal for a bar
+_LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return 0
     mlx = require_mlx("training")
     if args.dry_run:
-        _show_plan(mlx, config, console)
+        _show_plan(config, console)
         return 0
 
     if mlx.is_first():
@@ -56,12 +57,13 @@ def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
     """Trains with a progress bar and names the files written. The exit code, and the loss of every step."""
     mlx = require_mlx("training")
     with noted() as received, console.progress() as bars:
-        progress = _Progress(mlx, console, bars)
-        for event in mlx.train(config, lambda: bool(received)):
-            progress.show(event)
-    for path in progress.saved:
+        display = _Display(console, bars)
+        events: Iterator[Event] = mlx.train(config, lambda: bool(received))
+        for event in events:
+            display.show(event)
+    for path in display.saved:
         console.wrote(path)
-    return 128 + received[0] if progress.stopped else 0, progress.losses
+    return 128 + received[0] if display.stopped else 0, display.losses
 
 
 def _show_options(config: TrainConfig, console: Console) -> None:
@@ -75,41 +77,44 @@ def _show_options(config: TrainConfig, console: Console) -> None:
     })  # fmt: skip
 
 
-class _Progress:
-    """Events as bars, and as plain lines where there is no terminal."""
+class _Display:
+    """Events as bars, and as plain lines if there is no terminal."""
 
-    def __init__(self, mlx: ModuleType, console: Console, bars: Bars) -> None:
-        self._mlx, self._console, self._bars = mlx, console, bars
+    def __init__(self, console: Console, bars: Bars) -> None:
+        self._console, self._bars = console, bars
         self._held_out, self._logged = "", time.monotonic()
-        self._last: Any = None  # the last Step
+        self._last: Step | None = None
         self.saved: list[Path] = []
         self.losses: list[float] = []
         self.stopped = False
 
-    def show(self, event: Any) -> None:
+    def show(self, event: Event) -> None:
         """Shows one event."""
-        mlx, console = self._mlx, self._console
-        if isinstance(event, mlx.Step):
-            self._step(event)
-        elif isinstance(event, mlx.Encoded):
-            self._bars.update(event.what, event.done, event.total)
-        elif isinstance(event, mlx.Notice):
-            console.warn(event.text)
-        elif isinstance(event, mlx.Started) and event.step:
-            console.note(f"going on after step {event.step} of {event.total}")
-        elif isinstance(event, mlx.Validated):
-            self._held_out = f"  held out {event.loss:.4f}"
-            if self._last:  # the bar of the last step would keep the loss from before it
-                self._show_step(self._last)
-            each = "  ".join(f"{sigma:g}: {loss:.4f}" for sigma, loss in event.losses.items())
-            console.note(f"step {event.step}: held-out loss {event.loss:.4f}  ({each})")
-        elif isinstance(event, mlx.Saved):
-            self.saved.append(event.path)
-        elif isinstance(event, mlx.Stopped):
-            self.stopped = True
-            console.note(f"stopped after step {event.step}")
+        match event:
+            case Step():
+                self._step(event)
+            case Encoded(done, total, what):
+                self._bars.update(what, done, total)
+            case Notice(text):
+                self._console.warn(text)
+            case Started(step, total) if step:
+                self._console.note(f"going on after step {step} of {total}")
+            case Validated():
+                self._validated(event)
+            case Saved(path):
+                self.saved.append(path)
+            case Stopped(step):
+                self.stopped = True
+                self._console.note(f"stopped after step {step}")
 
-    def _step(self, event: Any) -> None:
+    def _validated(self, event: Validated) -> None:
+        self._held_out = f"  held out {event.loss:.4f}"
+        if self._last:  # the bar of the last step would keep the loss from before it
+            self._show_step(self._last)
+        each = "  ".join(f"{sigma:g}: {loss:.4f}" for sigma, loss in event.losses.items())
+        self._console.note(f"step {event.step}: held-out loss {event.loss:.4f}  ({each})")
+
+    def _step(self, event: Step) -> None:
         self.losses.append(event.loss)
         if event.skipped:
             self._console.note(f"step {event.step}: loss or gradient is not finite, skipped")
@@ -121,7 +126,7 @@ class _Progress:
             self._console.note(f"step {event.step}/{event.total}  {'  '.join(lines)}  {left / 60:.0f} min left")
             self._logged = now
 
-    def _show_step(self, event: Any) -> tuple[str, ...]:
+    def _show_step(self, event: Step) -> tuple[str, ...]:
         lines = (
             f"epoch {event.epoch}  loss {event.smoothed:.4f}{self._held_out}",
             f"lr {event.lr:.2e}  norm {event.grad_norm:.3f}  {event.peak_memory / 1e9:.1f} GB",
@@ -131,17 +136,14 @@ class _Progress:
         return lines
 
 
-def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
+def _show_plan(config: TrainConfig, console: Console) -> None:
     """What a run would do, from headers and pictures alone."""
+    resolved: tuple[str, Quantization | None] = require_mlx("training").resolve_base_precision(config)
+    dtype, quantization = resolved
     with console.progress() as bars:
-        for event in mlx.plan_of(config):
-            if isinstance(event, TrainPlan):
-                plan = event
-            else:
-                bars.update(event.what, event.done, event.total)
-    dtype, how = mlx.base_precision(config)
+        plan = make_plan(config, bars.update)
     stored = plan.stored_bits
-    bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{how.bits} bits" if how else "")
+    bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{quantization.bits} bits" if quantization else "")
     console.table(("plan", ""), [
         ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
@@ -152,7 +154,7 @@ def _show_plan(mlx: ModuleType, config: TrainConfig, console: Console) -> None:
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
-    (captions, pictures, train), fast = (plan.memory(dtype, how, lean) for lean in (True, False))
+    (captions, pictures, train), fast = (plan.memory(dtype, quantization, lean) for lean in (True, False))
     console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
         "encode captions": captions.total, "encode pictures": pictures.total,
         "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,

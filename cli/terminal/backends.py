@@ -1,40 +1,50 @@
-"""The two engines behind one choice: MLX where it is installed, NumPy anywhere."""
+"""The two engines behind one choice: MLX if it is installed, NumPy anywhere. Each is loaded when it is asked for."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
+import zimage_mlx
 import zimage_ref
-from zimage_ref import BackendError
-from zimage_ref.generation.pipeline import Pipeline
+from zimage_ref.errors import BackendError
 
 from . import blas
 
-mlx: ModuleType | None
-blas.preload()
-try:
-    import zimage_mlx as mlx
-except ImportError as error:
-    if not (error.name or "").startswith("mlx"):
-        raise
-    mlx = None
+if TYPE_CHECKING:
+    from zimage_ref.generation.pipeline import AnyPipeline
+
+
+def _mlx_is_installed() -> bool:
+    try:
+        return find_spec("mlx.core") is not None  # `mlx` alone may be any folder of that name
+    except ModuleNotFoundError:
+        return False
+
 
 BACKENDS = ("mlx", "numpy")
-DEFAULT = "mlx" if mlx else "numpy"
+DEFAULT = "mlx" if _mlx_is_installed() else "numpy"
 
 
 def require_mlx(work: str) -> ModuleType:
-    """The package `zimage_mlx`. Raises BackendError where MLX is not installed."""
-    if mlx is None:
+    """The package `zimage_mlx`, with MLX loaded. Raises BackendError if MLX is not installed or does not load."""
+    if DEFAULT != "mlx":
         raise BackendError(
             f"{work} needs MLX, which is not installed: pip install 'zimage-mlx[cpu]' on Linux, "
             f"'zimage-mlx[cuda]' with an NVIDIA GPU; on an Apple Silicon Mac it comes by itself"
         )
-    return mlx
+    blas.preload()
+    try:
+        import_module("zimage_mlx.device")
+    except ImportError as error:
+        raise BackendError(f"{work} needs MLX, which is installed but does not load: {error}") from error
+    return zimage_mlx
 
 
-def pipeline(backend: str) -> type[Pipeline]:
-    """The pipeline class of `backend`, mlx or numpy. Raises BackendError where MLX is not installed."""
+def pipeline(backend: str) -> type[AnyPipeline]:
+    """The pipeline class of `backend`, mlx or numpy. Raises BackendError as `require_mlx` does."""
     package = zimage_ref if backend == "numpy" else require_mlx("--backend mlx")
-    chosen: type[Pipeline] = package.ZImagePipeline
+    chosen: type[AnyPipeline] = package.ZImagePipeline
     return chosen

@@ -7,8 +7,9 @@ where the output is not a terminal or NO_COLOR is set.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import rich.console
 from rich.color import Color
@@ -20,13 +21,12 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 
-from zimage_ref.pictures.images import Picture, half_blocks
-
 from .options import in_flags
 
 with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
 
+RGB = tuple[int, int, int]
 _BARS = "▁▂▃▄▅▆▇█"
 THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
 
@@ -81,11 +81,15 @@ class Console:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
-    def picture(self, image: Picture, columns: int = 64) -> None:
-        """`image`, `columns` wide, in coloured half blocks; nothing where stderr is not a terminal with colours."""
+    def cells(self, most: int) -> int:
+        """How many cells wide a picture can be, at most `most`; 0 if stderr is not a terminal with colours."""
         if not self.err.is_terminal or self.err.no_color or self.err.color_system not in ("256", "truecolor"):
-            return
-        for cells in half_blocks(image, max(1, min(columns, self.err.width, image.width))):
+            return 0
+        return max(1, min(most, self.err.width))
+
+    def half_blocks(self, lines: Iterable[Sequence[tuple[RGB, RGB]]]) -> None:
+        """Lines of cells on stderr, each given by the colours of its upper and its lower half."""
+        for cells in lines:
             line = Text()
             for upper, lower in cells:
                 line.append("▀", Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
@@ -102,7 +106,7 @@ class Console:
     def curve(self, name: str, values: Sequence[float], columns: int = 60) -> None:
         """A line of bars, each the mean of a stretch of `values`, with the first and the last in numbers."""
         ends = [len(values) * i // columns for i in range(columns + 1)]
-        means = [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+        means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends) if b > a]
         low, high = min(means), max(means)
         bars = "".join(_BARS[round((m - low) / ((high - low) or 1) * (len(_BARS) - 1))] for m in means)
         self.out.print(f"[muted]{escape(name)}[/] {means[0]:.4f} [fact]{bars}[/] {means[-1]:.4f}", soft_wrap=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.formats.files import check_writable
-from zimage_ref.pictures.images import Picture, check_suffix, encoded, save_picture
+from zimage_ref.generation.jobs import Request
+from zimage_ref.generation.run import GenerationRun
+from zimage_ref.pictures.formats import check_suffix
+from zimage_ref.pictures.images import Picture, encoded, half_blocks, save_picture
+from zimage_ref.pictures.metadata import Record
 
 from .console import Console
 
@@ -17,9 +20,10 @@ STDOUT = Path("-")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KNOWN = ("seed", "index", "prompt")
 _WORDS = 48  # characters of a prompt in a file name
+THUMBNAIL_COLUMNS = 48
 
 
-class Names:
+class OutputNames:
     """The files of a run's pictures, by a pattern."""
 
     def __init__(self, pattern: Path, overwrite: bool) -> None:
@@ -34,7 +38,7 @@ class Names:
         self.pattern, self.overwrite = pattern, overwrite
 
     def of(self, configs: Sequence[GenerateConfig]) -> list[Path]:
-        """A file for each picture. Raises ConfigError where one is there or cannot be, or stdout would take several."""
+        """A file for each picture. Raises ConfigError if one exists or cannot be, or stdout would take several."""
         if self.pattern == STDOUT:
             if len(configs) > 1:
                 raise ConfigError(f"--output - takes one picture, not {len(configs)}")
@@ -49,7 +53,7 @@ class Names:
         return paths
 
     def free(self, config: GenerateConfig) -> Path:
-        """The next file of the pattern that is not there yet, numbered where the pattern does not do it itself."""
+        """The next file of the pattern that is not there yet, numbered if the pattern does not do it itself."""
         path, index = self.fill(config, 1), 1
         while path.exists() and not self.overwrite:
             index += 1
@@ -64,7 +68,27 @@ class Names:
         return Path(_PLACEHOLDER.sub(lambda match: values[match[1]], str(self.pattern)))
 
 
-def write(picture: Picture, path: Path, record: Mapping[str, Any] | None, console: Console) -> None:
+class PictureWriter:
+    """Makes the pictures of a run in front of a person: bars, files or stdout, thumbnails."""
+
+    def __init__(self, run: GenerationRun, console: Console, thumbnails: bool) -> None:
+        self.run, self.console, self.thumbnails = run, console, thumbnails
+
+    def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
+        """Makes the pictures of `requests` and writes each to its path; previews go beside it."""
+
+        def preview(index: int, picture: Picture) -> None:
+            save_picture(picture, preview_path(paths[index]))
+
+        with self.console.progress() as bars:
+            for made in self.run.make(requests, bars.update, preview):
+                path = paths[made.index]
+                write(made.picture, path, made.record, self.console)
+                if self.thumbnails and path != STDOUT:
+                    show(made.picture, self.console, THUMBNAIL_COLUMNS)
+
+
+def write(picture: Picture, path: Path, record: Record | None, console: Console) -> None:
     """Writes a picture and says so, or puts it on stdout as PNG."""
     if path == STDOUT:
         console.raw(encoded(picture, "PNG", record))
@@ -73,6 +97,12 @@ def write(picture: Picture, path: Path, record: Mapping[str, Any] | None, consol
         console.wrote(path)
 
 
+def show(picture: Picture, console: Console, columns: int = 64) -> None:
+    """`picture`, `columns` wide, in coloured half blocks; nothing if stderr is not a terminal with colours."""
+    if width := console.cells(min(columns, picture.width)):
+        console.half_blocks(half_blocks(picture, width))
+
+
 def preview_path(path: Path) -> Path:
-    """Where the picture under way is shown: beside the result, or in the current folder where that goes to stdout."""
+    """The file of a preview: beside the result, or in the current folder if the result goes to stdout."""
     return Path("preview.png") if path == STDOUT else path.with_name(f"{path.stem}.preview{path.suffix}")

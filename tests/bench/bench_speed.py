@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,21 @@ from peers import mflux
 
 from zimage_mlx.device import on_gpu
 from zimage_mlx.lora import layers as lora_layers
-from zimage_mlx.networks.compiled import BlockRunner, Pieces
 from zimage_mlx.networks.quantized import QuantizedLinear
+from zimage_mlx.networks.running import BlockRunner, RunInPieces
 from zimage_mlx.networks.strips import Strips
 from zimage_mlx.networks.text_encoder import TextEncoder
-from zimage_mlx.networks.transformer import Block, Transformer
+from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import find, place
 from zimage_mlx.networks.vae import VAE
 from zimage_mlx.training.gradient import LossAndGradients
-from zimage_mlx.training.loss import Batch
+from zimage_mlx.training.loss import NoisyBatch
 from zimage_mlx.training.optimizer import Optimizer
 from zimage_mlx.training.packing import Packing
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import FAST, LEAN
 from zimage_ref.model import config, parameters
+from zimage_ref.model.quantization import covers
 from zimage_ref.training.config import TrainConfig
 
 CASES = ("forward", "quantized", "step", "decode", "text", "picture", "scaling", "peers")
@@ -54,10 +54,10 @@ SMALL = replace(config.OFFICIAL_TRANSFORMER, dim=384, n_heads=3, n_layers=3)
 @contextmanager
 def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
     """A random transformer, of `bits` where given, as the pipeline runs it."""
-    model = random_(Transformer(bench.config))
+    model = random_(Transformer(bench.config, BlockRunner()))
     if bits:
-        how = Quantization(bits, 64)
-        covered = {k for k, s in parameters.transformer_parameters(bench.config).items() if how.covers(k, s)}
+        shapes, quantization = parameters.transformer_parameters(bench.config), Quantization(bits, 64)
+        covered = {name for name, shape in shapes.items() if covers(quantization, name, shape)}
         layers = []
         for name in covered:
             path = name.removesuffix(".weight")
@@ -65,7 +65,6 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
             layers.append((path, layer))
             mx.eval(layer.parameters())
         model.update_modules(tree_unflatten(layers))
-    model.run = BlockRunner()
     yield model
     del model
     gc.collect()
@@ -75,7 +74,7 @@ def transformer(bench: Bench, bits: int | None = None) -> Iterator[Transformer]:
 def forward(bench: Bench, label: str, bits: int | None = None) -> None:
     """The transformer's forward pass, by blocks as when memory is plenty, and by pieces of them."""
     with transformer(bench, bits) as model:
-        by_pieces: Any = partial(Block.__call__, run=Pieces(on_gpu()))
+        by_pieces = RunInPieces(on_gpu()).block
         for side in bench.sides:
             bench.measure(f"{label} {side}", forward_of(bench, model, side), bench.flops(side), 8)
             model.run, by_blocks = by_pieces, model.run
@@ -86,9 +85,9 @@ def forward(bench: Bench, label: str, bits: int | None = None) -> None:
 def forward_of(bench: Bench, model: Transformer, side: int, batch: int = 1) -> Callable[[], None]:
     """Computes the forward pass of `batch` pictures of this side; all that is the same in each step is done before."""
     x, captions = mx.random.normal((batch, 16, side // 8, side // 8)), [random_caption(bench.config)] * batch
-    given, t = model.condition(captions, side // 8, side // 8), mx.array([0.3])
-    mx.eval(given.caption, x)
-    return lambda: mx.eval(model.denoise(x, t, given))
+    conditioning, t = model.condition(captions, side // 8, side // 8), mx.array([0.3])
+    mx.eval(conditioning.caption, x)
+    return lambda: mx.eval(model.denoise(x, t, conditioning))
 
 
 def scaling(bench: Bench) -> None:
@@ -105,20 +104,20 @@ def step(bench: Bench, bits: int | None = None) -> None:
     with transformer(bench, bits) as model:
         weights = mx.get_active_memory()
         layers = parameters.lora_modules(bench.config, ("attention", "feed_forward", "refiners"))
-        lora_layers.start(model, layers, 16, 16.0, np.random.default_rng(0))
+        lora_layers.add_trainable_loras(model, layers, 16, 16.0, np.random.default_rng(0))
         packing = Packing(dict(tree_flatten(model.trainable_parameters())))
         vectors = packing.pack(dict(tree_flatten(model.trainable_parameters())))
         optimizer = Optimizer(TrainConfig(model_dir=Path(), dataset=Path()), packing, vectors)
         mx.eval(vectors)
         for side in bench.sides:
             shape = (1, 16, side // 8, side // 8)
-            batch = Batch(
+            batch = NoisyBatch(
                 mx.random.normal(shape), mx.random.normal(shape), mx.array([0.6]), [random_caption(bench.config)]
             )
             for mode, budget in (("fast", math.inf), ("lean", 0)):
                 differentiate = LossAndGradients(model, budget, compiled=on_gpu())
 
-                def run(differentiate: Any = differentiate, batch: Batch = batch) -> None:
+                def run(differentiate: Any = differentiate, batch: NoisyBatch = batch) -> None:
                     nonlocal vectors
                     place(model, packing.unpack(vectors, model.dtype))
                     vectors = optimizer.apply(vectors, packing.pack(differentiate(batch)[1]), 1e-4)
@@ -154,9 +153,9 @@ def picture(bench: Bench) -> None:
 
         def whole() -> None:
             x = mx.random.normal((1, 16, side // 8, side // 8))
-            given = model.condition([random_caption(bench.config)], side // 8, side // 8)
+            conditioning = model.condition([random_caption(bench.config)], side // 8, side // 8)
             for i in range(8):
-                x = x + model.denoise(x, mx.array([i / 8]), given).astype(mx.float32) / 8
+                x = x + model.denoise(x, mx.array([i / 8]), conditioning).astype(mx.float32) / 8
                 mx.eval(x)
             mx.eval(vae.decode(x, Strips(FAST.strips)))
 

@@ -20,12 +20,13 @@ import pytest
 from support import tiny
 
 from zimage_cli.app import main
-from zimage_ref.checkpoints.convert import Target, count_nonfinite, open_source, parse_size, write_model
+from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.quantize import Quantization
-from zimage_ref.formats.tensors import BFLOAT16, DTYPES, Tensor, cast
+from zimage_ref.formats.shards import parse_size
+from zimage_ref.formats.tensors import BFLOAT16, DTYPES, Tensor, cast, count_nonfinite
 from zimage_ref.model.parameters import transformer_parameters
 
 
@@ -237,6 +238,7 @@ def test_the_summary_tells_sizes_before_and_after(
 _MEASURED = """
 import pathlib, sys
 from zimage_cli.app import main
+from zimage_cli.commands import convert
 def peak():
     return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support import foreign, tiny
+from support.foreign import DIALECTS
 
 import zimage_ref
-from zimage_ref.checkpoints.components import COMPONENTS, identify, official_weights
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
-from zimage_ref.checkpoints.dialects import DIALECTS, NAMINGS
+from zimage_ref.checkpoints.identify import identify, official_weights
+from zimage_ref.checkpoints.registry import COMPONENTS
+from zimage_ref.checkpoints.transformer import TRANSFORMER
 from zimage_ref.errors import FormatError, WeightError
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.tensors import DTYPES, Tensor, cast
@@ -49,7 +51,7 @@ def test_published_names_map_both_ways_with_nothing_left_over(component: str, di
     assert identity is not None
     assert (identity.component, identity.dialect.name, identity.sizes) == (component, dialect, official)
 
-    weights = official_weights(file, component, official)
+    weights = official_weights(file, COMPONENTS[component], official)
     assert {n: t.shape for n, t in weights.items()} == COMPONENTS[component].parameters(official)
     assert (len(weights), sum(t.size for t in weights.values())) == COUNTS[component]
 
@@ -64,14 +66,14 @@ def test_burn_names_have_the_sources_and_transpositions_of_burns_conversion(comp
     config, shapes = COMPONENTS[component].official, COMPONENTS[component].parameters(COMPONENTS[component].official)
     burn, other = (DIALECTS[component][d] for d in ("burn", source))
     for name, shape in shapes.items():
-        here, there = burn.home(name, shape, config), other.home(name, shape, config)
+        here, there = burn.place(name, shape, config), other.place(name, shape, config)
         published, transposed = MANIFESTS["burn_source"][component][here.name]
         assert (published.removeprefix("model."), transposed) == (there.name, here.transposed)
 
 
 def test_ldm_names_are_those_of_diffusers_own_conversion() -> None:
     shapes = COMPONENTS["vae"].parameters(cfg.OFFICIAL_VAE)
-    ours = {name: DIALECTS["vae"]["ldm"].home(name, shape, cfg.OFFICIAL_VAE).name for name, shape in shapes.items()}
+    ours = {name: DIALECTS["vae"]["ldm"].place(name, shape, cfg.OFFICIAL_VAE).name for name, shape in shapes.items()}
     assert ours == MANIFESTS["vae_ldm_of"]
 
 
@@ -116,7 +118,7 @@ def test_round_trips_are_exact(component: str, dialect: str, dtype: str, tmp_pat
         np.testing.assert_array_equal(back[name], original[name], strict=True)
 
 
-@pytest.mark.parametrize(("component", "naming"), [(c, n) for c, names in NAMINGS.items() for n in names])
+@pytest.mark.parametrize(("component", "naming"), [(c, n) for c, e in COMPONENTS.items() for n in e.namings])
 def test_every_naming_is_read_back_exactly(component: str, naming: str, model: Path, tmp_path: Path) -> None:
     source = open_source(model, component)
     write_model(source, Target(tmp_path / "named.safetensors", component, naming=naming))
@@ -171,7 +173,7 @@ def test_every_dialect_in_every_container_holds_the_official_weights_and_makes_t
 def test_mlx_makes_the_same_picture_of_dialects_and_containers(
     number: int, container: str, model: Path, tmp_path: Path
 ) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     if container == ".gguf":
         pytest.importorskip("gguf", reason="reading .gguf needs the extra gguf")
     parts = converted(model, tmp_path, number, container)
@@ -221,7 +223,7 @@ def test_misfits_are_counted_and_listed_under_the_files_own_names(model: Path, t
     arrays["x_pad_token"] = np.zeros((1, 96), np.int32)
     path = foreign.write(tmp_path / "t.safetensors", arrays)
     with pytest.raises(WeightError) as caught:
-        official_weights(Checkpoint.open(path), "transformer", tiny.TRANSFORMER)
+        official_weights(Checkpoint.open(path), TRANSFORMER, tiny.TRANSFORMER)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text
     for fact in (

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from support import tiny
 
-from zimage_cli.app import COMMANDS, main
+from zimage_cli.app import main
+from zimage_cli.commands import COMMANDS
 from zimage_ref import TrainConfig
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.training import config as training_config

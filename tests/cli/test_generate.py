@@ -11,10 +11,12 @@ import rich.console
 from PIL import Image
 from support import tiny
 
-import zimage_cli.commands.generate
+import zimage_cli.terminal.pictures
 from zimage_cli.app import main
 from zimage_cli.terminal.console import Console
+from zimage_cli.terminal.pictures import show
 from zimage_ref import ZImagePipeline
+from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.networks.weights import Weights
 from zimage_ref.pictures.metadata import read_record
@@ -98,13 +100,14 @@ def test_a_prompt_that_is_cut_is_told(run, capfd: pytest.CaptureFixture[str]) ->
 
 def test_previews_show_the_picture_under_way(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[np.ndarray] = []
-    save = zimage_cli.commands.generate.save_picture
+    save = zimage_cli.terminal.pictures.save_picture
 
-    def watched(picture: Image.Image, path: Path) -> None:
-        save(picture, path)
-        seen.append(pixels(path))
+    def watched(picture: Image.Image, path: Path, *record: object) -> None:
+        save(picture, path, *record)
+        if "preview" in path.name:
+            seen.append(pixels(path))
 
-    monkeypatch.setattr(zimage_cli.commands.generate, "save_picture", watched)
+    monkeypatch.setattr(zimage_cli.terminal.pictures, "save_picture", watched)
     assert run("--prompt=x", "--prompt=y", "--steps=5", "--preview-steps=2", "--output={prompt}.png") == 0
     assert names(tmp_path) == ["x.png", "x.preview.png", "y.png", "y.preview.png"]
     assert len(seen) == 4  # after steps 2 and 4 of each
@@ -237,9 +240,7 @@ def test_networks_stay_in_memory_where_they_are_used_again_and_fit(
 ) -> None:
     seen: list[bool] = []
     monkeypatch.setattr(ZImagePipeline, "memory_limit", lambda self: limit)
-    monkeypatch.setattr(
-        zimage_cli.commands.generate.Run, "make", lambda self, requests, paths: seen.append(self.pipe.lean)
-    )
+    monkeypatch.setattr(Pipeline, "generate", lambda self, *args, **how: seen.append(self.lean) or iter(()))
     monkeypatch.setattr("sys.stdin", io.StringIO("a fox\n"))
     assert run("--force", *options, *([] if "--interactive" in options else ["--prompt=x"])) == 0
     assert seen == [lean]
@@ -266,12 +267,11 @@ def test_the_terminal_shows_a_thumbnail() -> None:
     picture = Image.new("RGB", (40, 20), "red")
     picture.paste((0, 0, 255), (0, 10, 40, 20))
     terminal = io.StringIO()
-    Console(err=rich.console.Console(file=terminal, force_terminal=True, color_system="truecolor", width=80)).picture(
-        picture, 8
-    )
+    colours = rich.console.Console(file=terminal, force_terminal=True, color_system="truecolor", width=80)
+    show(picture, Console(err=colours), 8)
     lines = terminal.getvalue().rstrip("\n").split("\n")
     assert len(lines) == 2 and all(line.count("▀") == 8 for line in lines)
     assert "38;2;255;0;0;48;2;255;0;0" in lines[0] and "38;2;0;0;255;48;2;0;0;255" in lines[1]
     pipe = io.StringIO()
-    Console(err=rich.console.Console(file=pipe)).picture(picture, 8)
+    show(picture, Console(err=rich.console.Console(file=pipe)), 8)
     assert pipe.getvalue() == ""

@@ -14,7 +14,7 @@ import pytest
 from support import foreign, tiny
 
 from zimage_cli.app import main
-from zimage_ref.checkpoints.components import COMPONENTS
+from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.tensors import Tensor

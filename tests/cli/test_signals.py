@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from zimage_cli import app
+from zimage_cli.commands import inspect
 from zimage_cli.terminal.signals import Terminated, noted, unwinding
 
 RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
@@ -30,7 +31,7 @@ def test_each_has_its_exit_code_and_one_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for number, code, line in FATES:
-        monkeypatch.setattr(app.COMMANDS["inspect"], "run", lambda *_, number=number: signal.raise_signal(number))
+        monkeypatch.setattr(inspect, "run", lambda *_, number=number: signal.raise_signal(number))
         assert app.main(["inspect", "--input", "x"]) == code
         assert capfd.readouterr().err.strip() == line
 

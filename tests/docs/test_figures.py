@@ -10,8 +10,18 @@ from test_estimates import official
 
 from zimage_ref import TrainConfig
 from zimage_ref.formats.quantize import Quantization
-from zimage_ref.memory import FAST, LEAN, generation, peak, trainable_parameters, training
+from zimage_ref.memory import (
+    FAST,
+    LEAN,
+    LoadedModel,
+    generation_stages,
+    lora_bytes,
+    peak,
+    trainable_parameters,
+    training_stages,
+)
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
+from zimage_ref.training.optimizers import OPTIMIZERS
 
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 
@@ -22,10 +32,8 @@ def quantization(bits: int | None) -> Quantization | None:
 
 def generated(side: int, bits: int | None = None, fast: bool = False) -> str:
     """GB that a picture takes, as a page writes them."""
-    stages = generation(
-        official(), "bfloat16", FAST if fast else LEAN,
-        width=side, height=side, quantization=quantization(bits), one_at_a_time=not fast,
-    )  # fmt: skip
+    model = LoadedModel(official(), "bfloat16", quantization(bits))
+    stages = generation_stages(model, FAST if fast else LEAN, (side, side), one_at_a_time=not fast)
     return f"{peak(stages).total / 1e9:.1f}"
 
 
@@ -34,10 +42,9 @@ def trained(side: int, bits: int | None = None, fast: bool = False) -> str:
     model, config = official(), TrainConfig("model", "dataset")
     layers = lora_modules(model.transformer, config.targets)
     trainable = trainable_parameters(transformer_parameters(model.transformer), layers, config.rank)
-    stages = training(
-        model, "bfloat16", quantization(bits),
-        trainable=trainable, image_tokens=side * side // model.size_multiple**2, lean=not fast,
-    )  # fmt: skip
+    lora = lora_bytes(trainable, OPTIMIZERS[config.optimizer].slots)
+    tokens = side * side // model.size_multiple**2
+    stages = training_stages(LoadedModel(model, "bfloat16", quantization(bits)), tokens, lora, lean=not fast)
     return f"{peak(stages).total / 1e9:.1f}"
 
 

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 from support import foreign
 
-from zimage_ref.checkpoints.components import COMPONENTS, config_of, identify
+from zimage_ref.checkpoints.identify import config_of, identify
+from zimage_ref.checkpoints.transformer import TRANSFORMER
 from zimage_ref.errors import ZImageError
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import Checkpoint
@@ -38,7 +40,7 @@ def write_npz(path: Path) -> None:
     weight = quantized(Tensor.of(np.ones((8, 64), np.float32)), Quantization(4, 32))
     record = {
         "model_type": "transformer",
-        "config": COMPONENTS["transformer"].official.to_json(),
+        "config": TRANSFORMER.official.to_json(),
         "quantization": weight.quantization.to_json(),
     }
     npz.write(path, {n: Tensor.of(a) for n, a in ARRAYS.items()} | unfold({"w.weight": weight}), record)
@@ -71,7 +73,7 @@ CONTAINERS: dict[str, Callable[[Path], None]] = {
 
 def mutants(data: bytes, rng: Random) -> Iterator[bytes]:
     """Files that differ from `data` by a few flips, cuts, copies, insertions, or numbers that lie; headers mostly."""
-    interesting = [i for i, (a, b) in enumerate(zip(data, data[1:], strict=False)) if a != b]
+    interesting = [i for i, (a, b) in enumerate(pairwise(data)) if a != b]
     while True:
         mutant = bytearray(data)
         for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
@@ -105,7 +107,7 @@ def use(path: Path, identified: bool = True) -> None:
     file = Checkpoint.open(path)
     if identified:
         identify(file.tensors)
-    config_of(file, "transformer")
+    config_of(file, TRANSFORMER)
     for tensor in file.tensors.values():
         array = tensor.read()
         assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
@@ -154,15 +156,15 @@ CONFIGS: list[Any] = [3, [], "x", None, {}, {"dim": "wide"}, {"n_layers": 1 << 4
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_a_config_that_is_none_is_refused(change: Any, tmp_path: Path) -> None:
-    good = COMPONENTS["transformer"].official.to_json()
+    good = TRANSFORMER.official.to_json()
     config = good | change if isinstance(change, dict) and change else change
     npz.write(tmp_path / "a.npz", {"a": Tensor.of(ARRAYS["norm.gamma"])}, {"config": config})
     file = Checkpoint.open(tmp_path / "a.npz")
     if change is None:
-        assert config_of(file, "transformer") is None
+        assert config_of(file, TRANSFORMER) is None
         return
     with pytest.raises(ZImageError, match=r"a\.npz|is no size"):
-        config_of(file, "transformer")
+        config_of(file, TRANSFORMER)
 
 
 def test_a_pickle_is_never_run(tmp_path: Path) -> None:

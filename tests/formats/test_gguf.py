@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from support import foreign, tiny
 
-from zimage_ref.checkpoints.components import COMPONENTS, official_weights
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
+from zimage_ref.checkpoints.identify import official_weights
+from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.errors import BackendError, FormatError
 from zimage_ref.formats import gguf as formats_gguf
 from zimage_ref.formats.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ def test_quantized_weights_are_what_the_package_dequantizes(
     foreign.write(tmp_path / "a.safetensors", {n: through(a) for n, a in arrays.items()})
     quantized, plain = (Checkpoint.open(tmp_path / f"a.{suffix}") for suffix in ("gguf", "safetensors"))
     assert kind.name in {tensor.stored_as for tensor in quantized.tensors.values()}
-    ours, theirs = (official_weights(file, component, config) for file in (quantized, plain))
+    ours, theirs = (official_weights(file, COMPONENTS[component], config) for file in (quantized, plain))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor.read(), theirs[name].read(), strict=True)

@@ -40,7 +40,7 @@ def stored(tmp_path: Path) -> dict[str, np.ndarray]:
 
 
 # bytes: nothing is large, nearly everything is; and as for CUDA, where nothing is read ahead
-@pytest.mark.parametrize("large, threads", [(1 << 20, True), (1, True), (1 << 20, False)])
+@pytest.mark.parametrize(("large", "threads"), [(1 << 20, True), (1, True), (1 << 20, False)])
 def test_what_is_read_ahead_is_what_is_stored_in_its_order(
     stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, threads: bool
 ) -> None:

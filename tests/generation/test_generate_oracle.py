@@ -25,9 +25,9 @@ from diffusers import (
 from diffusers.pipelines.z_image import pipeline_z_image_img2img, pipeline_z_image_inpaint
 from PIL import Image
 from support import official, tiny
+from support.flows import curved
 from support.networks import BACKENDS, pipeline
 from support.parity import assert_parity
-from test_samplers import curved
 
 from zimage_ref.generation.samplers import SAMPLERS
 from zimage_ref.model.config import SchedulerConfig

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.flows import curved
 from support.networks import BACKENDS, native
 from support.parity import to_float64
 
@@ -28,13 +29,6 @@ def test_a_perfect_prediction_leads_to_the_picture(name: str) -> None:
     for (x, predicted), sigma in zip(steps, SIGMAS[1:], strict=True):
         np.testing.assert_allclose(x, add_noise(x_0, noise, sigma), atol=1e-12)
         np.testing.assert_allclose(predicted, x_0, atol=1e-12)
-
-
-def curved(x: Any, sigma: float) -> Any:
-    """The raw output of a model of one-dimensional Gaussian pictures, mean 1 and deviation 0.5: not a straight line."""
-    spread = (1 - sigma) ** 2 * 0.25 + sigma**2
-    x_0 = 1 + (1 - sigma) * 0.25 / spread * (x - (1 - sigma))
-    return (x_0 - x) / sigma
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpm++2m", 2)])

@@ -8,20 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import lora_makers, tiny
-from support.tiny_loras import BASE, FACTORS, LAYERS, RANK, SHAPES, assert_same, difference, make
+from support.tiny_loras import BASE, FACTORS, LAYERS, RANK, SHAPES, assert_same, delta, difference, make
 
 from zimage_cli.app import main
 from zimage_ref import TrainConfig, WeightError
 from zimage_ref.formats.tensors import Tensor
-from zimage_ref.lora.arithmetic import delta
 from zimage_ref.lora.file import read_lora, write_lora
-from zimage_ref.lora.merge import combined, merged, norm
-from zimage_ref.lora.namings import NAMINGS
-from zimage_ref.lora.updates import LowRank
+from zimage_ref.lora.low_rank import LowRank
+from zimage_ref.lora.merge import combined, merged
+from zimage_ref.lora.spellings import lora_namings
 
 
-@pytest.mark.parametrize("there", NAMINGS)
-@pytest.mark.parametrize("back", NAMINGS)
+@pytest.mark.parametrize("there", lora_namings())
+@pytest.mark.parametrize("back", lora_namings())
 def test_converting_there_and_back_loses_nothing(there: str, back: str, tmp_path: Path) -> None:
     """In bfloat16, whose numbers a scale of 1/2 does not round: exactly the same deltas."""
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
@@ -37,12 +36,12 @@ def test_converting_there_and_back_loses_nothing(there: str, back: str, tmp_path
             np.testing.assert_array_equal(difference(other.updates[name], name), difference(update, name), name)
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming", lora_namings())
 def test_mixed_ranks_and_scales_survive_every_naming(naming: str, tmp_path: Path) -> None:
     rng, lora = np.random.default_rng(2), {}
     for i, (layer, (outputs, inputs)) in enumerate(LAYERS.items()):
         A = rng.standard_normal((2 + i % 3, inputs)).astype(np.float32)
-        lora[layer] = LowRank(A, rng.standard_normal((outputs, len(A))).astype(np.float32), 0.3 + i)
+        lora[layer] = LowRank(A, rng.standard_normal((outputs, len(A))).astype(np.float32), scale=0.3 + i)
     del lora["layers.1.attention.to_k"]
     write_lora(tmp_path / "mixed.safetensors", lora, {}, naming, "f32")
     again = read_lora(tmp_path / "mixed.safetensors", SHAPES).updates
@@ -66,7 +65,7 @@ def test_other_kinds_survive_the_namings_that_know_them(name: str, naming: str, 
 
 def test_alpha_is_applied_once(tmp_path: Path) -> None:
     """The default naming folds it into B, says so beside the file, and no reader takes it from there again."""
-    lora = {"layers.0.attention.to_q": LowRank(np.ones((2, 96), np.float32), np.ones((96, 2), np.float32), 4.0)}
+    lora = {"layers.0.attention.to_q": LowRank(np.ones((2, 96), np.float32), np.ones((96, 2), np.float32), scale=4.0)}
     path = tmp_path / "x.safetensors"
     write_lora(path, lora, {"rank": 2, "alpha": 8.0})
     sidecar = json.loads((tmp_path / "x.lora.json").read_text(encoding="utf-8"))
@@ -89,7 +88,7 @@ def test_combining_is_exact_and_reducing_is_the_best_of_its_rank(tmp_path: Path)
         error = np.linalg.norm(difference(few[name], name) - wanted)
         np.testing.assert_allclose(error, np.linalg.norm(singular[5:]), rtol=1e-3)
     np.testing.assert_allclose(
-        norm(whole["layers.0.attention.to_q"]),
+        whole["layers.0.attention.to_q"].norm(),
         np.linalg.norm(difference(whole["layers.0.attention.to_q"], "layers.0.attention.to_q")),
         rtol=1e-5,
     )
@@ -181,7 +180,7 @@ def test_the_command_line_refuses_in_one_line(
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming", lora_namings())
 def test_training_writes_the_naming_that_is_asked_for(naming: str, tmp_path: Path) -> None:
     pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
     from zimage_mlx import train
@@ -196,4 +195,4 @@ def test_training_writes_the_naming_that_is_asked_for(naming: str, tmp_path: Pat
     file = read_lora(saved.path, SHAPES)
     assert file.updates.keys() == LAYERS.keys()
     assert file.scales == ([1.0] if naming == "comfy" else [0.5]) and file.dtype == "bf16" and file.ranks == [4]
-    assert norm(file.updates["layers.1.feed_forward.w2"]) > 0
+    assert file.updates["layers.1.feed_forward.w2"].norm() > 0

@@ -12,7 +12,7 @@ from support.tiny_loras import FACTORS, LAYERS
 
 import zimage_ref
 from zimage_ref.lora.file import write_lora
-from zimage_ref.lora.updates import LowRank
+from zimage_ref.lora.low_rank import LowRank
 from zimage_ref.model.flow import starting_noise
 
 pytestmark = pytest.mark.oracle
@@ -55,7 +55,7 @@ def mixed_lora() -> dict[str, LowRank]:
     lora = {}
     for i, (layer, (A, B)) in enumerate(lora_makers.factors(LAYERS, 6).items()):
         rank = 3 + i % 4
-        lora[layer] = LowRank(A[:rank], B[:, :rank], 0.5 if i % 3 else 1.25)
+        lora[layer] = LowRank(A[:rank], B[:, :rank], scale=0.5 if i % 3 else 1.25)
     return lora
 
 

@@ -12,7 +12,8 @@ from support.cases import LAYERS, random_lora
 from support.networks import HAS_MLX, PARAMETERS, mlx_only, native, network
 from support.parity import assert_parity
 
-from zimage_ref.lora.updates import LoRA, LowRank
+from zimage_ref.lora.low_rank import LowRank
+from zimage_ref.lora.updates import LoRA
 from zimage_ref.model import parameters
 from zimage_ref.model.flow import add_noise, model_time, training_target
 
@@ -23,7 +24,7 @@ if HAS_MLX:
 
     from zimage_mlx.lora import layers as mlx_lora
     from zimage_mlx.training.gradient import LossAndGradients
-    from zimage_mlx.training.loss import Batch
+    from zimage_mlx.training.loss import NoisyBatch
 
 CONFIG = tiny.TRANSFORMER
 WEIGHTS = tiny.random_weights(parameters.transformer_parameters(CONFIG))
@@ -47,7 +48,7 @@ def mlx_transformer(dtype: str = "float32") -> Any:
 
 def attach(model: Any, loras: list[tuple[LoRA, float]]) -> Any:
     """Low-rank LoRAs as branches, which need no weight to be read again."""
-    adapters = mlx_lora.Adapters(model, pristine=lambda name: mx.array(WEIGHTS[name]), merge=False)
+    adapters = mlx_lora.Adapters(model, reload=lambda name: mx.array(WEIGHTS[name]), merge=False)
     adapters.use(loras)
     return adapters
 
@@ -102,7 +103,7 @@ def test_detaching_and_a_scale_of_zero_give_the_base_model_again() -> None:
 def test_a_fresh_lora_changes_nothing_at_all_and_is_all_that_trains() -> None:
     model = mlx_transformer()
     plain = np.array(on_mlx(model))
-    mlx_lora.start(model, LAYERS, rank=4, alpha=2.0, rng=np.random.default_rng(0))
+    mlx_lora.add_trainable_loras(model, LAYERS, rank=4, alpha=2.0, rng=np.random.default_rng(0))
     np.testing.assert_array_equal(np.array(on_mlx(model)), plain)
     trainable = dict(tree_flatten(model.trainable_parameters()))
     assert trainable.keys() == {f"{layer}.lora_{half}" for layer in LAYERS for half in "AB"}
@@ -112,8 +113,8 @@ def test_a_fresh_lora_changes_nothing_at_all_and_is_all_that_trains() -> None:
 @mlx_only
 def test_fresh_factors_are_kaiming_uniform_and_zero() -> None:
     model = mlx_transformer()
-    mlx_lora.start(model, LAYERS, rank=64, alpha=64.0, rng=np.random.default_rng(0))
-    for layer, factors in mlx_lora.factors(model).items():
+    mlx_lora.add_trainable_loras(model, LAYERS, rank=64, alpha=64.0, rng=np.random.default_rng(0))
+    for layer, factors in mlx_lora.trained_loras(model).items():
         bound = WEIGHTS[f"{layer}.weight"].shape[1] ** -0.5
         assert not factors.B.any()
         assert 0.98 * bound < np.abs(factors.A).max() <= bound and abs(factors.A.mean()) < 0.05 * bound
@@ -125,13 +126,13 @@ def test_lora_gradients_are_those_of_the_reference_loss() -> None:
     """Each matrix's gradient along a random direction, with central differences of zimage_ref in float64."""
     rng = np.random.default_rng(3)
     model = mlx_transformer()
-    mlx_lora.start(model, LAYERS, rank=3, alpha=1.2, rng=rng)  # alpha / rank is not 1
+    mlx_lora.add_trainable_loras(model, LAYERS, rank=3, alpha=1.2, rng=rng)  # alpha / rank is not 1
     model.apply_to_modules(lambda name, m: name in LAYERS and m.update({"lora_B": mx.array(like(m.lora_B, rng) * 0.3)}))
     x_0, noise = rng.standard_normal((2, *INPUTS["x"].shape)).astype(np.float32)
     batch = [native("mlx", a) for a in (x_0, noise, INPUTS["t"])]
     captions = [mx.array(c) for c in cases.captions(INPUTS)]
-    loss, flat = LossAndGradients(model, budget=0, compiled=False)(Batch(*batch, captions))
-    lora = mlx_lora.factors(model)
+    loss, flat = LossAndGradients(model, budget=0, compiled=False)(NoisyBatch(*batch, captions))
+    lora = mlx_lora.trained_loras(model)
     twin = network("numpy", "transformer", CONFIG, WEIGHTS, "float64")
 
     def reference_loss(lora: LoRA) -> float:

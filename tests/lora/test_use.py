@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -78,8 +77,8 @@ def make_pipeline(model: Path, backend: str, bits: int) -> Pipeline:
 
 
 @pytest.fixture(scope="module", params=[("numpy", 32), ("mlx", 32), ("mlx", 4)], ids=lambda p: f"{p[0]}-{p[1]}")
-def pipe(request: pytest.FixtureRequest, model: Path) -> Iterator[Pipeline]:
-    yield make_pipeline(model, *request.param)
+def pipe(request: pytest.FixtureRequest, model: Path) -> Pipeline:
+    return make_pipeline(model, *request.param)
 
 
 def picture(pipe: Pipeline, *loras: object) -> np.ndarray:

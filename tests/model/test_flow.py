@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_a_perfect_prediction_leads_from_noise_to_the_picture_in_any_number_of_s
         table = flow.sigmas(steps, SchedulerConfig(shift=3.0), 64)
         x = flow.add_noise(x_0, noise, table[0])
         np.testing.assert_array_equal(x, noise)
-        for sigma, following in zip(table, table[1:], strict=False):
+        for sigma, following in pairwise(table):
             np.testing.assert_allclose(x, flow.add_noise(x_0, noise, sigma), atol=1e-12)
             x = flow.euler_step(x, flow.training_target(x_0, noise), sigma, following)
         np.testing.assert_allclose(x, x_0, atol=1e-12)

@@ -17,7 +17,8 @@ from zimage_ref.model import parameters
 if HAS_MLX:
     import mlx.core as mx
 
-    import zimage_mlx.networks.compiled
+    import zimage_mlx.networks.running
+    import zimage_mlx.networks.transformer
     from zimage_mlx.lora import layers as lora_layers
     from zimage_mlx.training import gradient
 
@@ -51,7 +52,7 @@ def test_nothing_promotes_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -
     """Every Linear layer of a block is given bfloat16, also where LoRAs of float32 are beside it."""
     seen = []
     block, inputs = block_and_inputs()
-    lora_layers.start(block, ["attention.to_q", "feed_forward.w2"], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(block, ["attention.to_q", "feed_forward.w2"], 2, 2.0, np.random.default_rng(0))
     call = zimage_mlx.networks.transformer.nn.Linear.__call__
     monkeypatch.setattr(
         zimage_mlx.networks.transformer.nn.Linear, "__call__", lambda self, x: seen.append(x.dtype) or call(self, x)
@@ -61,7 +62,7 @@ def test_nothing_promotes_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_programs_serve_all_blocks_steps_and_pictures(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zimage_mlx.networks.compiled, "on_gpu", lambda: True)
+    monkeypatch.setattr(zimage_mlx.networks.running, "on_gpu", lambda: True)
     mx.disable_compile()  # counts programs without building them
     try:
         pipe = pipeline("mlx", model_dir)
@@ -76,21 +77,38 @@ def test_every_block_is_computed_once_and_one_ahead(monkeypatch: pytest.MonkeyPa
     """Queued block by block, waited for one block later: neither all at once nor each on its own."""
     block, inputs = block_and_inputs("float32")
     events: list[str] = []
-    monkeypatch.setattr(zimage_mlx.networks.compiled.mx, "async_eval", lambda *a: events.append("queue"))
-    monkeypatch.setattr(zimage_mlx.networks.compiled.mx, "eval", lambda *a: events.append("wait"))
-    run, x = zimage_mlx.networks.compiled.BlockRunner(), inputs[0]
+    monkeypatch.setattr(zimage_mlx.networks.running.mx, "async_eval", lambda *a: events.append("queue"))
+    monkeypatch.setattr(zimage_mlx.networks.running.mx, "eval", lambda *a: events.append("wait"))
+    run, x = zimage_mlx.networks.running.BlockRunner(), inputs[0]
     for _ in range(3):
         x = run(block, x, *inputs[1:])
     assert events == ["queue", "queue", "wait", "queue", "wait"]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["in pieces", "whole"])
+def test_generation_computes_nothing_for_a_gradient(how: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a program returns is computed. So each returns one array, the stream."""
+    block, inputs = block_and_inputs()
+    running, evaluated = zimage_mlx.networks.running, list[Any]()
+    monkeypatch.setattr(running, "on_gpu", lambda: compiled)
+    monkeypatch.setattr(running.mx, "async_eval", lambda *trees: evaluated.extend(trees))
+    run = running.RunInPieces(compiled).block if how == "in pieces" else running.BlockRunner()
+    run(block, *inputs)
+    assert len(evaluated) == (2 if how == "in pieces" else 1)
+    assert all(isinstance(tree, mx.array) and tree.shape == inputs[0].shape for tree in evaluated)
+
+
 def test_the_gradient_of_a_block_makes_no_more_products_than_it_needs(tmp_path: Path) -> None:
     block, (x, *context) = block_and_inputs()
     layers = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    lora_layers.start(block, [*layers, *(f"feed_forward.w{i}" for i in (1, 2, 3))], 2, 2.0, np.random.default_rng(0))
-    y, residuals = gradient.forward(block, x, *context)
-    mx.eval(y, *residuals[:-1], *residuals.modulation)
-    d, _, gradients = gradient.backward(block, residuals, *context, mx.ones_like(y))
+    lora_layers.add_trainable_loras(
+        block, [*layers, *(f"feed_forward.w{i}" for i in (1, 2, 3))], 2, 2.0, np.random.default_rng(0)
+    )
+    context = gradient.BlockContext(*context)
+    y, kept = gradient.forward(block, x, context)
+    mx.eval(y, kept)
+    d, _, gradients = gradient.backward(block, kept, context, mx.ones_like(y))
     count = operations([d, *gradients.values()], tmp_path / "gradient.dot")
     # of seven Linear layers: input; hidden, its gradient, A, B of their LoRAs; attention; rotations, again and back
     assert count["Matmul"] == 7 + 4 * 7 + 5 + 2 + 2

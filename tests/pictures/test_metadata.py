@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from PIL import Image, PngImagePlugin
 from support import tiny
 from support.cases import random_lora
 
-import zimage_cli.commands.generate
 from zimage_cli.app import main
+from zimage_cli.terminal.console import Console
 from zimage_ref import FormatError, GenerateConfig, ModelFolder, ZImageError
-from zimage_ref.generation.provenance import ENGINE, Repeat, identity, record
+from zimage_ref.checkpoints.registry import part_options
+from zimage_ref.generation.provenance import RecordedLoRA, Recorder, Repeat, digest, identity
+from zimage_ref.generation.run import GenerationRun
 from zimage_ref.lora.file import write_lora
 from zimage_ref.pictures.images import save_picture
 from zimage_ref.pictures.metadata import KEY, metadata, parameters, read_record
@@ -79,10 +82,13 @@ def test_a_record_that_was_tampered_with_is_shown_or_refused_but_never_a_traceba
     model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, path = GenerateConfig("x", width=32, height=32, steps=1), tmp_path / "picture.png"
-    made = record(config, [], **identity(ModelFolder.open(model_dir)), backend="numpy", version="1")
-    monkeypatch.setattr(zimage_cli.commands.generate.Run, "make", lambda *_: None)
+    facts = {**identity(ModelFolder.open(model_dir)), "backend": "numpy", "version": "1"}
+    made = Recorder(facts).record(config)
+    engine = ("backend", "dtype", "quantize", *part_options())
+    monkeypatch.setattr(GenerationRun, "make", lambda *_: iter(()))
+    monkeypatch.setattr(Console, "facts", lambda *_: None)
     read, answers = [], []
-    for name in dict.fromkeys([*made, *ENGINE, "init_image"]):
+    for name in dict.fromkeys([*made, *engine, "init_image"]):
         for value in (None, -1.5, "x", [], [1], {"a": 1}, 1e999):
             info = PngImagePlugin.PngInfo()
             info.add_itxt(KEY, json.dumps(made | {name: value}))
@@ -92,7 +98,7 @@ def test_a_record_that_was_tampered_with_is_shown_or_refused_but_never_a_traceba
                 read.append(GenerateConfig(**Repeat.of(read_record(path), path).options))
             except ZImageError as error:
                 assert "\n" not in str(error)
-            if name in (*ENGINE, "model") and value != -1.5:
+            if name in (*engine, "model") and value != -1.5:
                 capfd.readouterr()
                 answers.append(main(["generate", f"--from-image={path}", f"--output={tmp_path}/x.png"]))
                 errors = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("warning: ")]
@@ -117,13 +123,17 @@ def test_a_record_holds_all_that_a_config_says(model_dir: Path, tmp_path: Path) 
         cfg_normalization=1.0, cfg_truncation=0.5, seed=9, init_image=str(tmp_path / "in.png"), strength=0.4,
         mask=str(tmp_path / "in.png"), fit="pad",
     )  # fmt: skip
-    made = json.loads(json.dumps(record(config, [(tmp_path / "in.png", 0.5)], **identity(ModelFolder.open(model_dir)))))
+    lora = RecordedLoRA(tmp_path / "in.png", 0.5, digest(tmp_path / "in.png"))
+    recorder = Recorder(identity(ModelFolder.open(model_dir)), [lora])
+    made = json.loads(json.dumps(recorder.record(config)))
     again = Repeat.of(made, tmp_path / "out.png")
     assert GenerateConfig(**again.options) == config
-    assert again.loras == [(tmp_path / "in.png", 0.5)] and again.model == str(model_dir)
+    assert again.config() == config and again.config(seed=3) == replace(config, seed=3)
+    assert again.loras == [lora] and again.choice.model == str(model_dir)
     assert again.changes(identity(ModelFolder.open(model_dir)), again.loras) == []
     tiny.photograph(32, 32, 2).save(tmp_path / "in.png")
-    assert len(again.changes(identity(ModelFolder.open(model_dir)), again.loras)) == 3  # as LoRA, picture and mask
+    now = replace(lora, sha256=digest(lora.path))
+    assert len(again.changes(identity(ModelFolder.open(model_dir)), [now])) == 3  # as LoRA, picture and mask
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])

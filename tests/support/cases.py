@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from support import tiny
-from zimage_ref.lora.updates import LoRA, LowRank
+from zimage_ref.lora.low_rank import LowRank
+from zimage_ref.lora.updates import LoRA
 from zimage_ref.model import parameters
 from zimage_ref.model.config import TransformerConfig, VAEConfig
 

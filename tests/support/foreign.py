@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from zimage_ref.checkpoints.components import COMPONENTS
-from zimage_ref.checkpoints.dialects import DIALECTS
+from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
 
+# component -> dialect's name -> dialect
+DIALECTS = {name: {d.name: d for d in component.dialects} for name, component in COMPONENTS.items()}
 _BURN_DTYPES = {"<f4": "F32", "<f2": "F16", "|V2": "BF16", "<f8": "F64", "<i4": "I32", "|u1": "U8"}
 
 

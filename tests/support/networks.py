@@ -16,7 +16,7 @@ import zimage_ref.networks.transformer
 import zimage_ref.networks.vae
 from zimage_ref.formats.tensors import BFLOAT16, Tensor, cast
 from zimage_ref.model import parameters
-from zimage_ref.networks.weights import of_arrays
+from zimage_ref.networks.weights import Weights
 
 HAS_MLX = find_spec("mlx") is not None
 if HAS_MLX:
@@ -42,11 +42,12 @@ def network(backend: str, component: str, config: Any, weights: Mapping[str, np.
     """A network of `backend` with `weights` (float32 arrays by official name), working in `dtype`."""
     module = getattr((zimage_ref if backend == "numpy" else zimage_mlx).networks, component)
     build = getattr(module, _CLASSES[component])
+    tensors = {name: Tensor.of(array) for name, array in weights.items()}
     if backend == "numpy":
-        return build(config, of_arrays(weights, np.dtype(dtype).type))
+        return build(config, Weights(tensors, np.dtype(dtype)))
     unused = parameters.text_encoder_unused(config) if component == "text_encoder" else set()
     model = build(config)
-    load(model, {k: Tensor.of(v) for k, v in weights.items() if k not in unused}, DTYPES[dtype])
+    load(model, {name: tensor for name, tensor in tensors.items() if name not in unused}, DTYPES[dtype])
     return model
 
 

@@ -19,6 +19,7 @@ from zimage_ref.formats import safetensors
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.model import parameters
 from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_ref.training.dataset import Example, list_dataset
 
 # Sizes differ along every axis, so that a swapped axis cannot pass
 TRANSFORMER = TransformerConfig(
@@ -66,7 +67,7 @@ def random_weights(shapes: parameters.Shapes, salt: str = "") -> dict[str, np.nd
         rng = np.random.RandomState(zlib.crc32((salt + name).encode()))
         scale = 0.5 + rng.uniform()
         values = rng.standard_normal(shape)
-        if "norm" in name and name.endswith("weight") or name == "cap_embedder.0.weight":
+        if ("norm" in name and name.endswith("weight")) or name == "cap_embedder.0.weight":
             values = 1 + 0.2 * values
         elif len(shape) > 1 and "token" not in name:
             values = values * scale / np.sqrt(prod(shape[1:]))
@@ -138,6 +139,11 @@ def write_dataset(folder: Path) -> Path:
             f"sks picture number {i}, of soft waves{' and more' * i}\n", encoding="utf-8"
         )
     return folder
+
+
+def read_dataset(folder: Path) -> list[Example]:
+    """All examples of `folder`, each opened."""
+    return [Example.open(picture, caption) for picture, caption in list_dataset(folder)]
 
 
 def _write_json(path: Path, data: object) -> None:

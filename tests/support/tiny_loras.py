@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from support import lora_makers, tiny
-from zimage_ref.lora.arithmetic import delta
+from zimage_ref.lora.arithmetic import NumPyArithmetic
 from zimage_ref.lora.updates import LoRA, Update, parameter
 from zimage_ref.model import parameters
 
@@ -25,6 +25,11 @@ def make(name: str, folder: Path, base: lora_makers.Weights = BASE) -> Path:
     path = folder / ("lora.npz" if name == "npz" else "lora.safetensors")
     lora_makers.MAKERS[name](path, FACTORS, ALPHA, base)
     return path
+
+
+def delta(update: Update, weight: np.ndarray) -> np.ndarray:
+    """What the update adds to `weight`, in the weight's dtype."""
+    return update.added(weight, NumPyArithmetic(weight.dtype))
 
 
 def difference(update: Update, name: str) -> np.ndarray:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+import zimage_mlx  # whose names are imported when they are used: a test without MLX may import this
 from support import tiny
-from zimage_mlx import Event, Notice, Saved, Step, TrainConfig, train
+from zimage_ref import TrainConfig
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.tensors import Array, cast
+from zimage_ref.training.events import Event, Notice, Saved, Step
 
 FAST = {  # at a constant rate, so that runs of different lengths begin alike
     "rank": 2, "alpha": 2.0, "lr": 1e-2, "warmup": 0, "schedule": "constant", "resolution": 32, "caption_dropout": 0.0
@@ -81,7 +83,7 @@ class Workshop:
     def train(self, name: str, should_stop: Callable[[], bool] = lambda: False, **options: Any) -> Run:
         """Runs it to its end, or until `should_stop`."""
         config = self.config(name, **options)
-        return Run(list(train(config, should_stop)), config.output)
+        return Run(list(zimage_mlx.train(config, should_stop)), config.output)
 
 
 def workshop(folder: Path) -> Workshop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,11 @@ def test_pictures_show_what_captions_never_seen_in_training_say(
 
 
 def test_both_engines_draw_the_same(reference: zimage_ref.ZImagePipeline) -> None:
-    zimage_mlx = pytest.importorskip("zimage_mlx", reason="MLX is not installed", exc_type=ImportError)
+    mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
     how = {"width": SIDE, "height": SIDE, "steps": STEPS, "guidance": GUIDANCE, "output": "array"}
     captions = ["a red circle left of an orange star on a blue background", "two green hearts on white"]
     expected = reference(captions, **how)
-    actual = zimage_mlx.ZImagePipeline.from_pretrained(TINY)(captions, **how)
+    actual = mlx.ZImagePipeline.from_pretrained(TINY)(captions, **how)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_parity(ours, theirs, "picture")
 
@@ -105,7 +106,7 @@ def test_samplers_agree_on_a_trained_model_when_steps_are_many(
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
 def test_diffusers_draws_the_same(reference: zimage_ref.ZImagePipeline) -> None:
-    official = pytest.importorskip("official", reason="torch and diffusers are not installed (extra `oracle`)")
+    official = pytest.importorskip("support.official", reason="torch and diffusers are not installed (extra `oracle`)")
     pipe = official.pipeline(reference.folder.path)
     noise = np.random.default_rng(1).standard_normal((1, 16, 16, 16), np.float32)
     caption = "a small purple heart above a green ring on a white background"
@@ -137,10 +138,9 @@ def learn(folder: Path, by_demo: bool = True, **changes: Any) -> tuple[Path, flo
     """
     demo = pytest.importorskip("zimage_cli.commands.demo")
     zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
-    settings = demo.SETTINGS | changes if by_demo else changes
-    config = zimage_mlx.TrainConfig(
-        Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors", **settings
-    )
+    pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
+    given = Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors"
+    config = replace(demo.lesson_plan(*given) if by_demo else zimage_mlx.TrainConfig(*given), **changes)
     losses = [event.loss for event in zimage_mlx.train(config) if isinstance(event, zimage_mlx.Step)]
     return Path(config.output), float(np.mean(losses[:16]))
 

@@ -19,6 +19,7 @@ import mlx.core as mx
 from support.networks import pipeline
 from support.parity import assert_parity
 
+import zimage_mlx.tiny.__main__ as command
 import zimage_mlx.tiny.recipe as recipe
 from zimage_cli.app import main
 from zimage_cli.commands import demo
@@ -43,7 +44,7 @@ MINIATURE = recipe.Networks(
     replace(recipe.NETWORKS.vae, block_out_channels=(4, 4, 8, 8), norm_num_groups=4),
 )  # fmt: skip
 SHORT = recipe.Recipe(pictures=9, vae_steps=2, vae_batch=1, steps=2, batch=4)
-PACE = recipe.Pace(every=2, judged=1)
+OPTIONS = recipe.BuildOptions(every=2, judged=1)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -56,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     folder, lines = tmp_path_factory.mktemp("tiny") / "model", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "WHOLE", 0.5)  # the second step of two
-        assert recipe.make(folder, SHORT, lines.append, PACE, MINIATURE)
+        assert recipe.build(folder, SHORT, replace(OPTIONS, report=lines.append), MINIATURE)
     return folder, lines
 
 
@@ -96,12 +97,12 @@ def test_stopped_after_every_step_it_comes_to_the_same_bytes(
     monkeypatch.setattr(recipe, "WHOLE", 0.5)
     monkeypatch.setattr(Stepper, "__call__", one_step)
     monkeypatch.setattr(recipe.time, "monotonic", lambda: float(stops[0]))
-    pace = replace(PACE, deadline=0.5)
+    options = replace(OPTIONS, deadline=0.5, report=lines.append)
     runs = 0
     while True:
         stops[0] = False
         runs += 1
-        if recipe.make(tmp_path / "model", SHORT, lines.append, pace, MINIATURE):
+        if recipe.build(tmp_path / "model", SHORT, options, MINIATURE):
             break
     assert runs > 3 and any(line.get("stopped") for line in lines)
     assert files(tmp_path / "model") == files(made[0])
@@ -112,23 +113,23 @@ def test_a_state_of_another_recipe_or_of_mixed_steps_is_refused(
 ) -> None:
     model, state = made[0], made[0].with_name("model.training") / "denoiser"
     with pytest.raises(ConfigError, match="made with .*: delete"):
-        recipe.make(model, replace(SHORT, rate=1.0), lambda facts: None, PACE, MINIATURE)
+        recipe.build(model, replace(SHORT, rate=1.0), OPTIONS, MINIATURE)
     argv = ["tiny", f"--output={model}", "--pictures=9", "--batch=4"]  # the state of smaller networks
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="^error: .*weights.safetensors: made with"):
-        recipe.main()
+        command.main()
     tensors, metadata = safetensors.read(state / "m.safetensors")
     kept = (state / "m.safetensors").read_bytes()
     safetensors.write(state / "m.safetensors", tensors, metadata | {"step": "1"})
     with pytest.raises(ConfigError, match=r"of steps \[1, 2\]"):
-        recipe.make(model, SHORT, lambda facts: None, PACE, MINIATURE)
+        recipe.build(model, SHORT, OPTIONS, MINIATURE)
     (state / "m.safetensors").write_bytes(kept)
 
 
 @pytest.mark.parametrize("other", [{"vae_rate": 1.0}, {"seed": 1}])
 def test_an_autoencoder_of_another_rate_or_seed_is_not_gone_on_with(tmp_path: Path, other: dict[str, Any]) -> None:
     pictures, short = recipe.drawings(SHORT.pictures, SHORT.seed)[0], replace(SHORT, vae_steps=1)
-    given = (lambda facts: None, PACE, MINIATURE.vae, tmp_path / "autoencoder")
+    given = (MINIATURE.vae, OPTIONS, tmp_path / "autoencoder")
     assert recipe.train_vae(pictures, short, *given)
     with pytest.raises(ConfigError, match="made with .*: delete"):
         recipe.train_vae(pictures, replace(short, **other), *given)
@@ -140,7 +141,7 @@ def test_a_tokenizer_written_only_in_part_is_written_again(
     shutil.copytree(made[0].parent, tmp_path, dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / "tokenizer" / name).unlink()
-    assert recipe.make(tmp_path / "model", SHORT, lambda facts: None, PACE, MINIATURE)
+    assert recipe.build(tmp_path / "model", SHORT, OPTIONS, MINIATURE)
     assert files(tmp_path / "model") == files(made[0])
 
 
@@ -155,7 +156,7 @@ def test_both_engines_draw_the_same_with_it(made: tuple[Path, list[dict[str, Any
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
 def test_diffusers_opens_it_and_draws_the_same(made: tuple[Path, list[dict[str, Any]]]) -> None:
-    official = pytest.importorskip("official", reason="torch and diffusers are not installed (extra `oracle`)")
+    official = pytest.importorskip("support.official", reason="torch and diffusers are not installed (extra `oracle`)")
     noise = np.random.default_rng(1).standard_normal((1, 16, 16, 16), np.float32)
     caption = "a red circle left of an orange star on a blue background"
     expected = official.generate(official.pipeline(made[0]), caption, noise, 8, "np", 3.0, "")
@@ -169,7 +170,7 @@ def test_the_demo_runs_from_end_to_end(
     made: tuple[Path, list[dict[str, Any]]],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(demo.SETTINGS, "epochs", 1)
+    monkeypatch.setattr(demo, "EPOCHS", 1)
     monkeypatch.setattr(demo, "PICTURES", 1)
     monkeypatch.setattr(demo, "STEPS", 1)
     assert main(["demo", f"--model-dir={made[0]}", f"--output={tmp_path / 'out'}"]) == 0

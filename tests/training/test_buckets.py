@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from zimage_ref.training.batches import Batches, Item
+from zimage_ref.training.batches import BatchOrder, Item
 from zimage_ref.training.buckets import bucket, buckets
 
 
@@ -47,7 +47,7 @@ ITEMS = [Item(i, (32, 32) if i % 3 else (48, 16)) for i in range(11)]  # 7 of on
 
 
 def test_an_epoch_shows_every_item_once_in_batches_of_one_size() -> None:
-    batches = Batches(ITEMS, batch_size=3, accumulation=2, seed=5)
+    batches = BatchOrder(ITEMS, batch_size=3, accumulation=2, seed=5)
     assert batches.sizes() == {(48, 16): 4, (32, 32): 7}
     for epoch in range(4):
         steps = batches.epoch(epoch)
@@ -59,8 +59,8 @@ def test_an_epoch_shows_every_item_once_in_batches_of_one_size() -> None:
 
 
 def test_order_differs_between_epochs_and_seeds_and_is_the_same_from_any_step_on() -> None:
-    batches = Batches(ITEMS, batch_size=2, accumulation=1, seed=5)
-    assert batches.epoch(0) != batches.epoch(1) != Batches(ITEMS, 2, 1, seed=6).epoch(1)
+    batches = BatchOrder(ITEMS, batch_size=2, accumulation=1, seed=5)
+    assert batches.epoch(0) != batches.epoch(1) != BatchOrder(ITEMS, 2, 1, seed=6).epoch(1)
     assert Counter(map(len, batches.epoch(0)[0])).total() == 1
     whole = [step for _, step in zip(range(20), batches.since(0), strict=False)]
     for start in (1, 5, 6, 7, 13):

@@ -16,8 +16,7 @@ from support.training_runs import Workshop, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
-import zimage_mlx.training.run
-from zimage_mlx import ZImagePipeline
+from zimage_mlx import ZImagePipeline, make_plan
 from zimage_mlx.training.encode import EncodedDataset
 from zimage_ref import FormatError, TrainingError
 from zimage_ref.checkpoints.folder import ModelFolder
@@ -25,6 +24,7 @@ from zimage_ref.formats.files import atomic_write, remove_stale
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16
 from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
+from zimage_ref.training.dataset import Example, list_dataset
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_second_run_loads_no_encoder_and_gives_the_same_lora(
 
 
 def test_the_cache_holds_exactly_what_the_networks_give(shop: Workshop) -> None:
-    (plan,) = (e for e in zimage_mlx.training.run.plan_of(shop.config("plan")) if not hasattr(e, "done"))
+    plan = make_plan(shop.config("plan"))
     pipeline = ZImagePipeline(plan.model)
     data = EncodedDataset(plan, pipeline)
     list(data.build())
@@ -89,10 +89,10 @@ def test_a_damaged_entry_is_rebuilt(shop: Workshop, kind: str, damage: str, tmp_
 
 def test_an_entry_belongs_to_pixels_size_caption_and_model(tmp_path: Path, shop: Workshop) -> None:
     model = ModelFolder.open(shop.model)
-    (one,) = zimage_mlx.training.run.list_examples(shop.config("x", dataset=pictures(tmp_path / "one", (32, 32))))[0]
-    example = zimage_mlx.training.run.Example.open(*one)
-    tiny.photograph(32, 32, seed=77).save(one[0])
-    repainted = zimage_mlx.training.run.Example.open(*one)
+    ((picture, caption),) = list_dataset(pictures(tmp_path / "one", (32, 32)))
+    example = Example.open(picture, caption)
+    tiny.photograph(32, 32, seed=77).save(picture)
+    repainted = Example.open(picture, caption)
 
     other = tiny.write_model_folder(tmp_path / "other", dtype="bf16")
     cache, elsewhere = TrainCache(tmp_path, model, "cpu"), TrainCache(tmp_path, ModelFolder.open(other), "cpu")
@@ -134,7 +134,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training_runs import Workshop
+from support.training_runs import Workshop
 shop = Workshop(Path({folder!r}), Path({model!r}), Path({data!r}))
 run = shop.train({name!r}, epochs=1, cache=shop.folder / {name!r}, batch_size=8, targets="attention")
 print(sum(step.pictures for step in run.steps), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

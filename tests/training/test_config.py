@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from zimage_ref import ConfigError, TrainConfig
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.options_file import dump_options, read_options, to_json
+from zimage_ref.training.config import LR
 
 # A value other than the default for every option
 OTHER: dict[str, Any] = {
@@ -32,6 +34,54 @@ OTHER: dict[str, Any] = {
     "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,
     "force": True,
 }  # fmt: skip
+
+FORMER_DUMP = """\
+model_dir = "m"
+dataset = "d"
+output = "lora_weights.safetensors"
+rank = 16
+alpha = 16.0
+epochs = 100
+steps = 0
+lr = 0.0
+resolution = [256]
+batch_size = 1
+grad_accumulation = 1
+seed = 0
+trigger = ""
+caption_dropout = 0.05
+repeats = 1
+flip = false
+max_upscale = 1.0
+square = false
+validation = ""
+validation_every = 50
+lora_format = "comfy"
+targets = ["attention", "feed_forward", "refiners"]
+optimizer = "adamw"
+weight_decay = 0.01
+warmup = 20
+schedule = "cosine"
+grad_clip = 1.0
+ema = 0.0
+lora_plus = 1.0
+rank_dropout = 0.0
+timesteps = "auto"
+base_precision = "auto"
+memory = "auto"
+save_every = 0
+resume_every = 100
+keep_last = 0
+preview_prompt = []
+preview_every = 250
+preview_size = 0
+preview_steps = 0
+preview_guidance = -1.0
+resume = false
+resume_anyway = false
+overwrite = false
+force = false
+"""
 
 
 def test_every_option_goes_through_toml_json_and_the_command_line(
@@ -67,6 +117,60 @@ def test_the_command_line_comes_before_the_file(tmp_path: Path, capfd: pytest.Ca
     lines = capfd.readouterr().out.splitlines()
     expected = ("rank = 4", "lr = 0.001", 'base_precision = "4"', "resolution = [512, 768, 1024]", 'model_dir = "m"')
     assert set(expected) <= set(lines)
+
+
+FORMER_AUTO = {"steps": 0, "lr": 0.0, "preview_size": 0, "preview_steps": 0, "preview_guidance": -1.0}
+
+
+def test_what_a_run_decides_is_none_and_its_word_is_auto(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig("m", "d")
+    assert {name: getattr(config, name) for name in (*FORMER_AUTO, "cache")} == dict.fromkeys([*FORMER_AUTO, "cache"])
+    given = {name: value for name, value in OTHER.items() if name in FORMER_AUTO}
+    file = tmp_path / "o.toml"
+    file.write_text(dump_options(TrainConfig("m", "d", **given)), encoding="utf-8")
+    words = [part for name in FORMER_AUTO for part in ("--" + name.replace("_", "-"), "auto")]
+    assert main(["train", f"--config={file}", *words, "--dump-config"]) == 0
+    assert capfd.readouterr().out == dump_options(config)
+    file.write_text(dump_options(config) + "".join(f'{name} = "auto"\n' for name in FORMER_AUTO), encoding="utf-8")
+    assert TrainConfig(**read_options(file, TrainConfig)) == config
+
+
+@pytest.mark.parametrize(("name", "value"), [*FORMER_AUTO.items(), ("preview_guidance", -0.5)])
+def test_the_number_that_meant_auto_before_still_does(
+    name: str, value: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From Python, in a file of either kind, and on a command line, whatever else is there."""
+    plain = TrainConfig("m", "d")
+    assert TrainConfig("m", "d", **{name: value}) == plain
+    (tmp_path / "o.toml").write_text(f"{name} = {value}\n" + dump_options(plain), encoding="utf-8")
+    (tmp_path / "o.json").write_text(json.dumps(to_json(plain) | {name: value}), encoding="utf-8")
+    for file in ("o.toml", "o.json"):
+        assert TrainConfig(**read_options(tmp_path / file, TrainConfig)) == plain
+        for text in (str(value), f"{value:g}"):
+            argv = ["train", f"--config={tmp_path / file}", "--" + name.replace("_", "-"), text, "--dump-config"]
+            assert main(argv) == 0
+            assert capfd.readouterr().out == dump_options(plain)
+
+
+def test_a_file_that_the_version_before_dumped_says_the_same(tmp_path: Path) -> None:
+    """All lines of --dump-config as they were when 0 and -1 stood for auto."""
+    (tmp_path / "o.toml").write_text(FORMER_DUMP, encoding="utf-8")
+    assert TrainConfig(**read_options(tmp_path / "o.toml", TrainConfig)) == TrainConfig("m", "d")
+
+
+def test_help_says_what_auto_comes_to(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capfd.readouterr().out.split())
+    for name, fact in {
+        "steps": "as many as --epochs takes", "lr": "1e-4 at Z-Image's width, more for a narrower model",
+        "preview-size": "the largest --resolution", "preview-steps": "8 for Turbo, 30 for the base model",
+        "preview-guidance": "0 for Turbo, 4 for the base model", "cache": "zimage-cache beside --output",
+    }.items():  # fmt: skip
+        upper = name.upper().replace("-", "_")
+        assert re.search(rf"--{name} {upper} [^()]*; default: auto \({re.escape(fact)}\)", text), name
+    assert "(default: None)" not in text and LR == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -127,10 +231,10 @@ def test_what_must_be_given_is_asked_for(capfd: pytest.CaptureFixture[str]) -> N
 def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
+    pipeline = pytest.importorskip("zimage_mlx.pipeline", reason="training needs MLX", exc_type=ImportError)
     shop: Workshop = workshop(tmp_path)
     data = pictures(tmp_path / "shapes", (40, 40), (44, 40), (64, 32), (64, 36))
-    monkeypatch.setattr(mlx.pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("weights were loaded"))
     argv = ["train", f"--model-dir={shop.model}", f"--dataset={data}", f"--output={tmp_path}/x.safetensors"]
     assert main([*argv, "--dry-run", "--resolution=32", "--rank=4", "--epochs=3", "--validation=0.25"]) == 0
     out = " ".join(capfd.readouterr().out.replace("│", " ").replace("┃", " ").split())

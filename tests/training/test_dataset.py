@@ -11,7 +11,7 @@ from support import tiny
 from support.training_runs import pictures
 
 from zimage_ref import DatasetError
-from zimage_ref.training.dataset import fingerprint, hold_out, list_dataset, read_dataset, with_trigger
+from zimage_ref.training.dataset import fingerprint, hold_out, list_dataset, with_trigger
 
 
 def test_subfolders_are_read_and_those_that_are_hidden_or_of_a_run_are_not(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_subfolders_are_read_and_those_that_are_hidden_or_of_a_run_are_not(tmp_p
     tiny.write_dataset(tmp_path / "data" / "a" / "deep")
     tiny.write_dataset(tmp_path / "data" / ".thumbnails")
     tiny.write_dataset(tmp_path / "data" / "lora.run" / "previews")
-    examples = read_dataset(tmp_path / "data")
+    examples = tiny.read_dataset(tmp_path / "data")
     names = [e.picture.relative_to(tmp_path / "data").as_posix() for e in examples]
     assert len(names) == 8 and names == sorted(names)
     assert names[0] == "a/deep/photo0.png" and names[-1] == "b/photo3.jpeg"
@@ -32,13 +32,13 @@ def test_captions_come_from_one_metadata_file(tmp_path: Path, key: str) -> None:
     lines = [{"file_name": f"sub/p{i:04}.png", key: f"from the table {i}\u2028more"} for i in (1, 0)]
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (data / "metadata.jsonl").write_text(text + "\n\n", encoding="utf-8")
-    assert [e.caption for e in read_dataset(data)] == ["from the table 0\u2028more", "from the table 1\u2028more"]
+    assert [e.caption for e in tiny.read_dataset(data)] == ["from the table 0\u2028more", "from the table 1\u2028more"]
 
 
 def test_captions_come_from_captions_json(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", (20, 20), (30, 20))
     (data / "captions.json").write_text('{"p0001.png": "one", "p0000.png": " zero "}', encoding="utf-8")
-    assert [e.caption for e in read_dataset(data)] == ["zero", "one"]
+    assert [e.caption for e in tiny.read_dataset(data)] == ["zero", "one"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_trigger_replaces_its_mark_or_comes_first() -> None:
 
 
 def test_pixels_are_cut_around_the_centre_and_mirrored_on_demand(tmp_path: Path) -> None:
-    (example,) = read_dataset(pictures(tmp_path / "data", (40, 20)))
+    (example,) = tiny.read_dataset(pictures(tmp_path / "data", (40, 20)))
     plain, mirrored = example.pixels(16, 16), example.pixels(16, 16, flip=True)
     assert plain.shape == (3, 16, 16) and plain.dtype == np.float32
     np.testing.assert_array_equal(mirrored, plain[:, :, ::-1])
@@ -83,7 +83,7 @@ def test_pixels_are_cut_around_the_centre_and_mirrored_on_demand(tmp_path: Path)
 
 
 def test_holding_out_splits_the_examples_by_seed(tmp_path: Path) -> None:
-    examples = read_dataset(pictures(tmp_path / "data", *[(16 + i, 20) for i in range(10)]))
+    examples = tiny.read_dataset(pictures(tmp_path / "data", *[(16 + i, 20) for i in range(10)]))
     kept, held = hold_out(examples, 0.3, seed=1)
     assert len(kept) == 7 and len(held) == 3 and {*kept, *held} == {*examples}
     assert hold_out(examples, 0.3, seed=1) == (kept, held) != hold_out(examples, 0.3, seed=2)
@@ -94,9 +94,9 @@ def test_holding_out_splits_the_examples_by_seed(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_pixels_and_captions(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", (20, 20), (30, 20))
-    before = fingerprint(read_dataset(data))
-    assert fingerprint(read_dataset(data)) == before
+    before = fingerprint(tiny.read_dataset(data))
+    assert fingerprint(tiny.read_dataset(data)) == before
     (data / "p0000.txt").write_text("another caption", encoding="utf-8")
-    recaptioned = fingerprint(read_dataset(data))
+    recaptioned = fingerprint(tiny.read_dataset(data))
     tiny.photograph(30, 20, seed=99).save(data / "p0001.png")
-    assert len({before, recaptioned, fingerprint(read_dataset(data))}) == 3
+    assert len({before, recaptioned, fingerprint(tiny.read_dataset(data))}) == 3

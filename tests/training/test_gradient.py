@@ -10,7 +10,9 @@ from support import tiny
 from support.networks import HAS_MLX, mlx_only, network
 from support.parity import assert_parity
 
+from zimage_ref.memory import kept_values, kept_widths
 from zimage_ref.model import parameters
+from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 
 if HAS_MLX:
     import mlx.core as mx
@@ -24,7 +26,7 @@ if HAS_MLX:
     from zimage_mlx.networks.tree import find, replace
     from zimage_mlx.training import gradient
     from zimage_mlx.training.gradient import LossAndGradients
-    from zimage_mlx.training.loss import Batch, flow_matching_loss
+    from zimage_mlx.training.loss import NoisyBatch, flow_matching_loss
 
 pytestmark = mlx_only
 SHAPES = parameters.transformer_parameters(tiny.TRANSFORMER)
@@ -41,7 +43,7 @@ def model_with_loras(layers: list[str]) -> Any:
     """A transformer with non-zero trainable LoRAs."""
     rng = np.random.default_rng(1)
     model = network("mlx", "transformer", tiny.TRANSFORMER, WEIGHTS, "float32")
-    lora_layers.start(model, layers, 3, 6.0, rng)
+    lora_layers.add_trainable_loras(model, layers, 3, 6.0, rng)
     for _, module in model.named_modules():
         if isinstance(module, lora_layers.LoRALinear):
             module.lora_B = mx.array(rng.standard_normal(module.lora_B.shape, dtype=np.float32) * 0.1)
@@ -53,13 +55,13 @@ def batch() -> Any:
     rng = np.random.default_rng(2)
     x_0, noise = (mx.array(rng.standard_normal((2, 16, 12, 20), dtype=np.float32)) for _ in range(2))
     captions = [mx.array(rng.standard_normal((n, 40), dtype=np.float32)) for n in (3, 40)]
-    return Batch(x_0, noise, mx.array([0.3, 0.8]), captions, mx.array([0.5, 1.5]))
+    return NoisyBatch(x_0, noise, mx.array([0.3, 0.8]), captions, mx.array([0.5, 1.5]))
 
 
 def bytes_kept(blocks: int) -> float:
     """What lets the gradient keep the residuals of so many blocks of this batch."""
     config, tokens = tiny.TRANSFORMER, 2 * (64 + 64)
-    return (blocks + 0.5) * tokens * (7 * config.dim + 2 * config.ffn_dim) * 4
+    return (blocks + 0.5) * tokens * kept_values(config) * 4
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 99])
@@ -91,10 +93,28 @@ def test_compiled_pieces_and_blocks_have_the_same_gradients(keep: int) -> None:
         assert_parity(actual[name], array, "same", name=name)
 
 
+@pytest.mark.parametrize("modulated", [True, False])
+def test_a_block_keeps_the_arrays_that_the_memory_estimate_counts(modulated: bool) -> None:
+    """Names, widths and bytes, at full size; MLX knows the bytes of arrays that it has not computed."""
+    config, B, S = OFFICIAL_TRANSFORMER, 2, 96
+    block = Block(config, modulated)
+    block.set_dtype(mx.bfloat16)
+    rotation = ops.rotation_tables(mx.zeros((B, S, config.head_dim // 2)))
+    adaln = mx.zeros((B, config.adaln_dim), mx.bfloat16) if modulated else None
+    x = mx.zeros((B, S, config.dim), mx.bfloat16)
+    _, kept = gradient.forward(block, x, gradient.BlockContext(rotation, None, adaln))
+    fields = [(name, array) for half in kept for name, array in half._asdict().items()]
+    of_tokens = [(name, array) for name, array in fields if name not in ("scale", "gate")]
+    assert [(name, array.size / (B * S)) for name, array in of_tokens] == kept_widths(config)
+    assert sum(array.nbytes for _, array in of_tokens) == B * S * kept_values(config) * 2
+    others = [array.shape for name, array in fields if name in ("scale", "gate") and array is not None]
+    assert others == ([(B, 1, config.dim)] * 4 if modulated else [])  # of no weight beside the tokens
+
+
 def test_pieces_hold_less_than_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_QUERY_ROWS", 64)
     model, x = model_with_loras(LAYERS["main blocks"]), mx.random.normal((1, 16, 40, 40))
-    large = Batch(x, x + 1, mx.array([0.3]), [mx.ones((3, 40))])
+    large = NoisyBatch(x, x + 1, mx.array([0.3]), [mx.ones((3, 40))])
     peaks = []
     for in_pieces in (True, False):
         differentiate = LossAndGradients(model, 0, compiled=False)
@@ -159,9 +179,10 @@ def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: boo
 
     def run(function: Any, *args: Any) -> Any:
         result = function(*args)
-        if function is not gradient._residuals:
+        if function is not gradient._kept_again:
             made.extend(array.shape for _, array in tree_flatten(result) if isinstance(array, mx.array))
         return result
 
-    gradient.backward(model.layers[0], x, layout.rotation, None, model.embed_time(mx.array([0.4])), x, wanted, run)
+    context = gradient.BlockContext(layout.rotation, None, model.embed_time(mx.array([0.4])))
+    gradient.backward(model.layers[0], x, context, x, wanted, run)
     assert made.count((1, 1, tiny.TRANSFORMER.dim)) == (4 if wanted else 0)

@@ -21,16 +21,17 @@ from zimage_mlx import Done, ZImagePipeline, train
 from zimage_mlx.lora.adapter import TrainingAdapter
 from zimage_mlx.networks.weights import to_mlx
 from zimage_mlx.training.gradient import LossAndGradients
-from zimage_mlx.training.loss import Batch
+from zimage_mlx.training.loss import NoisyBatch
 from zimage_mlx.training.optimizer import averaged, clipped
 from zimage_ref import ConfigError, SchedulerConfig, TrainingError
 from zimage_ref.lora.file import write_lora
-from zimage_ref.lora.updates import LowRank
+from zimage_ref.lora.low_rank import LowRank
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import TimestepSampling, shifted
 from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.options_file import to_json
-from zimage_ref.training.config import OPTIMIZERS, TrainConfig
+from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder
 
@@ -74,10 +75,10 @@ def test_the_learning_rate_rises_then_follows_its_schedule(shop: Workshop) -> No
 
 
 def test_the_learning_rate_follows_the_width_unless_it_is_given(shop: Workshop) -> None:
-    narrow = shop.train("narrow", lr=0, schedule="constant", steps=1).steps[0].lr
+    narrow = shop.train("narrow", lr=None, schedule="constant", steps=1).steps[0].lr
     assert narrow == pytest.approx(1e-4 * math.sqrt(3840 / tiny.TRANSFORMER.dim))
     official = TrainPlan(shop.config("wide"), SimpleNamespace(transformer=OFFICIAL_TRANSFORMER), [], [], [], None, {})
-    assert replace(official, config=shop.config("wide", lr=0)).lr == 1e-4 and official.lr == 1e-2
+    assert replace(official, config=shop.config("wide", lr=None)).lr == 1e-4 and official.lr == 1e-2
 
 
 def test_the_learning_rate_of_a_step_is_the_one_applied(shop: Workshop) -> None:
@@ -103,7 +104,7 @@ def test_a_batch_of_two_is_the_mean_of_two_batches_of_one(shop: Workshop) -> Non
     assert len(captions[1]) > 32 > len(captions[0])  # so that the shorter one is masked
     arrays = [mx.array(rng.standard_normal((2, 16, 6, 4), dtype=np.float32)) for _ in range(2)]
     sigma, weight = mx.array([0.3, 0.8]), mx.array([0.5, 1.5])
-    zimage_mlx.lora.layers.start(
+    zimage_mlx.lora.layers.add_trainable_loras(
         pipeline.transformer, ["layers.0.attention.to_q", "noise_refiner.0.feed_forward.w2"], 2, 2, rng
     )
 
@@ -111,7 +112,7 @@ def test_a_batch_of_two_is_the_mean_of_two_batches_of_one(shop: Workshop) -> Non
 
     def of(*items: int) -> tuple[mx.array, dict[str, mx.array]]:
         x_0, noise, s, w = (mx.stack([a[i] for i in items]) for a in (*arrays, sigma, weight))
-        return differentiate(Batch(x_0, noise, s, [captions[i] for i in items], w))
+        return differentiate(NoisyBatch(x_0, noise, s, [captions[i] for i in items], w))
 
     (loss, together), (first, one), (second, two) = of(0, 1), of(0), of(1)
     assert first.item() != pytest.approx(second.item(), rel=1e-2)
@@ -367,7 +368,7 @@ def test_the_result_of_the_defaults_is_complete(shop: Workshop, tmp_path: Path) 
 def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, forward = [], zimage_mlx.training.gradient.forward
     monkeypatch.setattr(zimage_mlx.training.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
-    monkeypatch.setattr(zimage_mlx.training.gradient, "_residuals", lambda *args: pytest.fail("kept nothing"))
+    monkeypatch.setattr(zimage_mlx.training.gradient, "_kept_again", lambda *args: pytest.fail("kept nothing"))
     fast = shop.train("fast", steps=2, memory="fast")
     assert len(kept) == 2 * 4  # two steps, four blocks
     monkeypatch.undo()

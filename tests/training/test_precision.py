@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-import zimage_mlx.training.run
+import zimage_mlx.training.loop
 from zimage_cli.app import main
 from zimage_mlx import ZImagePipeline
 from zimage_mlx.lora import layers as lora_layers
@@ -26,12 +26,14 @@ from zimage_mlx.lora.adapter import TrainingAdapter
 from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import find
 from zimage_mlx.networks.weights import load, to_mlx
+from zimage_ref import ConfigError
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
 from zimage_ref.model.parameters import transformer_parameters
+from zimage_ref.model.quantization import covers
 from zimage_ref.options_file import to_json
 
 SHAPES = transformer_parameters(tiny.TRANSFORMER)
@@ -59,9 +61,9 @@ def parameters(model: nn.Module) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    real = zimage_mlx.training.run.Learner
+    real = zimage_mlx.training.loop.Learner
     monkeypatch.setattr(
-        zimage_mlx.training.run, "Learner", lambda plan, model, *rest: seen.append(model) or real(plan, model, *rest)
+        zimage_mlx.training.loop, "Learner", lambda plan, model, *rest: seen.append(model) or real(plan, model, *rest)
     )
     full, quantized = shop.train(f"full{bits}", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
     assert full.losses != quantized.losses
@@ -70,9 +72,9 @@ def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, mo
     how, found = Quantization(bits), 0
     for name, shape in SHAPES.items():
         layer = layers[name.removesuffix(".weight")] if name.endswith(".weight") else None
-        assert isinstance(layer, nn.QuantizedLinear) == how.covers(name, shape), name
+        assert isinstance(layer, nn.QuantizedLinear) == covers(how, name, shape), name
         found += isinstance(layer, nn.QuantizedLinear) and layer.bits == bits
-    assert found == sum(how.covers(*parameter) for parameter in SHAPES.items()) > 0
+    assert found == sum(covers(how, *parameter) for parameter in SHAPES.items()) > 0
 
 
 def test_quantizing_while_loading_never_holds_the_whole_base() -> None:
@@ -130,7 +132,7 @@ def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
     own = shop.train(f"own-{part}", steps=1)
     if part != "tokenizer":
         assert shop.train(f"other-{part}", steps=1, **{part: other}).losses != own.losses
-    with pytest.raises(zimage_mlx.training.run.ConfigError, match="was another: the model's weights or tokenizer"):
+    with pytest.raises(ConfigError, match="was another: the model's weights or tokenizer"):
         shop.train(f"own-{part}", steps=1, resume=True, **{part: other})
 
 
@@ -138,7 +140,7 @@ def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
 def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Workshop, adapter: LoRA) -> None:
     pipe = ZImagePipeline.from_pretrained(shop.model, dtype="bfloat16", quantize=quantize)
     model, stored = pipe.transformer, pipe.folder.weights["transformer"]
-    lora_layers.start(model, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(model, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
     pristine = {name: mx.array(array) for name, array in tree_flatten(model.parameters())}
     trained = dict(tree_flatten(model.trainable_parameters())).keys()
     taken = TrainingAdapter(model, adapter, lambda name: to_mlx(stored[name], pipe.dtype))
@@ -152,7 +154,7 @@ def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Works
     merged = {name: mx.array(array) for name, array in tree_flatten(model.parameters())}
     assert not same(pristine)
     assert dict(tree_flatten(model.trainable_parameters())).keys() == trained
-    assert lora_layers.factors(model).keys() == {QUANTIZED, FLOAT}
+    assert lora_layers.trained_loras(model).keys() == {QUANTIZED, FLOAT}
     with taken.removed():
         assert same(pristine)
     assert same(merged)
@@ -166,7 +168,7 @@ def test_the_adapter_comes_out_without_a_trace(quantize: int | None, shop: Works
 def test_the_adapter_does_what_it_does_in_generation(quantize: int | None, shop: Workshop, adapter: LoRA) -> None:
     ours, theirs, plain = (ZImagePipeline.from_pretrained(shop.model, quantize=quantize) for _ in range(3))
     stored = ours.folder.weights["transformer"]
-    lora_layers.start(ours.transformer, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
+    lora_layers.add_trainable_loras(ours.transformer, [QUANTIZED, FLOAT], 2, 2.0, np.random.default_rng(0))
     TrainingAdapter(ours.transformer, adapter, lambda name: to_mlx(stored[name], ours.dtype)).merge()
     theirs.use_loras(theirs.read_loras([(shop.folder / "adapter.safetensors", 1.0)]))
     x, caption = mx.random.normal((1, 16, 4, 6), key=mx.random.key(1)), [plain.encode_prompt("a fox")]

@@ -129,7 +129,13 @@ def test_a_page_before_the_first_step_and_with_losses_that_are_not_finite(tmp_pa
         "step": 1, "total": 9, "epoch": 1, "loss": None, "smoothed": None, "lr": 1e-4, "grad_norm": None,
         "seconds": 0.5, "pictures": 1, "peak_memory": 10, "skipped": True,
     }  # fmt: skip
-    html = page(run, [step, {"step": 1, "validation": {"0.5": None}}], {"rank": 3}, {})
+    html = page(
+        run,
+        [step, {"step": 1, "validation": {"0.5": None}}],
+        {"rank": 3, "lr": 1e-4, "steps": None, "trigger": None},
+        {},
+    )
+    assert "<th>steps</th><td>auto</td>" in html and "<th>trigger</th><td>none</td>" in html
     assert "not finite" in html and "steps skipped" in html and "http-equiv=refresh" in html
     assert "http-equiv=refresh" not in page(run, [{**step, "step": 9}], {}, {})
 

@@ -189,6 +189,28 @@ def test_a_changed_run_is_named_and_refused(shop: Workshop, options: dict[str, A
         assert run.of(Started)[0].step == 2 and run.of(Done)
 
 
+def test_a_run_that_the_version_before_left_is_resumed(shop: Workshop) -> None:
+    """Its state.json holds 0 and -1 for what the run decided, and the learning rate that this came to."""
+    options = {"epochs": 1, "lr": None, "resume_every": 2}
+    whole = shop.train("now", **options)
+    events = train(shop.config("before", **options))
+    while not isinstance(next(events), Checkpointed):
+        pass
+    events.close()
+    file = RunFolder(shop.folder / "before.safetensors").path / "resume" / "step2" / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    former = {"steps": 0, "preview_size": 0, "preview_steps": 0, "preview_guidance": -1.0}
+    assert [state["facts"]["config"][name] for name in former] == [None] * 4 and state["facts"]["config"]["lr"] > 1e-4
+    state["facts"]["config"] |= former
+    file.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    with pytest.raises(ConfigError, match="`steps` auto -> 9"):
+        shop.train("before", **options, steps=9, resume=True)
+    run = shop.train("before", **options, resume=True)
+    assert run.of(Started) == [Started(2, len(whole.steps))] and "another" not in run.notices
+    assert run.bytes == whole.bytes
+
+
 def test_what_changes_no_result_may_change_on_resuming(shop: Workshop) -> None:
     _interrupted(shop, "free")
     options = {"save_every": 1, "keep_last": 1, "preview_prompt": "a fox", "preview_steps": 1, "resume": True}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,11 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 
 import zimage_ref
 from zimage_cli.app import main
-from zimage_mlx import Saved, Step, TrainConfig, train
+from zimage_mlx import Saved, Step, TrainConfig, ZImagePipeline, make_plan, train
 from zimage_ref import DatasetError
 from zimage_ref.formats import safetensors
 from zimage_ref.model.flow import add_noise, model_time, training_target
 from zimage_ref.model.parameters import lora_modules
-from zimage_ref.training.dataset import read_dataset
 
 SIDE = 48  # 3 x 3 patches of 16 pixels: 9 image tokens, so padding is forced
 
@@ -51,7 +52,7 @@ def test_training_writes_the_result_and_every_checkpoint(trained: Path) -> None:
 
 def test_the_lora_lowers_the_reference_loss(trained: Path) -> None:
     pipe = zimage_ref.ZImagePipeline.from_pretrained(trained / "model", dtype="float64")
-    examples = read_dataset(trained / "data")
+    examples = tiny.read_dataset(trained / "data")
     latents = [pipe.vae.encode(e.pixels(SIDE, SIDE)[None]) for e in examples]
     captions = [pipe.encode_prompt(e.caption) for e in examples]
 
@@ -129,6 +130,47 @@ def test_a_faulty_dataset_is_refused_before_the_model_is_opened(spoil, named: st
     spoil(data)
     with pytest.raises(DatasetError, match=named):
         list(train(TrainConfig(tmp_path / "no-model-here", data, tmp_path / "x.safetensors")))
+
+
+def test_a_run_opens_the_model_once(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, made = [], ZImagePipeline.__init__
+    monkeypatch.setattr(ZImagePipeline, "__init__", lambda self, *a, **k: opened.append(made(self, *a, **k)))
+    options = {"steps": 1, "resolution": SIDE, "preview_prompt": "a fox", "preview_steps": 1, "validation": "0.25"}
+    events = list(train(TrainConfig(trained / "model", trained / "data", tmp_path / "x.safetensors", **options)))
+    assert isinstance(events[-1], Saved) and len(opened) == 1
+
+
+def test_a_plan_is_made_with_a_word_for_each_picture(trained: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    config = TrainConfig(trained / "model", trained / "data", validation="0.25", resolution=SIDE, epochs=2)
+    plan = make_plan(config, lambda *progress: told.append(progress))
+    assert told == [("pictures", done, 4) for done in (1, 2, 3, 4)]
+    assert (len(plan.examples), len(plan.held_out), plan.total) == (3, 1, 6)
+    tiny.write_dataset(tmp_path / "held")
+    folder = make_plan(replace(config, validation=str(tmp_path / "held")))
+    assert (len(folder.examples), len(folder.held_out), folder.total) == (4, 4, 8)
+    assert make_plan(config, ranks=3).batches.batch_size == 3
+
+
+CLASSES = [
+    (path, node)
+    for package in ("zimage_mlx", "zimage_ref")
+    for path in (Path(__file__).parents[2] / package / "training").glob("*.py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef)
+]
+
+
+@pytest.mark.parametrize(("path", "made"), CLASSES, ids=[f"{path.stem}.{node.name}" for path, node in CLASSES])
+def test_no_attribute_appears_after_an_object_is_made(path: Path, made: ast.ClassDef) -> None:
+    def assigned(node: ast.AST) -> set[str]:
+        stored = (n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+        return {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self"}
+
+    fields = {n.target.id for n in made.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    methods = {n.name: assigned(n) for n in made.body if isinstance(n, ast.FunctionDef)}
+    first = methods.pop("__init__", set()) | fields
+    assert {name: later - first for name, later in methods.items() if later - first} == {}, path
 
 
 def test_training_without_mlx_says_which_extra_to_install(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ _BASE = ".base"  # of a layer that is trained: where its own module is
 class TrainingAdapter:
     """The adapter of a transformer, on the base below the LoRAs that train; see `Adapters` for quantized layers.
 
-    pristine: gives a float parameter of the transformer as loaded, by name.
+    reload: reads a float parameter of the transformer again, by name.
     """
 
-    def __init__(self, model: Transformer, adapter: LoRA, pristine: Callable[[str], mx.array]) -> None:
+    def __init__(self, model: Transformer, adapter: LoRA, reload: Callable[[str], mx.array]) -> None:
         trained = {name for name, module in model.named_modules() if isinstance(module, layers.LoRALinear)}
-        self._adapters = layers.Adapters(model, lambda name: pristine(name.replace(f"{_BASE}.", ".")), merge=True)
+        self._adapters = layers.Adapters(model, lambda name: reload(name.replace(f"{_BASE}.", ".")), merge=True)
         self._updates: LoRA = {}
         for name, update in adapter.items():
             layer, bias = (name.removesuffix(BIAS), BIAS) if name.endswith(BIAS) else (name, "")

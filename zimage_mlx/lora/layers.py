@@ -1,23 +1,28 @@
 """LoRA on MLX: on each Linear layer a low-rank branch beside it, or what the LoRA adds merged into its weight.
 
     y = W x + scale * B (A x)          branch: the base stays as it is, quantized or not
-    W' = W + scale * delta(W)          merged: the only way for what is not low-rank
+    W' = W + scale * added(W)          merged: the only way for what is not low-rank
 
-Source: LoRA, arXiv 2106.09685; for the kinds of delta see `zimage_ref.lora.updates`.
+Source: LoRA, arXiv 2106.09685; for what each kind adds see `zimage_ref.lora.kinds`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from zimage_mlx.networks.tree import find, replace
-from zimage_ref.lora.updates import DoRA, Hadamard, Kronecker, LoRA, LowRank, Plain, Update, by_parameter
+from zimage_ref.lora.low_rank import LowRank, concatenated
+from zimage_ref.lora.updates import LoRA, Update, by_parameter
+
+from .arithmetic import updated
+
+_Triple = tuple[mx.array, mx.array, mx.array]
 
 
 class LoRALinear(nn.Module):
@@ -36,7 +41,7 @@ class LoRALinear(nn.Module):
         def branched(x: mx.array, A: mx.array, B: mx.array) -> mx.array:
             return mx.addmm(self.base(x), x @ A.T, B.T, self._scale)
 
-        def gradient(primals: Any, d: mx.array, _: mx.array) -> Any:
+        def gradient(primals: _Triple, d: mx.array, _: mx.array) -> _Triple:
             """Of the branch; the base is frozen. Adding to what is there saves passes over the wide arrays."""
             x, A, B = primals
             (dx,) = mx.vjp(lambda x: [self.base(x)], [x], [d])[1]
@@ -47,9 +52,9 @@ class LoRALinear(nn.Module):
             d_B = d.flatten(0, -2).T @ hidden.flatten(0, -2)
             return mx.addmm(dx, inner, A), d_A, d_B
 
-        function: Any = mx.custom_function(branched)
+        function = mx.custom_function(branched)
         function.vjp(gradient)
-        return function(x, A, B)
+        return cast(mx.array, function(x, A, B))
 
 
 class Adapters:
@@ -59,9 +64,9 @@ class Adapters:
     anything else makes that layer a float one for as long as it lasts. On a float layer `merge` decides.
     """
 
-    def __init__(self, model: nn.Module, pristine: Callable[[str], mx.array], merge: bool) -> None:
-        """pristine: gives a float parameter as loaded, by name. merge: low-rank updates too, where they can be."""
-        self._model, self._pristine, self._merge = model, pristine, merge
+    def __init__(self, model: nn.Module, reload: Callable[[str], mx.array], merge: bool) -> None:
+        """reload: reads a float parameter again, by name. merge: low-rank updates too, if the layer is a float one."""
+        self._model, self._reload, self._merge = model, reload, merge
         self._loras: list[tuple[LoRA, float]] = []
         self._replaced: dict[str, nn.Module] = {}  # layer -> the module that stood there
         self._changed: set[str] = set()  # parameters changed in place
@@ -82,15 +87,15 @@ class Adapters:
 
     def _apply(self, name: str, updates: Sequence[tuple[Update, float]]) -> None:
         path, _, kind = name.rpartition(".")
-        layer: Any = find(self._model, path)
-        quantized = kind == "weight" and isinstance(layer, nn.QuantizedLinear)
-        low_rank = [(update, scale) for update, scale in updates if isinstance(update, LowRank)]
-        if len(low_rank) == len(updates) and (quantized or not self._merge):
-            self._replace(path, branch(layer, low_rank))
+        layer: nn.Module = find(self._model, path)
+        quantized = layer if kind == "weight" and isinstance(layer, nn.QuantizedLinear) else None
+        low_rank = concatenated(updates) if quantized or not self._merge else None
+        if low_rank is not None:
+            self._replace(path, as_branch(layer, low_rank))
         elif quantized:
-            self._replace(path, _dense(layer, updates))
+            self._replace(path, _float_linear(quantized, updates))
         else:
-            layer[kind] = merged(layer[kind], updates)
+            layer[kind] = updated(layer[kind], updates)
             mx.eval(layer[kind])  # one at a time: a lazy graph would hold every delta of the model
             self._changed.add(name)
 
@@ -103,60 +108,31 @@ class Adapters:
         replace(self._model, self._replaced.items())
         for name in self._changed:
             path, _, kind = name.rpartition(".")
-            find(self._model, path)[kind] = self._pristine(name)
+            find(self._model, path)[kind] = self._reload(name)
         self._loras, self._replaced, self._changed = [], {}, set()
 
 
-def branch(base: nn.Module, updates: Sequence[tuple[LowRank, float]]) -> LoRALinear:
-    """`base` with the updates as one branch, whose rank is the sum of theirs."""
-    A = np.concatenate([update.A for update, _ in updates], axis=0)
-    B = np.concatenate([update.B * np.float32(update.scale * scale) for update, scale in updates], axis=1)
-    return LoRALinear(base, mx.array(A), mx.array(B))
+def as_branch(base: nn.Module, update: LowRank) -> LoRALinear:
+    """`base` with the update as a branch beside it."""
+    return LoRALinear(base, mx.array(update.A), mx.array(update.B), update.scale)
 
 
-def merged(weight: mx.array, updates: Sequence[tuple[Update, float]]) -> mx.array:
-    """W + sum of scale * delta(W), added in float32, in the weight's dtype."""
-    original = weight.astype(mx.float32)
-    result = original
-    for update, scale in updates:
-        result = result + scale * delta(update, original)
-    return result.astype(weight.dtype)
-
-
-def delta(update: Update, weight: mx.array) -> mx.array:
-    """What `update` at scale 1 adds to the float32 `weight`."""
-    if not isinstance(update, DoRA):
-        return update.scale * _unscaled(update)
-    target = weight + delta(update.update, weight)
-    magnitude = mx.array(update.magnitude)
-    norm = mx.linalg.norm(target, axis=1 if magnitude.shape[1] == 1 else 0, keepdims=True)
-    return mx.where(norm > 0, target * (magnitude / mx.maximum(norm, 1e-30)), 0) - weight
-
-
-def _unscaled(update: Plain) -> mx.array:
-    if isinstance(update, LowRank):
-        return mx.array(update.B) @ mx.array(update.A)
-    if isinstance(update, Kronecker):
-        return mx.kron(mx.array(update.W1), mx.array(update.W2))[update.start : update.stop]
-    if isinstance(update, Hadamard):
-        return (mx.array(update.A1) @ mx.array(update.B1)) * (mx.array(update.A2) @ mx.array(update.B2))
-    return mx.array(update.D)
-
-
-def _dense(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> nn.Linear:
+def _float_linear(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> nn.Linear:
     """A float Linear layer with the weight that `layer` stands for, and the updates in it."""
     biases = layer.get("biases")
     weight = mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
     outputs, inputs = weight.shape
     dense = nn.Linear(inputs, outputs, bias="bias" in layer)
-    dense.weight = merged(weight, updates)
+    dense.weight = updated(weight, updates)
     if "bias" in layer:
         dense.bias = layer.bias
     mx.eval(dense.parameters())
     return dense
 
 
-def start(model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng: np.random.Generator) -> None:
+def add_trainable_loras(
+    model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng: np.random.Generator
+) -> None:
     """Freezes `model` and gives `layers` fresh, trainable, float32 LoRAs: A Kaiming-uniform, B zero, so a no-op."""
     model.freeze()
     for layer in layers:
@@ -167,10 +143,10 @@ def start(model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng:
         replace(model, [(layer, LoRALinear(base, A, mx.zeros((outputs, rank)), alpha / rank))])
 
 
-def factors(model: nn.Module) -> LoRA:
-    """The trainable low-rank branches on `model`."""
+def trained_loras(model: nn.Module) -> LoRA:
+    """The trainable branches on `model` as they are now, by layer."""
     return {
-        name: LowRank(np.array(m.lora_A.astype(mx.float32)), np.array(m.lora_B.astype(mx.float32)), m._scale)
+        name: LowRank(*(np.array(factor.astype(mx.float32)) for factor in (m.lora_A, m.lora_B)), scale=m._scale)
         for name, m in model.named_modules()
         if isinstance(m, LoRALinear) and "lora_A" in m.trainable_parameters()
     }

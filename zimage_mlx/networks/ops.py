@@ -7,18 +7,41 @@ here that is left to lazy evaluation. Source: FlashAttention-2, arXiv 2307.08691
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import NamedTuple, ParamSpec, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .compiled import call, fused
+from .compiled import fused
+from .running import Run, run_directly
 
+P = ParamSpec("P")
 Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
 _QUERY_ROWS = 1536  # scores held at once by the backward pass: B x H x these x S
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values (B, H, S, K) of all heads, or their gradients."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+
+
+def with_gradient(
+    function: Callable[P, mx.array],
+    gradient: Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]],
+) -> Callable[P, mx.array]:
+    """`function` of several arrays, differentiated by `gradient` instead of by MLX.
+
+    gradient: (inputs, gradient of the output, output) -> gradients of the inputs.
+    """
+    custom = mx.custom_function(function)
+    custom.vjp(gradient)
+    return cast("Callable[P, mx.array]", custom)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
@@ -28,52 +51,45 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
     """
     scale = q.shape[-1] ** -0.5
 
-    def fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
-    def gradient(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        q, k, v = primals
-        return attention_gradient(q, k, v, cotangent, output, mask)
+    def backward(inputs: Sequence[mx.array], d_out: mx.array, out: mx.array) -> QKV:
+        return attention_gradient(QKV(*inputs), d_out, out, mask)
 
-    function: Any = mx.custom_function(fused)
-    function.vjp(gradient)
-    return function(q, k, v)
+    return with_gradient(forward, backward)(q, k, v)
 
 
 def attention_gradient(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    d_out: mx.array,
-    out: mx.array,
-    mask: mx.array | None,
-    run: Callable[..., Any] = call,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of q, k, v (B, H, S, K) where `attention` gave `out` and its gradient is `d_out`.
+    inputs: QKV, d_out: mx.array, out: mx.array, mask: mx.array | None, run: Run = run_directly
+) -> QKV:
+    """Gradients of `inputs`, of which `attention` made `out` (B, H, S, K); d_out is the gradient of that.
 
-    run: how a chunk is run; see `compiled.Pieces`.
+    run: how a chunk of rows is run; see `running.RunInPieces`.
     """
+    q, k, v = inputs
     S = q.shape[2]
     chunks = -(-S // _QUERY_ROWS)
     rows = -(-S // chunks)  # as equal as can be
     d_wide, v_wide_t = run(_widened, d_out, out, v)
     if chunks == 1:
-        whole: tuple[mx.array, mx.array, mx.array] = run(_chunk_gradient, q, k, v_wide_t, d_wide, mask)
-        return whole
-    dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
+        return run(_chunk_gradient, q, k, v_wide_t, d_wide, mask)
+    dq, sums = [], (mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32))
     for start in range(0, S, rows):
         part = slice(start, start + rows)
         allowed = mask[:, :, part] if mask is not None and mask.shape[2] > 1 else mask
-        rows_dq, dk, dv = run(_chunk_added, q[:, :, part], k, v_wide_t, d_wide[:, :, part], allowed, dk, dv)
+        rows_dq, sums = run(_chunk_added, sums, q[:, :, part], k, v_wide_t, d_wide[:, :, part], allowed)
         dq.append(rows_dq)
-    return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
+    dk, dv = sums
+    return QKV(mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype))
 
 
 def _widened(d_out: mx.array, out: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """d_out (B, H, S, K + 8) and v^T (B, H, K + 8, S) whose product is d_out v^T - sum(d_out * out).
 
-    The sum goes into the product as two more columns, coarse and fine, to save a pass over the scores; there are eight
-    of them because products are slow on widths that are not a multiple of that.
+    The softmax's gradient subtracts that sum from every score of a row. As columns of the product it needs no pass of
+    its own over the scores. It takes two columns, the sum in the dtype of v and the rounding error of that. Six columns
+    of zeros make it eight, because products are slow on widths that are no multiple of eight.
     """
     delta = -mx.sum(d_out.astype(mx.float32) * out.astype(mx.float32), axis=-1, keepdims=True)  # (B, H, S, 1)
     coarse = delta.astype(v.dtype)
@@ -83,16 +99,19 @@ def _widened(d_out: mx.array, out: mx.array, v: mx.array) -> tuple[mx.array, mx.
 
 
 def _chunk_added(
-    q: mx.array, k: mx.array, v_wide_t: mx.array, d_wide: mx.array, mask: mx.array | None, dk: mx.array, dv: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The gradient of some rows of q; dk and dv, float32, with what these rows add."""
-    dq, more_dk, more_dv = _chunk_gradient(q, k, v_wide_t, d_wide, mask)
-    return dq, dk + more_dk, dv + more_dv
+    sums: tuple[mx.array, mx.array],
+    q: mx.array,
+    k: mx.array,
+    v_wide_t: mx.array,
+    d_wide: mx.array,
+    mask: mx.array | None,
+) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+    """The gradient of some rows of q; and `sums`, float32, of k's and v's gradients, with what these rows add."""
+    dq, dk, dv = _chunk_gradient(q, k, v_wide_t, d_wide, mask)
+    return dq, (sums[0] + dk, sums[1] + dv)
 
 
-def _chunk_gradient(
-    q: mx.array, k: mx.array, v_wide_t: mx.array, d_wide: mx.array, mask: mx.array | None
-) -> tuple[mx.array, mx.array, mx.array]:
+def _chunk_gradient(q: mx.array, k: mx.array, v_wide_t: mx.array, d_wide: mx.array, mask: mx.array | None) -> QKV:
     """The gradients that come from some rows of q, of these and of all k and v. For the other inputs see `_widened`."""
     scale = q.shape[-1] ** -0.5
     q_scaled = q * scale
@@ -102,7 +121,7 @@ def _chunk_gradient(
     p = mx.softmax(scores, axis=-1, precise=True)
     d_scores = p * (d_wide @ v_wide_t)
     dv = p.swapaxes(-1, -2) @ d_wide[..., : q.shape[-1]]
-    return (d_scores @ k) * scale, d_scores.swapaxes(-1, -2) @ q_scaled, dv
+    return QKV((d_scores @ k) * scale, d_scores.swapaxes(-1, -2) @ q_scaled, dv)
 
 
 def rotation_tables(angles: mx.array) -> Rotation:
@@ -114,8 +133,7 @@ def rotation_tables(angles: mx.array) -> Rotation:
 
 def rotate(x: mx.array, tables: Rotation) -> mx.array:
     """RoPE on neighbouring channels of x (B, S, H, K), in float32 whatever x is; the result has the dtype of x."""
-    turned: Any = _turn(x, *tables, _quarter_turn(x.shape[-1], x.dtype))
-    return turned
+    return _turn(x, *tables, _quarter_turn(x.shape[-1], x.dtype))
 
 
 @cache
@@ -127,31 +145,32 @@ def _quarter_turn(width: int, dtype: mx.Dtype) -> mx.array:
     return mx.array(rows, dtype)
 
 
-@mx.custom_function
-def _turn(x: mx.array, cos: mx.array, sin: mx.array, quarter: mx.array) -> Any:
+def _turned(x: mx.array, cos: mx.array, sin: mx.array, quarter: mx.array) -> mx.array:
     return (x.astype(mx.float32) * cos + (x @ quarter).astype(mx.float32) * sin).astype(x.dtype)
 
 
-@_turn.vjp
-def _turn_back(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+def _turned_back(inputs: Sequence[mx.array], d: mx.array, _: mx.array) -> Sequence[mx.array]:
     """A rotation's transpose is the rotation the other way; the tables are constants."""
-    _, cos, sin, quarter = primals
-    return _turn(cotangent, cos, sin, quarter.T), *(mx.zeros_like(table) for table in (cos, sin, quarter))
+    _, cos, sin, quarter = inputs
+    return _turn(d, cos, sin, quarter.T), *(mx.zeros_like(table) for table in (cos, sin, quarter))
+
+
+_turn = with_gradient(_turned, _turned_back)
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x / rms(x) * weight over the last axis."""
 
-    def gradient(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        x, weight = primals
-        normed, (dx,) = mx.vjp(lambda x: [mx.fast.rms_norm(x, None, eps)], [x], [cotangent * weight])
-        rows = tuple(range(x.ndim - 1))
-        d_weight = mx.sum(cotangent.astype(mx.float32) * normed[0], axis=rows)
+    def forward(x: mx.array, weight: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, weight, eps)
+
+    def backward(inputs: Sequence[mx.array], d: mx.array, _: mx.array) -> Sequence[mx.array]:
+        x, weight = inputs
+        normed, (dx,) = mx.vjp(lambda x: [mx.fast.rms_norm(x, None, eps)], [x], [d * weight])
+        d_weight = mx.sum(d.astype(mx.float32) * normed[0], axis=tuple(range(x.ndim - 1)))
         return dx, d_weight.astype(weight.dtype)
 
-    function: Any = mx.custom_function(lambda x, weight: mx.fast.rms_norm(x, weight, eps))
-    function.vjp(gradient)
-    return function(x, weight)
+    return with_gradient(forward, backward)(x, weight)
 
 
 @fused

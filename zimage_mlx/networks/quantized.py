@@ -12,11 +12,12 @@ _UNPACK_FROM_ROWS = 2 if mx.cuda.is_available() else 256
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's layer, which unpacks its weight for the time of one product where many rows share it."""
+    """MLX's layer, which unpacks its weight for the time of one product if many rows share it."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.size // x.shape[-1] < _UNPACK_FROM_ROWS:
-            return super().__call__(x)
+            product: mx.array = super().__call__(x)
+            return product
         weight = mx.dequantize(self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
         y = x @ weight.T
         return y + self.bias if "bias" in self else y

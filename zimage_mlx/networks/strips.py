@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from .compiled import Settle, fused
+from .compiled import fused
+from .running import EvalOneAhead
 
-MEASURED = 8  # bytes that `Moments` makes of a value on its way
+MOMENT_BYTES = 8  # that `Moments` makes of each value, for a while
 _AT_ONCE = 3  # strips that live at once: one computed, one queued, one not yet given back
 
 
 class Strips:
-    """Layers in strips of rows where they are large; each strip is computed while the next is queued."""
+    """Layers in strips of rows if they are large; each strip is computed while the next is queued."""
 
     def __init__(self, nbytes: int) -> None:
-        """nbytes: what the strips that live at once may make on their way, beside whole layers."""
-        self._nbytes, self.settle = nbytes, Settle()
+        """nbytes: what the strips that live at once may take for a while, beside whole layers."""
+        self._nbytes, self.eval_ahead = nbytes, EvalOneAhead()
         self._measured: tuple[mx.array, Moments] | None = None
 
+    def assemble(
+        self, make: Callable[[int, int], mx.array], shape: tuple[int, int, int, int], made: int, norm_follows: bool
+    ) -> mx.array:
+        """A layer of `shape` (B, H, W, C) of which make(top, bottom) makes some rows.
+
+        made: bytes that `make` takes for each pixel. norm_follows: whether to take the moments, for `take`.
+        """
+        B, H, W, C = shape
+        moments = Moments() if norm_follows else None
+        parts = []
+        for top, bottom in self.spans(H, B * W * (made + (MOMENT_BYTES * C if moments else 0))):
+            parts.append(make(top, bottom))
+            if moments:
+                moments.add(parts[-1])
+            self.eval_ahead(parts[-1], moments.sums if moments else ())
+        whole = mx.concatenate(parts, axis=1)  # lazy: what this layer was made of is gone by then
+        self._measured = (whole, moments) if moments else None
+        return whole
+
     def spans(self, rows: int, each: int) -> list[tuple[int, int]]:
-        """Where strips of a layer of `rows` begin and end, if a row makes `each` bytes."""
+        """Where strips of a layer of `rows` begin and end, if a row takes `each` bytes."""
         count = min(rows, -(-rows * each * _AT_ONCE // self._nbytes))
         height = -(-rows // count)
         return [(top, min(top + height, rows)) for top in range(0, rows, height)]
-
-    def keep(self, x: mx.array, moments: Moments) -> None:
-        """Keeps the moments of x, the layer made last, for its norm."""
-        self._measured = x, moments
 
     def take(self, x: mx.array) -> Moments | None:
         """The moments of x, if it was made last; once, so that nothing is held longer than it is needed."""
@@ -41,7 +57,7 @@ class Moments:
 
     def __init__(self) -> None:
         self._pixels, self._pivot = 0, mx.array(0.0)
-        self.sums: tuple[Any, Any] = 0.0, 0.0  # (B, 1, 1, C) float32: of deviations from the pivot, of their squares
+        self.sums = mx.array(0.0), mx.array(0.0)  # (B, 1, 1, C) float32: of deviations from the pivot, of their squares
 
     def add(self, x: mx.array) -> None:
         """Adds rows."""

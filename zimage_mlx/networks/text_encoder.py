@@ -76,7 +76,7 @@ class Model(nn.Module):
         self.layers = [Layer(config) for _ in range(config.used_layers)]
 
     def __call__(self, ids: mx.array) -> mx.array:
-        x = self.embed_tokens(ids)  # (B, T, hidden_size)
+        x: mx.array = self.embed_tokens(ids)  # (B, T, hidden_size)
         for layer in self.layers:
             x = layer(x)
         return x

@@ -12,27 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
-from zimage_ref.model.positions import caption_ids, image_ids, padded, rope_angles
+from zimage_ref.model.positions import padded
 
-from .compiled import call
-from .ops import Rotation, SiLU, attention, rms_norm, rotate, rotation_tables, silu
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a batch stand, and which of them are there."""
-
-    image_rotation: Rotation  # of the L image tokens
-    caption_rotation: Rotation  # of the T caption tokens
-    rotation: Rotation  # of all S tokens, image then caption
-    caption_mask: mx.array | None  # (B, 1, 1, T) boolean, False where a shorter caption was filled up; None: all True
-    mask: mx.array | None  # (B, 1, 1, S), the same for all tokens
+from .ops import QKV, Rotation, SiLU, attention, rms_norm, rotate, silu
+from .running import RunHalf, output_of
+from .token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Conditioning:
     """What the denoiser needs besides the noisy latents and the time: the same for all steps of a picture."""
 
     caption: mx.array  # (B, T, D) refined caption tokens
-    layout: Layout
+    layout: TokenLayout
 
 
 class TimestepEmbedder(nn.Module):
@@ -54,7 +44,7 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
         ]
         half = TIME_FREQUENCIES // 2
-        exponents: Any = (-math.log(10000) * mx.arange(half, dtype=mx.float32) / half).tolist()
+        exponents = cast(list[float], (-math.log(10000) * mx.arange(half, dtype=mx.float32) / half).tolist())
         # mx.exp is some units off in the last place, which times near 1000 turn into 5e-4 of an angle
         self._frequencies = mx.array([math.exp(exponent) for exponent in exponents])
 
@@ -80,24 +70,20 @@ class Attention(nn.Module):
         self.norm_k = nn.RMSNorm(config.head_dim, QK_NORM_EPS)
         self.to_out = [nn.Linear(dim, dim, bias=False)]
 
-    def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
-        q, k, v = self.project(x)
-        return self.to_out[0](self.attend(q, k, v, rotation, mask))
-
-    def project(self, x: mx.array) -> Sequence[mx.array]:
+    def project(self, x: mx.array) -> QKV:
         """x (B, S, D) -> queries, keys, values (B, S, H, K), not yet normed."""
         B, S, _ = x.shape
-        return [linear(x).reshape(B, S, self._heads, -1) for linear in (self.to_q, self.to_k, self.to_v)]
+        q, k, v = (linear(x).reshape(B, S, self._heads, -1) for linear in (self.to_q, self.to_k, self.to_v))
+        return QKV(q, k, v)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
-        """Norm, rotation and attention of q, k, v (B, S, H, K) -> (B, S, D)."""
-        q, k, v = self.prepare(q, k, v, rotation)
-        return attention(q, k, v, mask).swapaxes(1, 2).flatten(2)  # (B, S, D)
+        """Projected q, k, v (B, S, H, K) -> what the queries attend to, (B, S, D)."""
+        return attention(*self.norm_and_rotate(q, k, v, rotation), mask).swapaxes(1, 2).flatten(2)
 
-    def prepare(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation) -> Sequence[mx.array]:
-        """q, k, v (B, S, H, K) -> the same as (B, H, S, K), q and k normed and rotated."""
+    def norm_and_rotate(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation) -> QKV:
+        """Projected q, k, v (B, S, H, K) -> the same as (B, H, S, K), q and k normed and rotated."""
         q, k = rotate(normed(self.norm_q, q), rotation), rotate(normed(self.norm_k, k), rotation)
-        return [a.swapaxes(1, 2) for a in (q, k, v)]
+        return QKV(*(a.swapaxes(1, 2) for a in (q, k, v)))
 
     def heads(self, x: mx.array) -> mx.array:
         """(B, S, D) -> (B, H, S, K)."""
@@ -113,21 +99,51 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, value = self.expand(x)
-        return self.contract(gate, value)
-
-    def expand(self, x: mx.array) -> Sequence[mx.array]:
-        """(B, S, D) -> gate and value, (B, S, ffn_dim) each."""
+    def expand(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, S, D) -> gate and value, (B, S, F) each."""
         return self.w1(x), self.w3(x)
 
     def contract(self, gate: mx.array, value: mx.array) -> mx.array:
-        """Gate and value -> (B, S, D)."""
+        """Gate and value (B, S, F) -> (B, S, D)."""
         return self.w2(silu(gate) * value)
 
 
+class AttentionKept(NamedTuple):
+    """What a gradient needs of the half with attention."""
+
+    x: mx.array  # (B, S, D), its input
+    q: mx.array  # (B, S, H, K), not yet normed, like k and v
+    k: mx.array
+    v: mx.array
+    attended: mx.array  # (B, S, D), attention before its last Linear layer
+    out: mx.array  # (B, S, D), after it
+    scale: mx.array | None  # (B, 1, D), like gate; None for a block without modulation
+    gate: mx.array | None
+
+
+class FeedForwardKept(NamedTuple):
+    """What a gradient needs of the half with the feed-forward. Its input is made again from the other half's."""
+
+    hidden_gate: mx.array  # (B, S, F)
+    hidden_value: mx.array  # (B, S, F)
+    out: mx.array  # (B, S, D)
+    scale: mx.array | None  # (B, 1, D), like gate; None for a block without modulation
+    gate: mx.array | None
+
+
 class Block(nn.Module):
-    """Sandwich-normed attention and feed-forward; scaled and gated by the time where it is modulated."""
+    """Sandwich-normed attention and feed-forward; scaled and gated by the time if it is modulated.
+
+        x = x + gate_a norm(attention(scale_a norm(x)))
+        x = x + gate_f norm(feed_forward(scale_f norm(x)))
+
+    Each half returns its output and what a gradient needs. Generation drops the second, training keeps it.
+
+    If you change a block, change these too; tests fail until they agree:
+    - its twin in zimage_ref.networks.transformer;
+    - its backward pass in zimage_mlx.training.gradient, written by hand: a step takes 0.44 to 0.6 of mflux's time;
+    - `kept_widths` in zimage_ref.memory, if a half keeps other arrays.
+    """
 
     def __init__(self, config: TransformerConfig, modulated: bool = True) -> None:
         super().__init__()
@@ -146,31 +162,40 @@ class Block(nn.Module):
         rotation: Rotation,
         mask: mx.array | None,
         adaln: mx.array | None = None,
-        run: Callable[..., Any] = call,
+        run: RunHalf = output_of,
     ) -> mx.array:
-        """The output (B, S, D). run: how each half is run; see `compiled.Pieces`."""
-        scale_a, gate_a, scale_f, gate_f = self.modulation(adaln)  # (B, 1, D) each
-        x = run(Block.attend, self, x, rotation, mask, scale_a, gate_a)
-        y: mx.array = run(Block.feed, self, x, scale_f, gate_f)
-        return y
+        """The output (B, S, D). run: how each half is run, and what becomes of what it keeps."""
+        scale_a, gate_a, scale_f, gate_f = [None] * 4 if adaln is None else self.modulation(adaln)
+        x = run(Block.attention_half, self, x, rotation, mask, scale_a, gate_a)
+        return run(Block.feed_forward_half, self, x, scale_f, gate_f)
 
-    def attend(self, x: mx.array, rotation: Rotation, mask: mx.array | None, scale: Any, gate: Any) -> mx.array:
-        """The half with attention: (B, S, D) -> the same."""
-        a = self.attention(normed(self.attention_norm1, x, scale), rotation, mask)
-        return x + normed(self.attention_norm2, a, gate)
+    def attention_half(
+        self, x: mx.array, rotation: Rotation, mask: mx.array | None, scale: mx.array | None, gate: mx.array | None
+    ) -> tuple[mx.array, AttentionKept]:
+        """(B, S, D) -> the same, and what a gradient needs."""
+        q, k, v = self.attention.project(normed(self.attention_norm1, x, scale))  # (B, S, H, K) each
+        attended = self.attention.attend(q, k, v, rotation, mask)  # (B, S, D)
+        out = self.attention.to_out[0](attended)  # (B, S, D)
+        y = x + normed(self.attention_norm2, out, gate)
+        return y, AttentionKept(x, q, k, v, attended, out, scale, gate)
 
-    def feed(self, x: mx.array, scale: Any, gate: Any) -> mx.array:
-        """The half with the feed-forward: (B, S, D) -> the same."""
-        f = self.feed_forward(normed(self.ffn_norm1, x, scale))
-        return x + normed(self.ffn_norm2, f, gate)
+    def feed_forward_half(
+        self, x: mx.array, scale: mx.array | None, gate: mx.array | None
+    ) -> tuple[mx.array, FeedForwardKept]:
+        """(B, S, D) -> the same, and what a gradient needs."""
+        hidden_gate, hidden_value = self.feed_forward.expand(normed(self.ffn_norm1, x, scale))  # (B, S, F) each
+        out = self.feed_forward.contract(hidden_gate, hidden_value)  # (B, S, D)
+        y = x + normed(self.ffn_norm2, out, gate)
+        return y, FeedForwardKept(hidden_gate, hidden_value, out, scale, gate)
 
-    def modulation(self, adaln: mx.array | None) -> Sequence[mx.array | None]:
-        """Scales and gates (B, 1, D) of attention and feed-forward; None for a block without modulation."""
-        if adaln is None:
-            return [None] * 4
-        m = self.adaLN_modulation[0](adaln)[:, None]
-        scale_a, gate_a, scale_f, gate_f = mx.split(m, 4, axis=-1)
-        return 1 + scale_a, mx.tanh(gate_a), 1 + scale_f, mx.tanh(gate_f)
+    def modulation(self, adaln: mx.array) -> list[mx.array]:
+        """(B, adaln) -> scale and gate of attention, then of the feed-forward, (B, 1, D) each."""
+        scale_a, gate_a, scale_f, gate_f = mx.split(self.adaLN_modulation[0](adaln)[:, None], 4, axis=-1)
+        return [1 + scale_a, mx.tanh(gate_a), 1 + scale_f, mx.tanh(gate_f)]
+
+
+# How a block is run: (block, x, rotation, mask, adaln) -> its output. See `running` for other ways than this
+RunBlock = Callable[[Block, mx.array, Rotation, "mx.array | None", "mx.array | None"], mx.array]
 
 
 def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None) -> mx.array:
@@ -202,9 +227,9 @@ class FinalLayer(nn.Module):
 class Transformer(nn.Module):
     """The whole denoiser."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, run: RunBlock = Block.__call__) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.run = config, run
         self.all_x_embedder = {config.patch_key: nn.Linear(config.patch_dim, config.dim)}
         self.all_final_layer = {config.patch_key: FinalLayer(config)}
         self.t_embedder = TimestepEmbedder(config)
@@ -217,7 +242,6 @@ class Transformer(nn.Module):
         self.noise_refiner = [Block(config) for _ in range(config.n_refiner_layers)]
         self.context_refiner = [Block(config, modulated=False) for _ in range(config.n_refiner_layers)]
         self.layers = [Block(config) for _ in range(config.n_layers)]
-        self.run: Callable[..., mx.array] = Block.__call__  # how a block is run; see `compiled`
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -237,43 +261,26 @@ class Transformer(nn.Module):
         layout = self.layout([len(c) for c in captions], h, w)
         tokens = self.embed_captions(captions)
         for block in self.context_refiner:
-            tokens = self.run(block, tokens, layout.caption_rotation, layout.caption_mask)
+            tokens = self.run(block, tokens, layout.caption_rotation, layout.caption_mask, None)
         return Conditioning(tokens, layout)
 
-    def layout(self, caption_lengths: Sequence[int], h: int, w: int) -> Layout:
-        """Rotations and masks of a batch of captions of these lengths before latents of h x w."""
-        config = self.config
-        rows, columns = h // config.patch_size, w // config.patch_size
-        lengths = [padded(n) for n in caption_lengths]
-        T, L = max(lengths), padded(rows * columns)
-        caption_angles = mx.array(rope_angles(caption_ids(T), config))
-        caption = mx.broadcast_to(caption_angles, (len(lengths), *caption_angles.shape))  # (B, T, K / 2)
-        image = mx.stack([mx.array(rope_angles(image_ids(rows, columns, n), config)) for n in lengths])
-        mask = None
-        if min(lengths) < T:
-            ends = mx.array(lengths)[:, None, None, None] + L
-            mask = mx.arange(L + T) < ends  # (B, 1, 1, S)
-        both = mx.concatenate([image, caption], axis=1)
-        return Layout(
-            rotation_tables(image),
-            rotation_tables(caption),
-            rotation_tables(both),
-            None if mask is None else mask[..., L:],
-            mask,
-        )
+    def layout(self, caption_lengths: Sequence[int], h: int, w: int) -> TokenLayout:
+        """Where the tokens of captions of these lengths and of latents of h x w stand."""
+        return TokenLayout.of(self.config, caption_lengths, h, w)
 
-    def denoise(self, x: mx.array, t: mx.array, given: Conditioning) -> mx.array:
+    def denoise(self, x: mx.array, t: mx.array, conditioning: Conditioning) -> mx.array:
         """The raw output for conditioned latents; see `__call__`. t may be (1,), for the whole batch."""
         _, _, h, w = x.shape
+        layout = conditioning.layout
         tokens = self.embed_image(x)  # (B, L, D)
         adaln = self.embed_time(t)
 
         for block in self.noise_refiner:
-            tokens = self.run(block, tokens, given.layout.image_rotation, None, adaln)
+            tokens = self.run(block, tokens, layout.image_rotation, None, adaln)
 
-        tokens = mx.concatenate([tokens, given.caption], axis=1)  # (B, S, D)
+        tokens = mx.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
         for block in self.layers:
-            tokens = self.run(block, tokens, given.layout.rotation, given.layout.mask, adaln)
+            tokens = self.run(block, tokens, layout.rotation, layout.mask, adaln)
 
         return self.finish(tokens, adaln, h, w)
 
@@ -289,7 +296,8 @@ class Transformer(nn.Module):
     def embed_caption(self, caption: mx.array) -> mx.array:
         """(T, cap_feat_dim) -> (T, D)."""
         norm, linear = self.cap_embedder
-        return linear(norm(caption.astype(self.dtype)))
+        embedded: mx.array = linear(norm(caption.astype(self.dtype)))
+        return embedded
 
     def embed_image(self, x: mx.array) -> mx.array:
         """(B, C, h, w) -> (B, L, D): patches embedded, then filled up with x_pad_token."""

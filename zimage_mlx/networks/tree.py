@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,12 +13,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .parameters import Parameters
 
 
-def find(model: nn.Module, name: str) -> Any:
-    """The module called `name`, such as layers.0.attention.to_out.0, or the list or dict of modules."""
-    module: Any = model
-    for part in name.split("."):
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return module
+def find(model: nn.Module, name: str) -> nn.Module:
+    """The module called `name`, such as layers.0.attention.to_out.0."""
+    return cast(nn.Module, _part(model, name))
+
+
+def _part(model: nn.Module, name: str) -> object:
+    """The module, list or dict of modules, or parameter called `name`."""
+    part: object = model
+    for key in name.split("."):
+        if isinstance(part, list):
+            part = part[int(key)]
+        else:
+            assert isinstance(part, dict)  # modules are dicts, too
+            part = part[key]
+    return part
 
 
 def replace(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -36,7 +45,7 @@ def place(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
 @contextmanager
 def substituted(model: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[None]:
     """`model` with other arrays as the parameters of these names, until the block ends."""
-    own = {name: find(model, name) for name in arrays}
+    own = {name: cast(mx.array, _part(model, name)) for name in arrays}
     place(model, arrays)
     try:
         yield
@@ -48,7 +57,7 @@ def trainable(model: nn.Module, owners: Iterable[str]) -> Parameters:
     """The trainable parameters of the modules called `owners`, and of those below them, by name."""
     found: Parameters = {}
     for owner in owners:
-        modules: Any = tree_flatten(find(model, owner), f".{owner}", is_leaf=lambda part: isinstance(part, nn.Module))
-        for name, module in modules:
+        modules = tree_flatten(_part(model, owner), f".{owner}", is_leaf=lambda part: isinstance(part, nn.Module))
+        for name, module in dict(modules).items():
             found |= dict(tree_flatten(module.trainable_parameters(), f".{name}"))
     return found

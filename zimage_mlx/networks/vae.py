@@ -2,12 +2,12 @@
 
     latents = (mean - shift_factor) * scaling_factor
 
-Channels are last inside, second at the door. Source: AutoencoderKL, vae.py and unet_2d_blocks.py of diffusers; latent
-scaling as in pipeline_z_image.py. Attribute names are the checkpoint's.
+Layers use (B, H, W, C); `encode` and `decode` take and return (B, C, H, W). Source: AutoencoderKL, vae.py and
+unet_2d_blocks.py of diffusers; latent scaling as in pipeline_z_image.py. Attribute names are the checkpoint's.
 
-Memory: in `Strips`, a large layer makes some rows of its output at a time and takes the statistics for the next group
-norm, those of the whole picture, on the way. That is the same result, not an approximation by tiles, so there are no
-seams.
+With `Strips`, a large layer makes a few rows of its output at a time, to save memory. The next group norm needs the
+mean and variance of the whole picture, so these are summed up while the rows are made. The result is the same as at
+once. It has no seams, which decoding tile by tile would leave.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import mlx.nn as nn
 from zimage_ref.model.config import VAEConfig
 
 from .compiled import fused
-from .strips import MEASURED, Moments, Strips
+from .convolution import Source, conv3x3, convolve, doubled
+from .strips import Moments, Strips
 
 NORM_EPS = 1e-6  # of every group norm; resnet_eps in the official code
 _SCORES_AT_ONCE = 1 << 24  # of the mid block's attention, in strips
-Step = Callable[[mx.array, "Strips | None"], mx.array]
+VAELayer = Callable[[mx.array, "Strips | None"], mx.array]
 
 
 class GroupNorm(nn.Module):
@@ -69,8 +70,12 @@ class Resnet(nn.Module):
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        h = convolve(self.conv1, x, strips, self.norm1)
-        return convolve(self.conv2, h, strips, self.norm2, beside=(x, self.get("conv_shortcut")))
+        def add_shortcut(y: mx.array, top: int, bottom: int) -> mx.array:
+            beside = x[:, top:bottom]
+            return y + (self.conv_shortcut(beside) if "conv_shortcut" in self else beside)
+
+        h = convolve(self.conv1, activated(x, self.norm1, strips), strips)
+        return convolve(self.conv2, activated(h, self.norm2, strips), strips, add_shortcut)
 
 
 @fused
@@ -101,7 +106,7 @@ class MidAttention(nn.Module):
         B, h, w, C = x.shape
         tokens = self.group_norm(x, strips).reshape(B, 1, h * w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # (B, 1, hw, C)
-        return x + self.to_out[0](attention(q, k, v, strips)).reshape(B, h, w, C)
+        return x + self.to_out[0](attention_in_strips(q, k, v, strips)).reshape(B, h, w, C)
 
 
 class MidBlock(nn.Module):
@@ -113,7 +118,7 @@ class MidBlock(nn.Module):
         self.attentions = [MidAttention(width, config)]
 
     @property
-    def steps(self) -> list[Step]:
+    def layers(self) -> list[VAELayer]:
         """What a picture goes through, one after the other."""
         return [self.resnets[0], self.attentions[0], self.resnets[1]]
 
@@ -138,7 +143,7 @@ class Upsampler(nn.Module):
         self.conv = conv3x3(width, width)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        return convolve(self.conv, x, strips, double=True)
+        return convolve(self.conv, Source(x, doubled, 2), strips)
 
 
 class Level(nn.Module):
@@ -153,7 +158,7 @@ class Level(nn.Module):
             self.upsamplers = [Upsampler(outputs)]
 
     @property
-    def steps(self) -> list[Step]:
+    def layers(self) -> list[VAELayer]:
         """What a picture goes through, one after the other."""
         return [*self.resnets, *self.get("downsamplers", []), *self.get("upsamplers", [])]
 
@@ -175,10 +180,10 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        x = convolve(self.conv_in, x, strips)
-        for step in steps(*self.down_blocks, self.mid_block):
-            x = step(x, strips)
-        return convolve(self.conv_out, x, strips, self.conv_norm_out, last=True)
+        x = convolve(self.conv_in, Source(x), strips)
+        for layer in layers_of(*self.down_blocks, self.mid_block):
+            x = layer(x, strips)
+        return convolve(self.conv_out, activated(x, self.conv_norm_out, strips), strips, norm_follows=False)
 
 
 class Decoder(nn.Module):
@@ -198,10 +203,10 @@ class Decoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], config.in_channels)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
-        x = convolve(self.conv_in, x, strips)
-        for step in steps(self.mid_block, *self.up_blocks):
-            x = step(x, strips)
-        return convolve(self.conv_out, x, strips, self.conv_norm_out, last=True)
+        x = convolve(self.conv_in, Source(x), strips)
+        for layer in layers_of(self.mid_block, *self.up_blocks):
+            x = layer(x, strips)
+        return convolve(self.conv_out, activated(x, self.conv_norm_out, strips), strips, norm_follows=False)
 
 
 class VAE(nn.Module):
@@ -235,79 +240,24 @@ class VAE(nn.Module):
         return self.decoder(x, strips).transpose(0, 3, 1, 2)
 
 
-def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size."""
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+def layers_of(*blocks: MidBlock | Level) -> list[VAELayer]:
+    """The layers of all blocks. One loop goes through them, so that nothing else holds what was made before."""
+    return [layer for block in blocks for layer in block.layers]
 
 
-def steps(*blocks: MidBlock | Level) -> list[Step]:
-    """The steps of all blocks. One loop goes through them, so that nothing else holds what was made before."""
-    return [step for block in blocks for step in block.steps]
+def activated(x: mx.array, norm: GroupNorm, strips: Strips | None) -> Source:
+    """silu(norm(x)), normed by the statistics of the whole x."""
+    scale, shift = norm.coefficients(x, strips)
+    return Source(x, lambda part: activate(part, scale, shift))
 
 
-def convolve(
-    conv: nn.Conv2d,
-    x: mx.array,
-    strips: Strips | None,
-    norm: GroupNorm | None = None,
-    double: bool = False,
-    beside: tuple[mx.array, nn.Module | None] | None = None,
-    last: bool = False,
-) -> mx.array:
-    """The 3x3 convolution of silu(norm(x)), or of x at double size, in strips of the output.
-
-    beside: an array to add to the result, and the layer it goes through first. last: no norm follows.
-    """
-    factor = 2 if double else 1
-    coefficients = norm.coefficients(x, strips) if norm else ()
-    B, H, W, C = x.shape[0], factor * x.shape[1], factor * x.shape[2], len(conv.weight)
-
-    def prepared(part: mx.array) -> mx.array:
-        if double:
-            return doubled(part)
-        return activate(part, *coefficients) if coefficients else part
-
-    def finished(y: mx.array, top: int, bottom: int) -> mx.array:
-        if beside is None:
-            return y
-        side, layer = beside[0][:, top:bottom], beside[1]
-        return y + (layer(side) if layer else side)
-
-    if strips is None:
-        return finished(conv(prepared(x)), 0, H)
-    made = x.itemsize * (x.shape[3] + C) + (0 if last else MEASURED * C)  # bytes for each pixel, on the way
-    parts, moments = [], Moments()
-    for top, bottom in strips.spans(H, B * W * made):
-        low, high = max(top - 1, 0), min(bottom + 1, H)  # the kernel reaches one row beyond
-        part = prepared(x[:, low // factor : -(-high // factor)])
-        part = part[:, low % factor :][:, : high - low]
-        above, below = int(top == 0), int(bottom == H)
-        if above != below:
-            part = mx.pad(part, [(0, 0), (above, below), (0, 0), (0, 0)])
-        y = mx.conv2d(part, conv.weight, padding=(above * below, 1)) + conv.bias
-        parts.append(finished(y, top, bottom))
-        if not last:
-            moments.add(parts[-1])
-        strips.settle(parts[-1], moments.sums)
-    whole = mx.concatenate(parts, axis=1)  # lazy: what this layer was made of is gone by then
-    if not last:
-        strips.keep(whole, moments)
-    return whole
-
-
-def doubled(x: mx.array) -> mx.array:
-    """Each pixel of (B, H, W, C) four times: (B, 2 H, 2 W, C)."""
-    B, H, W, C = x.shape
-    return mx.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
-
-
-def attention(q: mx.array, k: mx.array, v: mx.array, strips: Strips | None) -> mx.array:
-    """Attention over (B, 1, hw, C); in strips some queries at a time, since heads this wide have no fused kernel."""
+def attention_in_strips(q: mx.array, k: mx.array, v: mx.array, strips: Strips | None) -> mx.array:
+    """Attention over (B, 1, hw, C), with strips some queries at a time, since heads this wide have no fused kernel."""
     step = max(1, _SCORES_AT_ONCE // k.shape[2]) if strips else q.shape[2]
     parts = []
     for start in range(0, q.shape[2], step):
         queries = q[:, :, start : start + step]
         parts.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=q.shape[-1] ** -0.5))
         if strips:
-            strips.settle(parts[-1])
+            strips.eval_ahead(parts[-1])
     return mx.concatenate(parts, axis=2)

@@ -6,7 +6,7 @@ import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import BinaryIO, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from zimage_ref.errors import WeightError, listing
 from zimage_ref.formats.npz import npy_header
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.formats.tensors import BFLOAT16, Array, Tensor, Tensors
+from zimage_ref.model.quantization import covers
 
 from .quantized import QuantizedLinear
 
@@ -32,8 +33,8 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
     Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
-    WeightError where names or shapes differ. Beside what is loaded, memory holds three tensors on their way, never a
-    second copy of the model.
+    WeightError if names or shapes differ. Beside what is loaded, memory holds three tensors that are being read, never
+    a second copy of the model.
     """
     expected = dict(tree_flatten(model.parameters()))
     if expected.keys() != tensors.keys():
@@ -44,7 +45,7 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
         parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
         layers.append(_quantized_linear(name, tensor.shape, tensor.quantization, parts))
     for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
-        if quantization and quantization.covers(name, tensors[name].shape):
+        if quantization and covers(quantization, name, tensors[name].shape):
             made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
             parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
             layers.append(_quantized_linear(name, tensors[name].shape, quantization, parts))
@@ -58,10 +59,11 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
 
 
 def _quantized_linear(
-    name: str, shape: Sequence[int], how: Quantization, parts: dict[str, mx.array]
+    name: str, shape: Sequence[int], quantization: Quantization, parts: dict[str, mx.array]
 ) -> tuple[str, QuantizedLinear]:
     outputs, inputs = shape
-    layer = QuantizedLinear(inputs, outputs, bias=False, group_size=how.group_size, bits=how.bits)
+    group_size, bits = quantization.group_size, quantization.bits
+    layer = QuantizedLinear(inputs, outputs, bias=False, group_size=group_size, bits=bits)
     mx.eval(parts)
     layer.update(parts)
     return name.removesuffix(".weight"), layer
@@ -95,9 +97,8 @@ def _read(tensor: Tensor) -> mx.array | Array:
     stored = tensor.read()
     if stored.nbytes < _LARGE or stored.dtype == np.float64:  # GPUs have no float64
         return stored
-    file: Any = _Npy(stored)
     # it is read when this returns; a stream set for a block would be set for all threads in some versions of MLX
-    return cast(mx.array, mx.load(file, format="npy", stream=mx.cpu))
+    return cast(mx.array, mx.load(cast(BinaryIO, _Npy(stored)), format="npy", stream=mx.cpu))
 
 
 class _Npy(io.RawIOBase):

@@ -1,6 +1,58 @@
-"""python -m zimage_mlx.tiny --output DIR: makes the built-in model anew."""
+"""python -m zimage_mlx.tiny --output DIR: makes the built-in model anew.
 
-from .recipe import main
+With --seconds it stops before the end, keeps its state beside DIR, and goes on when the same command is given again.
+Progress is a line of JSON for each report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import mlx.core as mx
+
+from zimage_ref.errors import ZImageError
+
+from .recipe import BuildOptions, Recipe, build
+from .stepper import Compute
+
+
+def main() -> None:
+    """Makes the model as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m zimage_mlx.tiny", description="Trains Tiny Z-Image from scratch.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; run again to go on")
+    parser.add_argument("--report-every", type=int, default=1000, help="steps between lines of progress")
+    parser.add_argument("--judged", type=int, default=40, help="pictures to judge for a line of progress")
+    parser.add_argument("--float32", action="store_true", help="text encoder and transformer in float32, too")
+    parser.add_argument("--eager", action="store_true", help="kernels of text encoder and transformer one by one, too")
+    for field in fields(Recipe):
+        flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default})"
+        parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
+    args = parser.parse_args()
+    options = BuildOptions(
+        every=args.report_every,
+        judged=args.judged,
+        deadline=time.monotonic() + args.seconds,
+        compute=Compute(False if args.eager else None, mx.float32 if args.float32 else None),
+        report=_print_line,
+    )
+    try:
+        build(args.output, Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}), options)
+    except ZImageError as error:
+        sys.exit(f"error: {error}")
+
+
+def _print_line(facts: Mapping[str, object]) -> None:
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
 
 if __name__ == "__main__":
     main()

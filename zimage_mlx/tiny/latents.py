@@ -1,8 +1,9 @@
 """The latents of the tiny autoencoder, measured and made more even.
 
-Trained on reconstruction alone, it gives colour, which one cell tells as well as all, hundreds of times the power of
-outlines; a denoiser would see outlines only in the last of its eight steps. A change of basis makes the powers of the
-directions their square roots. It is folded into the convolutions on both sides of the latents, and changes no picture.
+An autoencoder that learns reconstruction alone gives colours hundreds of times the variance of outlines. Noise would
+then hide outlines until the last of the denoiser's eight steps. So the latents get another basis, in which the variance
+of each direction is the square root of what it was. The change of basis is folded into the convolutions on both sides
+of the latents, so that it changes no picture.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def finish(vae: VAE, pictures: Array) -> None:
 
 
 def in_batches(pictures: Array) -> Iterator[Array]:
-    """`pictures` as many at a time as the autoencoder takes without strain."""
+    """`pictures` in batches that the autoencoder can take."""
     yield from (pictures[i : i + _BATCH] for i in range(0, len(pictures), _BATCH))
 
 
@@ -49,15 +50,15 @@ def moments(vae: VAE, pictures: Array) -> tuple[Array, Array]:
 
 
 def evening(latents: Array) -> Array:
-    """The symmetric matrix (C, C) after which every direction of `latents` (cells, C) has the root of its power."""
-    power, directions = np.linalg.eigh(np.cov(latents.T))
-    return np.asarray((directions * power**-0.25) @ directions.T)
+    """The symmetric matrix (C, C) that gives each direction of `latents` (cells, C) the square root of its variance."""
+    variance, directions = np.linalg.eigh(np.cov(latents.T))
+    return np.asarray((directions * variance**-0.25) @ directions.T)
 
 
 def _fold(vae: VAE, basis: Array, variance: Array) -> None:
-    """The encoder's last convolution gives basis @ latents, the decoder's first takes them.
+    """Makes the encoder's last convolution give basis @ latents, and the decoder's first one take them.
 
-    In the new basis the posterior's variance is the same in every cell, what it was in the mean.
+    The posterior's variance becomes the same in every cell: `variance`, the mean of what it was, in the new basis.
     """
     C = len(basis)
     last, first = vae.encoder.conv_out, vae.decoder.conv_in

@@ -1,6 +1,6 @@
-"""What the tiny model's networks are trained to do: the losses of its autoencoder and of its denoiser.
+"""The losses of the tiny model's autoencoder and of its denoiser.
 
-Arithmetic that decides is float32; the networks compute in the dtype of their weights.
+Noise, latents and losses are float32; the networks compute in the dtype of their weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_mlx.networks.text_encoder import TextEncoder
-from zimage_mlx.networks.transformer import Conditioning, Layout, Transformer
+from zimage_mlx.networks.token_layout import TokenLayout
+from zimage_mlx.networks.transformer import Conditioning, Transformer
 from zimage_mlx.networks.vae import VAE
 from zimage_ref.model.config import TextEncoderConfig, TransformerConfig
 from zimage_ref.model.flow import add_noise, model_time, resolution_shift, shifted, training_target
@@ -19,7 +20,7 @@ KL = 5e-4  # against a reconstruction error that is a mean over pixels
 
 
 def vae_loss(vae: VAE, key: mx.array, pixels: mx.array) -> mx.array:
-    """Reconstruction and divergence from the normal distribution, of pixels (B, H, W, 3) uint8."""
+    """The loss of pixels (B, H, W, 3) uint8: reconstruction, and divergence from the normal distribution."""
     x, dtype = to_signed(pixels), vae.decoder.conv_in.weight.dtype
     mean, log_variance = mx.split(vae.encoder(x.astype(dtype)).astype(mx.float32), 2, axis=-1)
     log_variance = mx.clip(log_variance, -20, 10)
@@ -35,7 +36,7 @@ def to_signed(pixels: mx.array) -> mx.array:
 
 
 class Denoiser(nn.Module):
-    """What is trained together."""
+    """Text encoder and transformer, which are trained together."""
 
     def __init__(self, transformer: TransformerConfig, text_encoder: TextEncoderConfig) -> None:
         super().__init__()
@@ -46,11 +47,11 @@ class Denoiser(nn.Module):
 
 
 def denoising_loss(
-    model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: Layout
+    model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: TokenLayout
 ) -> mx.array:
     """The flow-matching loss of x_0 (B, C, h, w) with captions ids (B, TOKENS), each of its own length.
 
-    `layout` is that of one caption: where tokens stand is the same for all captions of one padded length.
+    `layout` is made for one caption. It serves them all, since all are padded to one length.
     """
     B, _, h, w = x_0.shape
     for_noise, for_time = mx.random.split(key)

@@ -1,15 +1,16 @@
-"""Training of all weights of a small network at once: one vector to AdamW, one compiled program a step.
+"""Training of all weights of a small network at once: one vector to AdamW, one compiled program for each step.
 
-Thousands of small operations on small arrays would leave a GPU waiting for their launches. So weights, moments and
-averages are one float32 vector each, and forward, backward, optimizer and average are compiled together, in bfloat16
-where the GPU computes; the vectors stay float32.
+A small network has thousands of short operations, and a GPU would spend its time waiting for them to be started. So
+weights, moments and averages are one float32 vector each, and forward, backward, optimizer and average are compiled
+into one program. Forward and backward are bfloat16 on a GPU; the vectors stay float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeAlias, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,52 +26,58 @@ from zimage_ref.formats.tensors import Tensor
 EMA = 0.999
 _STEP, _RECIPE = "step", "recipe"  # metadata of the files of a saved state
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module, covariant=True)
+Loss: TypeAlias = Callable[..., mx.array]  # (model, key, *inputs) -> scalar; key is all the randomness it may use
 
-class Stepper:
-    """One step of `model` a call, under a warmed-up cosine rate, with a moving average of its weights.
 
-    loss: (model, key, *inputs) -> scalar; key is all the randomness it may use.
-    recipe: what a saved state must have been made with to be gone on from; the number of steps may differ.
-    compiled: None for a GPU, where the kernels of a whole step take minutes to build, once.
-    dtype: of forward and backward; None is bfloat16 on a GPU, float32 elsewhere.
+@dataclass(frozen=True)
+class Compute:
+    """How a step is computed."""
+
+    compiled: bool | None = None  # None: on a GPU, where the kernels of a whole step take minutes to build, once
+    dtype: mx.Dtype | None = None  # of forward and backward; None: bfloat16 on a GPU, float32 elsewhere
+
+
+class Stepper(Generic[AnyModel]):
+    """Makes one step of `model` in each call, at a rate that warms up and falls, and averages its weights over steps.
+
+    recipe: how the model is made. A saved state goes on only with the same recipe; the number of steps may differ.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[..., mx.array], rate: float, steps: int, recipe: str = "",
-        compiled: bool | None = None, dtype: mx.Dtype | None = None,
-    ) -> None:  # fmt: skip
+        self, model: AnyModel, loss: Loss, rate: float, steps: int, recipe: str = "", compute: Compute | None = None
+    ) -> None:
+        compute = compute or Compute()
         warm = max(steps // 40, 1)
         schedule = optim.join_schedules(
             [optim.linear_schedule(1e-6, rate, warm), optim.cosine_decay(rate, max(steps - warm, 1), rate / 100)],
             [warm],
         )
         self.model, self.loss, self.steps, self.recipe = model, loss, steps, recipe
-        named: Any = tree_flatten(model.parameters())
-        self._shapes = [(name, array.shape) for name, array in named]
-        self._ends = np.cumsum([array.size for _, array in named])[:-1].tolist()
-        vector = mx.concatenate([array.flatten() for _, array in named]).astype(mx.float32)
+        named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        self._shapes = {name: array.shape for name, array in named.items()}
+        self._ends = np.cumsum([array.size for array in named.values()])[:-1].tolist()
+        vector = mx.concatenate([array.flatten() for array in named.values()]).astype(mx.float32)
         self.vectors = {"weights": vector, "average": mx.array(vector)}
         self.optimizer = optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=1e-2, bias_correction=True)
         self.optimizer.init({"weights": vector})
         mx.eval(self.vectors, self.optimizer.state)
         self.done = 0
-        self._dtype = dtype or (mx.bfloat16 if on_gpu() else mx.float32)
+        self._dtype = compute.dtype or (mx.bfloat16 if on_gpu() else mx.float32)
         state = [self.vectors, self.optimizer.state]
-        compiled = on_gpu() if compiled is None else compiled
-        self._step: Callable[..., mx.array] = (
-            mx.compile(self._plain, inputs=state, outputs=state) if compiled else self._plain
-        )
+        compiled = on_gpu() if compute.compiled is None else compute.compiled
+        self._step = mx.compile(self._plain, inputs=state, outputs=state) if compiled else self._plain
 
     def __call__(self, key: mx.array, *inputs: mx.array) -> mx.array:
-        """The loss; it and the new weights are under way when this returns. See `place`."""
-        value = self._step(key, *inputs)
+        """The loss, a scalar. It and the new weights are queued, not computed, when this returns."""
+        value: mx.array = self._step(key, *inputs)
         self.done += 1
         mx.async_eval(value, self.vectors, self.optimizer.state)
         return value
 
     def _plain(self, key: mx.array, *inputs: mx.array) -> mx.array:
         def loss_of(weights: mx.array) -> mx.array:
-            self.place(weights.astype(self._dtype), self.model)
+            self.place(weights.astype(self._dtype))
             return self.loss(self.model, key, *inputs)
 
         value, gradient = mx.value_and_grad(loss_of)(self.vectors["weights"])
@@ -79,28 +86,28 @@ class Stepper:
             {"weights": gradient}, {"weights": self.vectors["weights"]}
         )["weights"]
         n = self.optimizer.step.astype(mx.float32)
-        pace = mx.maximum(1 - EMA, 9 / (10 + n))  # the first weights are soon forgotten
-        self.vectors["average"] = self.vectors["average"] + pace * (self.vectors["weights"] - self.vectors["average"])
+        share = mx.maximum(1 - EMA, 9 / (10 + n))  # larger at first, so that the weights of the start count little
+        self.vectors["average"] = self.vectors["average"] + share * (self.vectors["weights"] - self.vectors["average"])
         return value
 
-    def place(self, weights: mx.array, model: nn.Module) -> nn.Module:
-        """`model` with the parts of a vector as its parameters."""
-        parts = zip(self._shapes, mx.split(weights, self._ends), strict=True)
-        model.update(tree_unflatten([(name, part.reshape(shape)) for (name, shape), part in parts]))
-        return model
+    def place(self, weights: mx.array) -> AnyModel:
+        """The model, with the parts of the vector `weights` as its parameters."""
+        parts = zip(self._shapes.items(), mx.split(weights, self._ends), strict=True)
+        self.model.update(tree_unflatten([(name, part.reshape(shape)) for (name, shape), part in parts]))
+        return self.model
 
-    def averaged(self) -> nn.Module:
-        """`model` with the averages of its weights, float32. The next step puts its own back."""
-        return self.place(self.vectors["average"], self.model)
+    def averaged(self) -> AnyModel:
+        """The model with the averages of its weights, float32. The next step puts its own weights back."""
+        return self.place(self.vectors["average"])
 
     def save(self, folder: Path) -> None:
-        """Writes all that `restore` needs, one vector a file."""
+        """Writes all that `restore` needs, one vector in each file."""
         metadata = {_STEP: str(self.done), _RECIPE: self.recipe}
         for name, vector in self._state().items():
             safetensors.write(folder / f"{name}.safetensors", {name: Tensor.of(np.array(vector))}, metadata)
 
     def restore(self, folder: Path) -> None:
-        """Goes on from what `save` wrote. Raises ConfigError if it was made otherwise, or was saved only in part."""
+        """Goes on from what `save` wrote. Raises ConfigError if it has another recipe, or was saved only in part."""
         made, read = set(), {}
         for name, vector in self._state().items():
             path = folder / f"{name}.safetensors"
@@ -118,4 +125,5 @@ class Stepper:
         mx.eval(self.vectors, self.optimizer.state)
 
     def _state(self) -> dict[str, mx.array]:
-        return self.vectors | self.optimizer.state["weights"]
+        moments: dict[str, mx.array] = self.optimizer.state["weights"]
+        return self.vectors | moments

@@ -1,6 +1,6 @@
-"""Pictures and captions through the autoencoder and the text encoder, once: what training reads from disk.
+"""Pictures and captions, encoded once by the autoencoder and the text encoder, and read from disk while training.
 
-Memory holds one picture at a time whatever the size of the dataset, and one network at a time.
+Memory holds one picture and one network at a time, whatever the size of the dataset.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from zimage_mlx.networks.strips import Strips
 from zimage_mlx.networks.weights import from_stored, to_stored
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.errors import FormatError, TrainingError
 from zimage_ref.formats.files import disk_is_full, remove_stale
 from zimage_ref.formats.tensors import Array
+from zimage_ref.memory import LEAN
 from zimage_ref.training.buckets import Size
 from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
 from zimage_ref.training.dataset import Example
@@ -35,9 +37,10 @@ class EncodedDataset:
         self._cache = TrainCache(folder, plan.model, engine, pipeline.quantization)
 
     def build(self, rank: int = 0, ranks: int = 1) -> Iterator[Encoded]:
-        """Computes every entry that is missing or damaged; the networks are freed when their part is done.
+        """Computes every entry that is missing or damaged; each network is freed when its part is done.
 
-        Machines that share a disk begin at different places and find each other's entries.
+        Machines that share a disk begin at different places and find each other's entries. Raises TrainingError if the
+        disk is full.
         """
         remove_stale(self._cache.folder)
         for what, network, work in (
@@ -63,11 +66,11 @@ class EncodedDataset:
             ) from error
 
     def latents(self, example: Example, size: Size, flip: bool = False) -> mx.array:
-        """(C, h, w) float32."""
+        """(C, h, w) float32. Raises TrainingError if the entry is gone or damaged since `build`."""
         return _read(self._cache.latents(example, size, flip))
 
     def caption(self, text: str) -> mx.array:
-        """(T, cap_feat_dim) in the text encoder's precision."""
+        """(T, cap_feat_dim) in the text encoder's precision. Raises as `latents` does."""
         return _read(self._cache.caption(text))
 
     def _caption_work(self) -> list[_Work]:
@@ -91,7 +94,9 @@ class EncodedDataset:
         return self._pipeline.encode_prompt(text)
 
     def _encode_picture(self, example: Example, size: Size, flip: bool) -> mx.array:
-        return self._pipeline.encode(example.pixels(*size, flip)[None])[0]  # of (1, 3, H, W)
+        """(C, h, w) float32. Each picture is encoded once, so memory matters more than time: strips are small."""
+        pixels = mx.array(example.pixels(*size, flip))[None]  # (1, 3, H, W)
+        return self._pipeline.vae.encode(pixels, Strips(LEAN.strips)).astype(mx.float32)[0]
 
 
 def _read(path: Path) -> mx.array:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +20,7 @@ from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.training.batches import INITIAL, RANKS, stream
+from zimage_ref.training.batches import INITIAL, RANKS, rng_for
 from zimage_ref.training.plan import TrainPlan
 
 from .feed import Feed
@@ -50,7 +49,7 @@ class Learner:
         """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
-        layers.start(model, plan.layers, config.rank, config.alpha, stream(config.seed, INITIAL))
+        layers.add_trainable_loras(model, plan.layers, config.rank, config.alpha, rng_for(config.seed, INITIAL))
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
         self._packing = Packing(parameters)
         self._vectors = self._packing.pack(parameters)
@@ -64,7 +63,7 @@ class Learner:
         return sum(vector.nbytes for vector in self._vectors.values())
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
-        """Makes step `step`, from 0, on batches of items; changes nothing where loss or gradient is not finite."""
+        """Makes step `step`, from 0, on batches of items; changes nothing if loss or gradient is not finite."""
         config = self._plan.config
         loss, gradients = self._gradients(step, epoch, batches)
         gradients, norm = clipped(gradients, config.grad_clip)
@@ -78,24 +77,24 @@ class Learner:
 
     @contextmanager
     def result(self) -> Iterator[Transformer]:
-        """The transformer with the LoRA as it would be saved: the average, where there is one."""
+        """The transformer with the LoRA as it would be saved: the average, if there is one."""
         self._use(self._average or self._vectors)
         yield self._model
 
     def factors(self) -> LoRA:
         """The LoRA as it would be saved."""
         with self.result() as model:
-            return layers.factors(model)
+            return layers.trained_loras(model)
 
     def state(self) -> dict[str, dict[str, Array]]:
-        """All that the next step depends on: lora, optimizer and, where there is one, ema."""
+        """All that the next step depends on: lora, optimizer and, if there is one, ema."""
         parts = {"lora": self._vectors, "ema": self._average}
         matrices = {part: self._packing.unpack(vectors) for part, vectors in parts.items() if vectors}
         arrays = {part: {k: np.array(v) for k, v in values.items()} for part, values in matrices.items()}
         return {**arrays, "optimizer": self._optimizer.state()}
 
     def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
-        """Takes up a state that `state` gave. Raises ConfigError where it is of another LoRA or optimizer."""
+        """Takes up a state that `state` gave. Raises ConfigError if it is of another LoRA or optimizer."""
         fresh = self.state()
         for part, what in (("lora", "layers or another rank"), ("optimizer", "optimizer state")):
             if _shapes(state[part]) != _shapes(fresh[part]):
@@ -126,7 +125,7 @@ class Learner:
                 mx.eval(loss, gradients)
         if self._group.size() > 1:
             loss = mx.distributed.all_sum(loss, group=self._group)
-            means: Any = nn.average_gradients(gradients, self._group)
+            means: Vectors = nn.average_gradients(gradients, self._group)
             gradients = {factor: mean * self._group.size() for factor, mean in means.items()}
         return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
 
@@ -136,11 +135,11 @@ class Learner:
         return batch[rank * each : (rank + 1) * each]
 
     def _mask(self, step: int) -> mx.array | float:
-        """For every element of the Bs: 0 where its rank rests in `step`, more than 1 for the others."""
+        """For every element of the Bs: 0 if its rank rests in `step`, more than 1 otherwise."""
         rest = self._plan.config.rank_dropout
         if not rest:
             return 1.0
-        rng = stream(self._plan.config.seed, RANKS, step)
+        rng = rng_for(self._plan.config.seed, RANKS, step)
         rows = []
         for shape in self._packing.shapes["lora_B"].values():
             awake = rng.random((1, shape[1])) >= rest

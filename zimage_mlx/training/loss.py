@@ -18,7 +18,7 @@ from zimage_ref.model.flow import add_noise, model_time, training_target
 
 
 @dataclass(frozen=True)
-class Batch:
+class NoisyBatch:
     """Pictures of one size, noised and captioned."""
 
     x_0: mx.array  # (B, C, h, w) float32
@@ -28,13 +28,13 @@ class Batch:
     weight: mx.array | None = None  # (B,) float32; None is 1
 
 
-def flow_matching_loss(model: Transformer, batch: Batch) -> mx.array:
+def flow_matching_loss(model: Transformer, batch: NoisyBatch) -> mx.array:
     """The loss of `batch`, a float32 scalar."""
     x = add_noise(batch.x_0, batch.noise, batch.sigma[:, None, None, None])
     return flow_matching_error(model(x, model_time(batch.sigma), batch.captions), batch)
 
 
-def flow_matching_error(raw: mx.array, batch: Batch) -> mx.array:
+def flow_matching_error(raw: mx.array, batch: NoisyBatch) -> mx.array:
     """The weighted mean squared error, a float32 scalar, of what the transformer made of `batch`, (B, C, h, w)."""
     difference = raw.astype(mx.float32) - training_target(batch.x_0, batch.noise)
     losses = mx.mean(mx.square(difference), axis=(1, 2, 3))  # (B,)

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from zimage_ref.errors import TrainingError
 from zimage_ref.formats.tensors import Array
-from zimage_ref.training.run_folder import Saved
+from zimage_ref.training.config import free_options
+from zimage_ref.training.facts import RunFacts
+from zimage_ref.training.run_folder import SavedState
 
-_KEYS = ("config", "total", "batch", "dataset", "model", "adapter")  # of a run's facts
+_AGREED = ("total", "batch", "dataset", "model", "adapter")  # facts of a run, besides options
 _BACKENDS = ("[ring]", "[mpi]", "[nccl]", "[jaccl]")  # that MLX's errors begin with
-Tensors = Mapping[str, Mapping[str, Array]]
 
 
 def is_first() -> bool:
-    """Whether this is the machine that writes and reports; alone, it is."""
+    """Whether this is the machine that writes and reports; one that trains alone is."""
     return bool(mx.distributed.init().rank() == 0)
 
 
 @contextmanager
-def losses() -> Iterator[None]:
-    """A block in which the loss of another machine is a TrainingError."""
+def lost_machine_is_an_error() -> Iterator[None]:
+    """A block in which an error of MLX that means that another machine is gone becomes a TrainingError."""
     try:
         yield
     except RuntimeError as error:
@@ -36,36 +37,64 @@ def losses() -> Iterator[None]:
         raise TrainingError(f"another machine of the group is gone: go on with `resume`: {error}") from error
 
 
-def agree(group: mx.distributed.Group, facts: Mapping[str, Any], free: set[str]) -> None:
-    """Raises TrainingError unless all machines have the same pictures, weights and options, less the `free` ones."""
-    config = {name: value for name, value in facts["config"].items() if name not in free}
-    text = json.dumps([config, *(facts[key] for key in _KEYS if key != "config")], sort_keys=True)
-    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32)
-    spread = mx.distributed.all_max(mx.array(own), group=group) + mx.distributed.all_max(mx.array(-own), group=group)
-    if mx.any(spread != 0).item():
-        raise TrainingError("the machines differ in pictures, model or options: give all of them the same")
+class Machines:
+    """The machines that train together, as one of them sees the group. Each must call the same methods in turn."""
 
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        """should_stop: whether this machine was asked to stop."""
+        self.group = mx.distributed.init()
+        self.rank, self.size = self.group.rank(), self.group.size()
+        self.first, self.alone = self.rank == 0, self.size == 1
+        self._should_stop = should_stop
 
-def told_by_first(group: mx.distributed.Group, saved: Saved | None, fresh: Tensors) -> Saved | None:
-    """What the first machine resumes from, on every machine; `fresh` has the names and shapes of its tensors."""
-    first = group.rank() == 0
-    facts = saved.facts if saved else {"smoothed": None, "failures": 0}
-    numbers = [saved.step if saved else 0, facts["failures"], facts["smoothed"] or 0.0]
-    step, failures, smoothed = _told(group, np.array(numbers, np.float32) * first).tolist()
-    if not step:
-        return None
-    tensors = {
-        part: {
-            name: _told(group, saved.tensors[part][name] if first and saved else np.zeros_like(array))
-            for name, array in sorted(arrays.items())
+    def asked_to_stop(self) -> bool:
+        """Whether any machine was asked to; all learn it at the same step."""
+        asked = self._should_stop()
+        if self.alone:
+            return asked
+        return bool(mx.distributed.all_sum(mx.array(float(asked)), group=self.group).item())
+
+    def agree(self, facts: RunFacts) -> None:
+        """Raises TrainingError unless all machines have the same pictures, weights and options.
+
+        Options that change no result may differ.
+        """
+        if self.alone:
+            return
+        config = {name: value for name, value in facts["config"].items() if name not in free_options()}
+        by_name = cast(Mapping[str, object], facts)
+        text = json.dumps([config, *(by_name[key] for key in _AGREED)], sort_keys=True)
+        own = mx.array(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32))
+        spread = mx.distributed.all_max(own, group=self.group) + mx.distributed.all_max(-own, group=self.group)
+        if mx.any(spread != 0).item():
+            raise TrainingError("the machines differ in pictures, model or options: give all of them the same")
+
+    def told_by_first(
+        self, saved: SavedState | None, facts: RunFacts, fresh: Mapping[str, Mapping[str, Array]]
+    ) -> SavedState | None:
+        """The state that the first machine resumes from, `saved` there, on every machine; None if it has none.
+
+        facts: of this run. fresh: the tensors of a new state, for their names and shapes.
+        """
+        if self.alone:
+            return saved
+        smoothed, failures = (saved.facts["smoothed"], saved.facts["failures"]) if saved else (None, 0)
+        numbers = [saved.step if saved else 0, failures, smoothed or 0.0]
+        step, told_failures, told_smoothed = self._told(np.array(numbers, np.float32) * self.first).tolist()
+        if not step:
+            return None
+        tensors = {
+            part: {
+                name: self._told(saved.tensors[part][name] if self.first and saved else np.zeros_like(array))
+                for name, array in sorted(arrays.items())
+            }
+            for part, arrays in sorted(fresh.items())
         }
-        for part, arrays in sorted(fresh.items())
-    }
-    kept = facts if first else {"smoothed": smoothed, "failures": int(failures)}
-    return Saved(int(step), dict(kept), tensors)
+        if not self.first:
+            smoothed, failures = told_smoothed, int(told_failures)
+        return SavedState(int(step), {**facts, "smoothed": smoothed, "failures": failures}, tensors)
 
-
-def _told(group: mx.distributed.Group, array: Array) -> Array:
-    """The sum over machines, of which only the first has anything but zeros."""
-    whole = mx.distributed.all_sum(mx.array(array.astype(np.float32)), group=group)
-    return np.array(whole).astype(array.dtype)
+    def _told(self, array: Array) -> Array:
+        """The sum over machines, all of which but the first give zeros."""
+        whole = mx.distributed.all_sum(mx.array(array.astype(np.float32)), group=self.group)
+        return np.array(whole).astype(array.dtype)

@@ -1,13 +1,12 @@
 """From gradients to new LoRA matrices: clipping, learning rate, the optimizers of MLX, and the average over steps.
 
-Sources: LoRA+, arXiv 2402.12354 (B learns faster than A); AdamW's betas (.9, .99), lower than usual because runs are
-a few thousand steps.
+The betas of AdamW and its like are (0.9, 0.99), lower than usual, because a run has only a few thousand steps.
+Source: LoRA+, arXiv 2402.12354 (B learns faster than A).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -16,47 +15,42 @@ import numpy as np
 
 from zimage_mlx.device import number
 from zimage_ref.formats.tensors import Array
-from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.config import SCHEDULES, TrainConfig
+from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 
 from .packing import FACTORS, Packing, Vectors
 
-_CLASSES = {
-    "adamw": optim.AdamW, "adam": optim.Adam, "adamax": optim.Adamax, "adafactor": optim.Adafactor,
-    "adagrad": optim.Adagrad, "adadelta": optim.AdaDelta, "lion": optim.Lion, "muon": optim.Muon,
-    "rmsprop": optim.RMSprop, "sgd": optim.SGD,
-}  # fmt: skip
 _SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
-_BY_MATRIX = ("adafactor", "muon")  # these look at rows and columns; for the others a vector will do
 
 
 class Optimizer:
     """The optimizer of a config: one for all A, one for all B, which may learn at different rates."""
 
     def __init__(self, config: TrainConfig, packing: Packing, vectors: Vectors) -> None:
-        self._packing, self._by_matrix = packing, config.optimizer in _BY_MATRIX
+        self._packing, self._by_matrix = packing, OPTIMIZERS[config.optimizer].by_matrix
         self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
         self._parts = {factor: make_optimizer(config) for factor in FACTORS}
         for factor, part in self._parts.items():
             part.init(self._view(factor, vectors))
 
     def apply(self, vectors: Vectors, gradients: Vectors, lr: float) -> Vectors:
-        """The vectors after one step."""
+        """The vectors after one step. `gradients` has the layout of `vectors`."""
         updated: dict[str, mx.array] = {}
         for factor, part in self._parts.items():
             part.learning_rate = lr * self._ratios[factor]
             updated |= part.apply_gradients(self._view(factor, gradients), self._view(factor, vectors))
-            mx.eval(updated, part.state)  # one after the other: old and new state of both need not be there at once
+            mx.eval(updated, part.state)  # one part after the other, so that only one has old and new state in memory
         return self._packing.pack(updated) if self._by_matrix else updated
 
     def _view(self, factor: str, vectors: Vectors) -> dict[str, mx.array]:
-        """What the optimizer of `factor` works on: its vector, or the matrices in it by name."""
+        """The arrays that the optimizer of `factor` works on: its vector, or the matrices in it by name."""
         if not self._by_matrix:
             return {factor: vectors[factor]}
         return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(factor)}
 
     def state(self) -> dict[str, Array]:
-        """Everything that the next step depends on, flat, for `restore`."""
+        """Everything that the next step depends on, as one table of arrays, for `restore`."""
         flat = {}
         for factor, part in self._parts.items():
             for key, value in part.state.items():
@@ -76,11 +70,12 @@ class Optimizer:
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with those of our settings that it has. Each step brings its rate."""
-    kind = _CLASSES[config.optimizer]
+    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step."""
+    kind = getattr(optim, OPTIMIZERS[config.optimizer].mlx_class)
     settings = {**_SETTINGS, "weight_decay": config.weight_decay}
     known = inspect.signature(kind).parameters
-    return kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
+    optimizer: optim.Optimizer = kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
+    return optimizer
 
 
 def learning_rate(plan: TrainPlan, step: int) -> float:
@@ -88,12 +83,11 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     config, total = plan.config, plan.total
     rise = min(1.0, (step + 1) / (config.warmup + 1))
     progress = max(0.0, (step - config.warmup) / max(1, total - config.warmup))  # 0..1
-    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return plan.lr * rise * falls[config.schedule]
+    return plan.lr * rise * SCHEDULES[config.schedule](progress)
 
 
 def clipped(gradients: Vectors, longest: float) -> tuple[Vectors, float]:
-    """The gradients, shortened so that as one vector they are at most `longest` (0: any), and their length before."""
+    """The gradients, and their length as one vector. They are shortened if it is more than `longest` (0: never)."""
     squares = mx.stack([mx.sum(mx.square(g)) for g in gradients.values()])
     norm = number(mx.sqrt(mx.sum(squares)))
     if longest and norm > longest:
@@ -102,7 +96,7 @@ def clipped(gradients: Vectors, longest: float) -> tuple[Vectors, float]:
 
 
 def averaged(average: Vectors, vectors: Vectors, decay: float, step: int) -> Vectors:
-    """The average after step `step`, from 1. Early on it forgets faster, so that the start does not weigh in it."""
+    """The average after step `step`, from 1. It forgets faster at first, so that the first matrices count little."""
     keep = min(decay, (1 + step) / (10 + step))
     average = {factor: keep * average[factor] + (1 - keep) * vector for factor, vector in vectors.items()}
     mx.eval(average)

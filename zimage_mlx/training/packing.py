@@ -1,7 +1,7 @@
 """The matrices of a LoRA laid end to end: one vector of every A, one of every B.
 
-A step of the optimizer, a norm or an average is then a few operations on two long arrays rather than on hundreds of
-short ones. The matrices are views of the vectors.
+A step of the optimizer, a norm or an average is then a few operations on two long arrays instead of hundreds of
+operations on short ones. The matrices are views of the vectors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FACTORS = ("lora_A", "lora_B")
 
 
 class Packing:
-    """Where each matrix lies."""
+    """Where in the vectors each matrix lies."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.shapes = {f: {n: p.shape for n, p in parameters.items() if n.endswith(f)} for f in FACTORS}
 
     def pack(self, parameters: Parameters) -> Vectors:
-        """The matrices, all that there are, in float32."""
+        """The vectors, in float32, of all matrices by name."""
         return {
             factor: mx.concatenate([parameters[name].flatten() for name in shapes]).astype(mx.float32)
             for factor, shapes in self.shapes.items()

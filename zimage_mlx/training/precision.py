@@ -1,4 +1,4 @@
-"""The frozen base in the precision that a config asks for."""
+"""The precision of the frozen base that a config comes to on this machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from zimage_ref.training.config import TrainConfig
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
 
-def base_precision(config: TrainConfig) -> tuple[str, Quantization | None]:
-    """The dtype of the networks by name, and how the base is quantized, if it is."""
+def resolve_base_precision(config: TrainConfig) -> tuple[str, Quantization | None]:
+    """The dtype of the networks by name, and how the base is quantized, None if it is not."""
     asked = config.base_precision
     bits = int(asked) if asked in ("8", "4") else None
     default = "bf16" if on_gpu() else "f32"

@@ -6,7 +6,6 @@ Prompts are encoded before training; the autoencoder is in memory only while a p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -17,6 +16,7 @@ from zimage_ref.model.flow import starting_noise
 from zimage_ref.pictures.images import save_picture, to_picture, to_unit
 from zimage_ref.training.events import Previewed
 from zimage_ref.training.plan import TrainPlan
+from zimage_ref.training.run_folder import RunFolder
 
 from .encode import EncodedDataset
 from .learner import Learner
@@ -26,15 +26,22 @@ class Previewer:
     """Draws the previews of a plan."""
 
     def __init__(
-        self, plan: TrainPlan, pipeline: ZImagePipeline, learner: Learner, adapter: TrainingAdapter, folder: Path
+        self,
+        plan: TrainPlan,
+        pipeline: ZImagePipeline,
+        data: EncodedDataset,
+        learner: Learner,
+        adapter: TrainingAdapter,
     ) -> None:
-        self._plan, self._pipeline, self._learner, self._adapter = plan, pipeline, learner, adapter
-        self._folder = folder
+        self._plan, self._pipeline, self._data, self._learner, self._adapter = plan, pipeline, data, learner, adapter
+        self._folder = RunFolder(plan.config.output).previews
 
-    def draw(self, step: int, data: EncodedDataset) -> Iterator[Previewed]:
-        """Draws every prompt with the LoRA as it would be saved, and without the training adapter."""
+    def draw(self, step: int) -> Iterator[Previewed]:
+        """Draws every prompt, if there are any, with the LoRA as it would be saved and without the training adapter."""
+        if not self._prompts:
+            return
         with self._adapter.removed(), self._learner.result():
-            drawn = [self._latents(index, prompt, data) for index, prompt in enumerate(self._prompts)]
+            drawn = [self._latents(index, prompt) for index, prompt in enumerate(self._prompts)]
         for index, (prompt, latents) in enumerate(zip(self._prompts, drawn, strict=True)):
             path = self._folder / f"step{step}-{index}.png"
             save_picture(to_picture(to_unit(self._pipeline.decode(latents))), path)
@@ -45,15 +52,16 @@ class Previewer:
     def _prompts(self) -> tuple[str, ...]:
         return self._plan.config.preview_prompt
 
-    def _latents(self, index: int, prompt: str, data: EncodedDataset) -> mx.array:
+    def _latents(self, index: int, prompt: str) -> mx.array:
         """(1, C, h, w) of the finished picture."""
         config, model = self._plan.config, self._plan.model
         defaults = TURBO if self._plan.turbo else BASE
-        steps = config.preview_steps or defaults.preview_steps
-        guidance = defaults.guidance if config.preview_guidance < 0 else config.preview_guidance
-        side = (config.preview_size or max(config.resolution)) // model.vae.factor
+        steps = defaults.preview_steps if config.preview_steps is None else config.preview_steps
+        guidance = defaults.guidance if config.preview_guidance is None else config.preview_guidance
+        pixels = max(config.resolution) if config.preview_size is None else config.preview_size
+        side = pixels // model.vae.factor
         x = mx.array(starting_noise(config.seed + index, (model.transformer.in_channels, side, side)))[None]
-        captions = [data.caption(prompt)] + ([data.caption("")] if guidance else [])
+        captions = [self._data.caption(text) for text in ((prompt, "") if guidance else (prompt,))]
         for latest in self._pipeline.denoise(x, captions, steps, guidance):
             x = latest
         return x

@@ -1,18 +1,18 @@
-"""What a run leaves on disk: LoRA files that are usable at once, and folders to resume from."""
+"""What a run leaves on disk: LoRA files that can be used at once, and folders to resume from."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from zimage_ref import __version__
 from zimage_ref.lora.file import write_lora
+from zimage_ref.model.parameters import TARGETS
 from zimage_ref.training.events import Checkpointed, Saved
+from zimage_ref.training.facts import RunFacts, SavedFacts
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder
 
@@ -22,39 +22,44 @@ from .learner import Learner
 class Saver:
     """Saves the LoRA and the state of a learner."""
 
-    def __init__(self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: Mapping[str, Any]) -> None:
+    def __init__(self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: RunFacts) -> None:
         """facts: what the run is, kept in every resume folder."""
         self._plan, self._run, self._learner, self._facts = plan, run, learner, facts
 
     def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
-        """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept."""
+        """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept.
+
+        event: which event it is, Saved or Done.
+        """
         factors = self._learner.factors()
-        ordered = {name: factors[name] for name in self._plan.layers}  # as they run
-        nbytes = self._learner.nbytes
-        with self._run.room_for(nbytes // 2):  # it is written as bfloat16
+        ordered = {name: factors[name] for name in self._plan.layers}  # in the order in which the layers run
+        with self._run.room_for(self._learner.nbytes // 2):  # it is written as bfloat16
             write_lora(path, ordered, self._record(step), self._plan.config.lora_format)
         self._drop_old(step)
         return event(path, step)
 
-    def state(self, step: int, progress: Mapping[str, Any]) -> Checkpointed:
-        """Writes all that `resume` needs to go on after `step`, `progress` of the loop included."""
-        return Checkpointed(self._run.save(step, self._learner.state(), {**self._facts, **progress}), step)
+    def state(self, step: int, smoothed: float | None, failures: int) -> Checkpointed:
+        """Writes all that `resume` needs to go on after `step`; the loss and the failures as of `SavedFacts`."""
+        facts: SavedFacts = {**self._facts, "smoothed": smoothed, "failures": failures}
+        return Checkpointed(self._run.save(step, self._learner.state(), facts), step)
 
     def _drop_old(self, step: int) -> None:
         keep, output = self._plan.config.keep_last, self._plan.config.output
-        numbered: dict[int, Path] = {}
+        if not keep:
+            return
+        by_step: dict[int, Path] = {}
         for path in output.parent.glob(f"{output.stem}.step*.safetensors"):
-            number = path.name.removeprefix(f"{output.stem}.step").removesuffix(".safetensors")
-            if number.isdecimal() and int(number) <= step:
-                numbered[int(number)] = path
-        for number_ in sorted(numbered)[:-keep] if keep else ():
-            numbered[number_].unlink()
-            numbered[number_].with_suffix(".lora.json").unlink(missing_ok=True)
+            digits = path.name.removeprefix(f"{output.stem}.step").removesuffix(".safetensors")
+            if digits.isdecimal() and int(digits) <= step:
+                by_step[int(digits)] = path
+        for old in sorted(by_step)[:-keep]:
+            by_step[old].unlink()
+            by_step[old].with_suffix(".lora.json").unlink(missing_ok=True)
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def _record(self, step: int) -> dict[str, object]:
         """What a LoRA file says about itself."""
         config, sides = self._plan.config, self._plan.config.resolution
-        trained = {target: target in config.targets or "all" in config.targets for target in _RECORDED}
+        trained = {target: target in config.targets or "all" in config.targets for target in TARGETS if target != "all"}
         return {
             "base_model": config.model_dir.resolve().name,
             "rank": config.rank,
@@ -67,9 +72,6 @@ class Saver:
             "training_adapter": config.training_adapter.name if config.training_adapter else "",
             "dataset": self._facts["dataset"],
         }
-
-
-_RECORDED = ("attention", "feed_forward", "refiners", "adaln")
 
 
 def environment() -> dict[str, str]:

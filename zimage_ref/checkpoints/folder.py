@@ -13,130 +13,182 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import READABLE, Checkpoint, find_weights
 from zimage_ref.formats.json_file import read_json
+from zimage_ref.formats.shards import INDEX_SUFFIX
 from zimage_ref.formats.tensors import Tensor
-from zimage_ref.model import config as cfg
-from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_ref.model.config import (
+    OFFICIAL_SCHEDULER,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    size_multiple,
+)
+from zimage_ref.model.config_reader import Config, parse_config
 
-from .components import COMPONENTS, config_of, official_weights, parse_config
+from .component import AnyComponent, Component, ConfigT
 from .hub import local_folder
+from .identify import config_of, official_weights
+from .registry import COMPONENTS, TOKENIZER
+from .text_encoder import TEXT_ENCODER
+from .transformer import TRANSFORMER
+from .vae import VAE
 
-# component -> stems of its file in a flat folder, and its folders in ComfyUI, with its file's usual names there
-FLAT_STEMS = {
-    "transformer": ("z_image_turbo_f16", "z_image_turbo_bf16", "z_image_turbo", "z_image_bf16", "z_image"),
-    "text_encoder": ("qwen3_4b_text_encoder", "qwen_3_4b"),
-    "vae": ("ae",),
-}
-COMFY_FOLDERS = {
-    "transformer": ("diffusion_models", "unet"), "text_encoder": ("text_encoders", "clip"), "vae": ("vae",),
-}  # fmt: skip
 TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer.json", "qwen3-tokenizer.json")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A whole model: every config, and every tensor of the three networks, checked by header but not yet read."""
+    """A whole model: every config, and every tensor of its networks, checked by header but not yet read.
+
+    `configs` and `weights` are by name of the component; an optional one that is not there is in neither.
+    """
 
     path: Path
-    transformer: TransformerConfig
-    text_encoder: TextEncoderConfig
-    vae: VAEConfig
+    configs: Mapping[str, Config]
+    weights: dict[str, dict[str, Tensor]]  # component -> official name -> tensor
     scheduler: SchedulerConfig
     tokenizer: Path
-    weights: dict[str, dict[str, Tensor]]  # component -> official name -> tensor
 
     @classmethod
     def open(cls, path: Path, parts: Mapping[str, Path | None] | None = None) -> ModelFolder:
         """Finds and checks all parts of the model in `path`, a folder or, with the extra `hub`, a repository's id.
 
-        `parts` names files or folders of transformer, text_encoder, vae and tokenizer that stand in for what `path`
-        holds. Raises ConfigError or FormatError naming every place that was looked at, WeightError where shapes do
-        not fit.
+        `parts` names files or folders that stand in for what `path` holds, by the names of `registry.part_options`.
+        Raises ConfigError or FormatError naming every place that was looked at, WeightError if shapes do not fit.
         """
         path = local_folder(path)
         places = find_parts(path, parts)
-        files = {name: Checkpoint.open(places[name]) for name in COMPONENTS}
-        configs = {name: config_of(file, name, path) or COMPONENTS[name].official for name, file in files.items()}
-        weights = {name: _used(file, name, configs[name]) for name, file in files.items()}
-        transformer, text_encoder, vae = (configs[name] for name in COMPONENTS)
-        if transformer.cap_feat_dim != text_encoder.hidden_size:
-            raise ConfigError(
-                f"{path}: the transformer takes captions of width {transformer.cap_feat_dim}, "
-                f"the text encoder makes {text_encoder.hidden_size}"
-            )
-        if transformer.in_channels != vae.latent_channels:
-            raise ConfigError(
-                f"{path}: the transformer takes {transformer.in_channels} latent channels, "
-                f"the vae makes {vae.latent_channels}"
-            )
-        return cls(path, transformer, text_encoder, vae, scheduler_config(path), places["tokenizer"], weights)
+        configs: dict[str, Config] = {}
+        weights = {}
+        for name, component in COMPONENTS.items():
+            if name in places:
+                file = Checkpoint.open(places[name])
+                configs[name] = config_of(file, component, path) or component.official
+                weights[name] = _used(file, component, configs[name])
+        model = cls(path, configs, weights, scheduler_config(path), places[TOKENIZER])
+        model._check_widths()
+        return model
+
+    def config(self, component: Component[ConfigT]) -> ConfigT:
+        """The config of `component`. Raises KeyError if it is optional and not there."""
+        return component.own_config(self.configs[component.name])
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The diffusion transformer's sizes."""
+        return self.config(TRANSFORMER)
+
+    @property
+    def text_encoder(self) -> TextEncoderConfig:
+        """The text encoder's sizes."""
+        return self.config(TEXT_ENCODER)
+
+    @property
+    def vae(self) -> VAEConfig:
+        """The autoencoder's sizes."""
+        return self.config(VAE)
 
     @property
     def size_multiple(self) -> int:
         """Width and height in pixels are multiples of this."""
-        return self.vae.factor * self.transformer.patch_size
+        return size_multiple(self.transformer, self.vae)
+
+    def _check_widths(self) -> None:
+        """Raises ConfigError if one network does not take what another makes."""
+        if self.transformer.cap_feat_dim != self.text_encoder.hidden_size:
+            raise ConfigError(
+                f"{self.path}: the transformer takes captions of width {self.transformer.cap_feat_dim}, "
+                f"the text encoder makes {self.text_encoder.hidden_size}"
+            )
+        if self.transformer.in_channels != self.vae.latent_channels:
+            raise ConfigError(
+                f"{self.path}: the transformer takes {self.transformer.in_channels} latent channels, "
+                f"the vae makes {self.vae.latent_channels}"
+            )
 
 
 def find_parts(folder: Path, parts: Mapping[str, Path | None] | None = None) -> dict[str, Path]:
-    """The file of each component and of the tokenizer. Raises FormatError naming all places that were looked at."""
+    """The file of each component that is there, and of the tokenizer.
+
+    Raises FormatError naming all places that were looked at, unless the component that is missing is optional.
+    """
     given = {name: Path(path) for name, path in (parts or {}).items() if path is not None}
     for name, path in given.items():
         if not path.exists():
             raise FormatError(f"`{name}` {path}: is not there")
-    found = {name: given[name] if name in given else find_component(folder, name) for name in COMPONENTS}
-    return found | {"tokenizer": _tokenizer(folder, given.get("tokenizer"))}
+    found = {}
+    for name, component in COMPONENTS.items():
+        if name in given:
+            found[name] = given[name]
+        elif (file := component_file(folder, component)) is not None:
+            found[name] = file
+        elif not component.optional:
+            raise _absent(folder, component)
+    return found | {TOKENIZER: find_tokenizer(folder, given.get(TOKENIZER))}
 
 
-def find_component(folder: Path, component: str) -> Path:
-    """The file of `component` in a model's folder of any layout."""
-    official = folder / component
+def find_component(folder: Path, component: AnyComponent) -> Path:
+    """As `component_file`. Raises FormatError naming all places that were looked at if there is none."""
+    file = component_file(folder, component)
+    if file is None:
+        raise _absent(folder, component)
+    return file
+
+
+def component_file(folder: Path, component: AnyComponent) -> Path | None:
+    """The file of `component` in a model's folder of any layout; None if there is none."""
+    official = folder / component.name
     if _holds_weights(official):
         return find_weights(official)
-    flat = [f"{stem}{suffix}" for stem in FLAT_STEMS[component] for suffix in READABLE]
-    comfy = COMFY_FOLDERS[component]
-    for home in (folder, *(folder / name for name in comfy)):
+    flat = [f"{stem}{suffix}" for stem in component.flat_stems for suffix in READABLE]
+    for place in (folder, *(folder / name for name in component.comfy_folders)):
         for name in flat:
-            if (home / name).is_file():
-                return home / name
-    for name in comfy:
+            if (place / name).is_file():
+                return place / name
+    for name in component.comfy_folders:
         if _holds_weights(folder / name):
             return find_weights(folder / name)
-    folders = ", ".join(f"{name}/" for name in dict.fromkeys((component, *comfy)))
-    raise FormatError(
-        f"{folder}: holds no {COMPONENTS[component].title}: looked for {folders}, and for "
-        f"{', '.join(FLAT_STEMS[component])} with {', '.join(READABLE)}; give one as `{component}`"
+    return None
+
+
+def _absent(folder: Path, component: AnyComponent) -> FormatError:
+    folders = ", ".join(f"{name}/" for name in dict.fromkeys((component.name, *component.comfy_folders)))
+    files = f", and for {', '.join(component.flat_stems)} with {', '.join(READABLE)}" if component.flat_stems else ""
+    return FormatError(
+        f"{folder}: holds no {component.title}: looked for {folders}{files}; give one as `{component.name}`"
     )
 
 
 def _holds_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(file.name.endswith((*READABLE, ".index.json")) for file in folder.iterdir())
+    return folder.is_dir() and any(file.name.endswith((*READABLE, INDEX_SUFFIX)) for file in folder.iterdir())
 
 
-def _tokenizer(folder: Path, given: Path | None) -> Path:
+def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
+    """The tokenizer's file: `given`, or in that folder, else in the model's. Raises FormatError if there is none."""
     if given is not None and given.is_file():
         return given
-    home = given or folder
+    place = given or folder
     for name in TOKENIZERS:
-        if (home / name).is_file():
-            return home / name
+        if (place / name).is_file():
+            return place / name
     raise FormatError(
-        f"{home}: holds no tokenizer: looked for {', '.join(TOKENIZERS)}; give one as `tokenizer`"
+        f"{place}: holds no tokenizer: looked for {', '.join(TOKENIZERS)}; give one as `{TOKENIZER}`"
         + ("" if given else " (ComfyUI has none: take tokenizer/tokenizer.json of Tongyi-MAI/Z-Image-Turbo)")
     )
 
 
-def _used(file: Checkpoint, component: str, config: Any) -> dict[str, Tensor]:
-    unused = COMPONENTS[component].unused(config)
+def _used(file: Checkpoint, component: AnyComponent, config: Config) -> dict[str, Tensor]:
+    unused = component.unused(config)
     return {name: t for name, t in official_weights(file, component, config).items() if name not in unused}
 
 
 def scheduler_config(folder: Path) -> SchedulerConfig:
-    """The sampling schedule of a model's folder; Turbo's where it has none."""
+    """The sampling schedule of a model's folder; Turbo's if it has none."""
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        return cfg.OFFICIAL_SCHEDULER
+        return OFFICIAL_SCHEDULER
     return parse_config(SchedulerConfig, read_json(file, ConfigError), str(file))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 
-from zimage_ref.errors import BackendError, ConfigError
+from zimage_ref.errors import ConfigError
+from zimage_ref.extras import optional_import
 
 TINY = "tiny"  # names the model inside this package, unless a folder has that name
 BUILT_IN = Path(__file__).parents[1] / "tiny" / "weights"
@@ -16,7 +16,7 @@ _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
 def resolved(path: Path) -> Path:
-    """`path`, or the folder of the model that it names where there is no such path. Raises as `local_folder` does."""
+    """`path`, or the folder of the model that it names if there is no such path. Raises as `local_folder` does."""
     return local_folder(path) if _is_name(path) else path
 
 
@@ -39,12 +39,7 @@ def local_folder(model: str | Path) -> Path:
     if not _is_name(path):
         raise ConfigError(f"{path}: is not a folder: `model_dir` takes one that holds a Z-Image model")
     name = path.as_posix()
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise BackendError(
-            f"{name}: is not a folder; to use it as a repository on Hugging Face: pip install 'zimage-mlx[hub]'"
-        ) from error
+    hub = optional_import("huggingface_hub", f"{name}: is not a folder; to use it as a repository on Hugging Face")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
     except (OSError, ValueError, hub.errors.HfHubHTTPError):

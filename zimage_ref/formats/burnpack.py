@@ -12,11 +12,12 @@ import struct
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import ClassVar, TypeGuard
 
 from zimage_ref.errors import FormatError
 
-from .files import MappedFile, check_disjoint
+from .json_file import JsonObject
+from .mapped_file import MappedFile, check_disjoint
 from .tensors import DTYPES, Tensor
 
 MAGIC = b"NRUB"
@@ -30,7 +31,7 @@ _TAGS = {
 _BOOLS = {"Native": "bool", "U8": "u8", "U32": "u32"}
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors of `path` in the order they are stored, and its metadata.
 
     Raises FormatError for anything that is not a whole, valid burnpack file of unquantized tensors.
@@ -69,7 +70,7 @@ def _data_start(file: MappedFile, metadata_end: int, data_size: int) -> int:
     )
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, start, end) of one tensor."""
     where = f"{path}: {name!r}"
     if not isinstance(entry, dict):
@@ -88,7 +89,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     return dtype, tuple(shape), start, end
 
 
-def _naturals(values: Any) -> TypeGuard[list[int]]:
+def _naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
@@ -96,20 +97,20 @@ class _Cbor:
     """The part of CBOR that burn writes: items of definite length, nested a little. No item may outgrow the data."""
 
     _MAX_DEPTH = 16
-    _FLOATS = {25: ">e", 26: ">f", 27: ">d"}
-    _SIMPLE = {20: False, 21: True, 22: None, 23: None}
+    _FLOATS: ClassVar[dict[int, str]] = {25: ">e", 26: ">f", 27: ">d"}
+    _SIMPLE: ClassVar[dict[int, bool | None]] = {20: False, 21: True, 22: None, 23: None}
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.data, self.position = path, data, 0
 
-    def root(self) -> dict[Any, Any]:
+    def root(self) -> JsonObject:
         """The map that is all of the data."""
         value = self._item(0)
         if not isinstance(value, dict) or self.position != len(self.data):
             raise self._damaged("it is not one map")
         return value
 
-    def _item(self, depth: int) -> Any:
+    def _item(self, depth: int) -> object:
         if depth > self._MAX_DEPTH:
             raise self._damaged("it is nested too deeply")
         initial = self._take(1)[0]
@@ -131,8 +132,8 @@ class _Cbor:
             return self._map(argument, depth)
         raise self._damaged(f"unexpected item {initial:#04x}")
 
-    def _map(self, count: int, depth: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def _map(self, count: int, depth: int) -> JsonObject:
+        result: JsonObject = {}
         for _ in range(count):
             key = self._item(depth + 1)
             if not isinstance(key, str) or key in result:
@@ -140,7 +141,7 @@ class _Cbor:
             result[key] = self._item(depth + 1)
         return result
 
-    def _simple(self, info: int) -> Any:
+    def _simple(self, info: int) -> object:
         if info in self._FLOATS:
             code = self._FLOATS[info]
             return struct.unpack(code, self._take(struct.calcsize(code)))[0]

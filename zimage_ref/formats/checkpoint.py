@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from zimage_ref.errors import FormatError, listing, reason
 
-from . import burnpack, gguf, npz, quantize, safetensors
-from .json_file import read_json
+from . import burnpack, gguf, npz, quantize, safetensors, shards
+from .json_file import Json, JsonObject
+from .shards import INDEX_SUFFIX
 from .tensors import Tensor
 
-SUFFIXES = (".npz", ".safetensors")  # that can be written; in order of preference
-READABLE = (*SUFFIXES, ".bpk", ".gguf")
+WRITABLE = (".npz", ".safetensors")  # suffixes, in order of preference
+READABLE = (*WRITABLE, ".bpk", ".gguf")
 RECORD_KEY = "zimage"  # of our record in safetensors' metadata
 
-_READERS: dict[bytes, tuple[str, Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]]]] = {
+Read = Callable[[Path], tuple[dict[str, Tensor], JsonObject]]  # tensors, and the metadata as it is stored
+
+_READERS: dict[bytes, tuple[str, Read]] = {
     b"PK\x03\x04": ("npz", npz.read),
     b"PK\x05\x06": ("npz", npz.read),  # an archive without members
     burnpack.MAGIC: ("burnpack", burnpack.read),
@@ -33,12 +35,8 @@ class Checkpoint:
     path: Path
     container: str  # "npz", "safetensors", "burnpack" or "gguf"
     tensors: dict[str, Tensor]  # a quantized layer is one QuantizedTensor
-    metadata: Mapping[str, Any]  # as stored: the npz record, safetensors' __metadata__, ...
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """What our own writer says of the file (model_type, config, quantization, source), else {}."""
-        return self.metadata if self.container == "npz" else _record(self.path, self.metadata)
+    metadata: Json  # as stored: the npz record, safetensors' __metadata__, ...
+    record: Json = field(default_factory=dict)  # what our own writer says: model_type, config, quantization, source
 
     @property
     def parameters(self) -> int:
@@ -53,16 +51,17 @@ class Checkpoint:
         """
         if path.is_dir():
             path = find_weights(path)
-        if path.name.endswith(".index.json"):
-            container, tensors, metadata = "safetensors", *_shards(path)
+        if path.name.endswith(INDEX_SUFFIX):
+            container, tensors, metadata = "safetensors", *shards.read(path)
         else:
             container, read = _reader(path)
             tensors, metadata = read(path)
-        record = metadata if container == "npz" else _record(path, metadata)
-        return cls(path, container, quantize.fold(tensors, record, path), metadata)
+        record = metadata if container == "npz" else _record_in_metadata(path, metadata)
+        return cls(path, container, quantize.fold(tensors, record, path), metadata, record)
 
 
-def _reader(path: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Tensor], Any]]]:
+def _reader(path: Path) -> tuple[str, Read]:
+    """The container of the file `path`, and what reads it."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -71,7 +70,7 @@ def _reader(path: Path) -> tuple[str, Callable[[Path], tuple[dict[str, Tensor], 
     return _READERS.get(magic, ("safetensors", safetensors.read))
 
 
-def _record(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _record_in_metadata(path: Path, metadata: Json) -> JsonObject:
     try:
         record = json.loads(metadata.get(RECORD_KEY, "{}"))
     except (TypeError, ValueError, RecursionError) as error:
@@ -83,7 +82,7 @@ def _record(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_weights(folder: Path) -> Path:
     """The one checkpoint in `folder`: an .npz, an index.json, a .safetensors, a .bpk or a .gguf, in this order."""
-    patterns = ("*.npz", "*.safetensors.index.json", "*.safetensors", "*.bpk", "*.gguf")
+    patterns = ("*.npz", f"*.safetensors{INDEX_SUFFIX}", "*.safetensors", "*.bpk", "*.gguf")
     for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
@@ -93,25 +92,3 @@ def find_weights(folder: Path) -> Path:
         if found:
             return found[0]
     raise FormatError(f"{folder}: holds no weights: looked for {', '.join(patterns)}")
-
-
-def _shards(index: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a sharded set; the index and the shards must agree exactly."""
-    data = read_json(index)
-    weight_map, metadata = data.get("weight_map"), data.get("metadata", {})
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise FormatError(f"{index}: has no weight_map of tensor names to file names")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise FormatError(f"{index}: names {file!r}, which is not a safetensors file in its own folder")
-        shard, _ = safetensors.read(index.parent / file)
-        expected = {name for name, home in weight_map.items() if home == file}
-        if shard.keys() != expected:
-            raise FormatError(
-                f"{index.parent / file}: differs from {index.name} in {listing(sorted(shard.keys() ^ expected))}"
-            )
-        tensors |= shard
-    if not tensors:
-        raise FormatError(f"{index}: names no tensors")
-    return tensors, metadata if isinstance(metadata, dict) else {}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import errno
-import mmap
+import hashlib
 import os
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import BinaryIO
 
 from zimage_ref.errors import ConfigError, FormatError, reason
+
+_BLOCK = 1 << 20  # bytes read at a time
 
 
 @contextmanager
@@ -44,8 +41,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of the file `path` in hexadecimal, read a block at a time. Raises FormatError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
+    return digest.hexdigest()
+
+
 def check_writable(path: Path) -> None:
-    """Raises ConfigError where no file `path` can be written: call it before hours of work."""
+    """Raises ConfigError if no file `path` can be written: call it before hours of work."""
     home = existing_parent(path)
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder: name a file")
@@ -56,56 +65,8 @@ def check_writable(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The innermost part of the way to `path` that is there."""
+    """The innermost folder of `path` that is there."""
     return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-class MappedFile:
-    """A file held open, of which arrays are mapped when they are asked for.
-
-    Only arrays in use keep pages in memory: going through a file of any size takes the memory of one tensor.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Raises FormatError if `path` cannot be opened."""
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            self.size = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def array(
-        self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], order: Literal["C", "F"] = "C"
-    ) -> npt.NDArray[Any]:
-        """The array that starts at byte `offset`, read-only. Raises FormatError if the file is too short for it."""
-        nbytes = prod(shape) * dtype.itemsize
-        if offset + nbytes > self.size:
-            raise FormatError(f"{self.path}: is truncated: {offset + nbytes} bytes are needed, {self.size} are there")
-        if not nbytes:
-            return np.empty(shape, dtype)
-        start = offset - offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapped = mmap.mmap(self._descriptor, offset - start + nbytes, access=mmap.ACCESS_READ, offset=start)
-        except ValueError as error:
-            raise FormatError(f"{self.path}: has become shorter since it was opened") from error
-        return np.ndarray(shape, dtype, mapped, offset - start, order=order)
-
-    def bytes(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset`, fewer where the file ends."""
-        count = max(0, min(count, self.size - offset))
-        return self.array(offset, (count,), np.dtype("u1")).tobytes()
-
-
-def check_disjoint(path: Path, extents: Iterable[tuple[int, int, str]]) -> None:
-    """Raises FormatError if two of the (start, end, name) byte ranges of a file overlap."""
-    end, previous = 0, ""
-    for start, stop, name in sorted(extents):
-        if start < end and stop > start:
-            raise FormatError(f"{path}: {name} overlaps {previous}")
-        if stop > start:
-            end, previous = stop, name
 
 
 def disk_is_full(error: OSError) -> bool:
@@ -114,7 +75,7 @@ def disk_is_full(error: OSError) -> bool:
 
 
 def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Deletes what `atomic_write` left under `folder` where its process was killed."""
+    """Deletes what `atomic_write` left under `folder` when its process was killed."""
     for temporary in folder.glob(pattern):
         owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
         if owner.isdecimal() and not _alive(int(owner)):

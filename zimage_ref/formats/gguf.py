@@ -6,19 +6,21 @@ The header is read here, with bounds that a damaged file cannot break; quantized
 
 from __future__ import annotations
 
-import importlib
 import struct
 from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from zimage_ref.errors import BackendError, FormatError
+from zimage_ref.errors import FormatError
+from zimage_ref.extras import optional_import
 
-from .files import MappedFile, check_disjoint
+from .json_file import Json, JsonObject
+from .mapped_file import MappedFile, check_disjoint
 from .tensors import DTYPES, Array, Tensor, row_blocks
 
 MAGIC = b"GGUF"
@@ -32,12 +34,12 @@ _UNQUANTIZED = {0: "f32", 1: "f16", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 2
 _PAGE = 1 << 20  # the header is read in pieces of this many bytes
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors of `path` in the order they are stored, and its metadata without the long lists.
 
     Raises FormatError for anything that is not a whole, valid GGUF file; BackendError without the package `gguf`.
     """
-    package = _package(path)
+    package = optional_import("gguf", f"{path}: reading GGUF needs the package gguf")
     header = _Header(MappedFile(path))
     magic, version, count, entries = header.unpack(_HEADER.format)
     if magic != MAGIC or version not in VERSIONS:
@@ -57,17 +59,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
         if name in tensors:
             raise FormatError(f"{path}: {name!r} is there twice")
-        tensors[name], nbytes = _tensor(package, header.file, name, shape, kind, start + offset)
+        tensors[name], nbytes = _tensor_at(package, header.file, name, shape, kind, start + offset)
         extents.append((offset, offset + nbytes, name))
     check_disjoint(path, extents)
     return _original_shapes(path, tensors, metadata), metadata
-
-
-def _package(path: Path) -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise BackendError(f"{path}: reading GGUF needs the package gguf: pip install 'zimage-mlx[gguf]'") from error
 
 
 def _info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
@@ -80,8 +75,8 @@ def _info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, *header.unpack("<IQ")
 
 
-def _tensor(
-    package: Any, file: MappedFile, name: str, shape: tuple[int, ...], kind: int, offset: int
+def _tensor_at(
+    package: ModuleType, file: MappedFile, name: str, shape: tuple[int, ...], kind: int, offset: int
 ) -> tuple[Tensor, int]:
     """The tensor at byte `offset`, and how many bytes it takes."""
     where = f"{file.path}: {name!r}"
@@ -108,7 +103,7 @@ def _tensor(
     return tensor, nbytes
 
 
-def _block_format(package: Any, kind: int, where: str) -> tuple[int, int, str]:
+def _block_format(package: ModuleType, kind: int, where: str) -> tuple[int, int, str]:
     """(weights in a block, bytes of a block, name) of a quantized ggml type that the package can dequantize."""
     try:
         known = package.GGMLQuantizationType(kind)
@@ -119,8 +114,8 @@ def _block_format(package: Any, kind: int, where: str) -> tuple[int, int, str]:
     return block, nbytes, known.name
 
 
-def _original_shapes(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors with shapes as ComfyUI-GGUF recorded them where ggml could not hold them."""
+def _original_shapes(path: Path, tensors: dict[str, Tensor], metadata: Json) -> dict[str, Tensor]:
+    """The tensors with shapes as ComfyUI-GGUF recorded those that ggml cannot hold."""
     for key, shape in metadata.items():
         name = key.removeprefix("comfy.gguf.orig_shape.")
         if name != key and name in tensors:
@@ -157,7 +152,7 @@ class _Header:
         except UnicodeDecodeError as error:
             raise FormatError(f"{self.file.path}: its header is damaged: a text is not UTF-8") from error
 
-    def value(self, kind: int, nested: bool = False) -> Any:
+    def value(self, kind: int, nested: bool = False) -> object:
         """A metadata value; None for a list too long to keep."""
         if kind == _STRING:
             return self.text()
@@ -165,14 +160,15 @@ class _Header:
             element, count = self.unpack("<IQ")
             if count <= self._KEPT:
                 return [self.value(element, nested=True) for _ in range(count)]
-            return self._skip(element, count)
+            self._skip(element, count)
+            return None
         if kind < len(_SCALARS) and _SCALARS[kind]:
             return self.unpack(_SCALARS[kind])[0]
         raise FormatError(f"{self.file.path}: its header is damaged: unknown value type {kind}")
 
     def _skip(self, element: int, count: int) -> None:
         if element == _STRING:
-            for _ in range(count):  # ends at the latest where the file ends
+            for _ in range(count):  # ends with the file at the latest
                 (length,) = self.unpack("<Q")
                 self._advance(length)
         elif element < len(_SCALARS) and _SCALARS[element]:

@@ -13,15 +13,17 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from zimage_ref.errors import ConfigError, FormatError
 
-from .files import MappedFile, atomic_write, check_disjoint
+from .files import atomic_write
+from .json_file import Json, JsonObject
+from .mapped_file import MappedFile, check_disjoint
 from .tensors import BFLOAT16, DTYPES, Tensor, Tensors, write_data
 
 FORMAT_VERSION = 1
@@ -38,7 +40,7 @@ _DESCRS = {dtype.str: dtype for dtype in DTYPES.values()} | {"<V2": BFLOAT16}
 _UTF8_NAME, _ENCRYPTED = 0x800, 0x1  # flags of a zip member
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors of `path` in the order they are stored, and the record in its comment ({} for foreign files).
 
     Reads headers only; data is mapped. Raises FormatError for anything but a valid npz of stored, known dtypes.
@@ -52,10 +54,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name in tensors:
             raise FormatError(f"{path}: {member.filename} is there twice")
         start = _data_start(file, member)
-        tensors[name] = _tensor(file, member, start)
+        tensors[name] = _array_in(file, member, start)
         extents.append((start, start + member.file_size, member.filename))
     check_disjoint(path, extents)
-    return tensors, _record(path, comment)
+    return tensors, _record_in_comment(path, comment)
 
 
 def verify(path: Path) -> list[str]:
@@ -95,10 +97,11 @@ def _data_start(file: MappedFile, member: zipfile.ZipInfo) -> int:
     name = file.bytes(member.header_offset + _LOCAL_HEADER.size, name_length)
     if name.decode("utf-8" if flags & _UTF8_NAME else "cp437", "replace") != member.orig_filename:
         raise FormatError(f"{where} has another name in its local header")
-    return member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    start: int = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    return start
 
 
-def _tensor(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
+def _array_in(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     where = f"{file.path}: {member.filename!r}"
     head = file.bytes(start, min(member.file_size, _MAX_NPY_HEADER))
     if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\x01\x00", b"\x02\x00"):
@@ -121,7 +124,7 @@ def _tensor(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     return Tensor(shape, dtype, partial(file.array, offset, shape, dtype, order))
 
 
-def _record(path: Path, comment: bytes) -> dict[str, Any]:
+def _record_in_comment(path: Path, comment: bytes) -> JsonObject:
     if not comment.startswith(b"{"):
         return {}
     try:
@@ -137,7 +140,7 @@ def _record(path: Path, comment: bytes) -> dict[str, Any]:
 def write(
     path: Path,
     tensors: Tensors,
-    record: Mapping[str, Any] | None = None,
+    record: Json | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Writes `tensors` to `path`, one at a time, calling `progress` with bytes as they go; whole or not at all."""
@@ -148,7 +151,7 @@ def write(
 def write_to(
     file: BinaryIO,
     tensors: Tensors,
-    record: Mapping[str, Any] | None = None,
+    record: Json | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """`write` for a file that is open. Raises ConfigError for a record that a zip comment cannot hold."""

@@ -9,29 +9,22 @@ Bit for bit what `mx.quantize` and `mx.dequantize` compute on a CPU. Source: mlx
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from zimage_ref.errors import ConfigError, FormatError
 
+from .json_file import Json, JsonObject
 from .tensors import DTYPE_NAMES, FLOATS, Array, Tensor, cast, float_dtype, row_blocks
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 64  # default, as MLX's
-
-# What follows the block's name in the layers that stand it; embedders, adaLN, final layer and norms stay as they are
-_SUFFIXES = (
-    ".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight", ".attention.to_out.0.weight",
-    ".feed_forward.w1.weight", ".feed_forward.w2.weight", ".feed_forward.w3.weight",
-    ".self_attn.q_proj.weight", ".self_attn.k_proj.weight", ".self_attn.v_proj.weight", ".self_attn.o_proj.weight",
-    ".mlp.gate_proj.weight", ".mlp.up_proj.weight", ".mlp.down_proj.weight",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,16 +39,16 @@ class Quantization:
             if value not in known:
                 raise ConfigError(f"quantization: {name} {value!r} must be one of {', '.join(map(str, known))}")
 
-    def covers(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the parameter `name` is quantized: a big matrix of a block, in whole groups."""
-        return len(shape) == 2 and name.endswith(_SUFFIXES) and shape[1] % self.group_size == 0
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether `shape` is that of a matrix whose rows are whole groups."""
+        return len(shape) == 2 and shape[1] % self.group_size == 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For a file's record."""
         return {"mode": "affine", "bits": self.bits, "group_size": self.group_size}
 
     @classmethod
-    def from_json(cls, data: Any, source: Path) -> Quantization:
+    def from_json(cls, data: object, source: Path) -> Quantization:
         """From a file's record. Raises FormatError naming `source`."""
         if not isinstance(data, dict) or data.get("mode", "affine") != "affine":
             raise FormatError(f"{source}: its record has a quantization this program does not know: {data!r}")
@@ -65,14 +58,14 @@ class Quantization:
             raise FormatError(f"{source}: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizedTensor(Tensor):
     """A matrix stored quantized; shape and dtype are those of the weights that `read` makes of it."""
 
-    packed: Tensor = Tensor((), np.dtype("<u4"), lambda: np.zeros((), "<u4"))
-    scales: Tensor = packed
-    biases: Tensor = packed
-    quantization: Quantization = Quantization(BITS[0])
+    packed: Tensor
+    scales: Tensor
+    biases: Tensor
+    quantization: Quantization
 
     @classmethod
     def of_parts(cls, packed: Tensor, scales: Tensor, biases: Tensor, how: Quantization) -> QuantizedTensor:
@@ -82,7 +75,8 @@ class QuantizedTensor(Tensor):
             return dequantized(packed.read(), scales.read(), biases.read(), how)
 
         shape = (packed.shape[0], packed.shape[1] * 32 // how.bits)
-        return cls(shape, scales.dtype, read, f"q{how.bits}", packed, scales, biases, how)
+        label, dtype = f"q{how.bits}", scales.dtype
+        return cls(shape, dtype, read, label, packed=packed, scales=scales, biases=biases, quantization=how)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -99,8 +93,8 @@ class QuantizedTensor(Tensor):
         return Tensor(tensor.shape, tensor.dtype, tensor.read)
 
 
-def fold(tensors: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a file with each quantized layer's three as one. Raises FormatError where they do not fit."""
+def fold(tensors: Mapping[str, Tensor], record: Json, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file with each quantized layer's three as one. Raises FormatError if they do not fit."""
     if "quantization" not in record:
         return dict(tensors)
     how = Quantization.from_json(record["quantization"], path)
@@ -205,19 +199,15 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
     return weight
 
 
+def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
+    """Bytes that the tensors take in a file, by dtype or quantized format."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
+        sizes[tensor.stored_as] += sum(part.nbytes for part in parts)
+    return sizes
+
+
 def without_quantization(tensors: Mapping[str, Tensor], dtype: str | None = None) -> dict[str, Tensor]:
     """The tensors, quantized ones to be dequantized in the dtype `dtype` when they are read."""
     return {n: t.plain(dtype) if isinstance(t, QuantizedTensor) else t for n, t in tensors.items()}
-
-
-def quantize_all(tensors: Mapping[str, Tensor], how: Quantization, keep: bool = False) -> dict[str, Tensor]:
-    """The tensors of a model by official name, with those that `how` covers to be quantized when they are read.
-
-    What is quantized already stays as it is.
-    """
-    return {
-        name: quantized(tensor, how, keep)
-        if how.covers(name, tensor.shape) and not isinstance(tensor, QuantizedTensor)
-        else tensor
-        for name, tensor in tensors.items()
-    }

@@ -11,13 +11,15 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
 from zimage_ref.errors import FormatError
 
-from .files import MappedFile, atomic_write
+from .files import atomic_write
+from .json_file import Json, JsonObject
+from .mapped_file import MappedFile
 from .tensors import DTYPES, Tensor, Tensors, write_data
 
 _TAGS = {
@@ -42,10 +44,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = json.loads(file.bytes(8, start - 8))
     metadata = header.pop("__metadata__", None) or {}
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return {name: _tensor(file, start, name, entry) for name, entry in entries}, metadata
+    return {name: _mapped(file, start, name, entry) for name, entry in entries}, metadata
 
 
-def _tensor(file: MappedFile, start: int, name: str, entry: dict[str, Any]) -> Tensor:
+def _mapped(file: MappedFile, start: int, name: str, entry: Json) -> Tensor:
     if entry["dtype"] not in _TAGS:
         raise FormatError(f"{file.path}: {name} has dtype {entry['dtype']}, which this program cannot read")
     dtype = DTYPES[_TAGS[entry["dtype"]]]
@@ -79,7 +81,7 @@ def write_to(
 
 def header_of(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
     """What a file begins with, before the data of `tensors` in this order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
         header[name] = {

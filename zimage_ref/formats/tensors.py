@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from zimage_ref.errors import ConfigError
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
+DType: TypeAlias = np.dtype[Any]
+Rows: TypeAlias = slice | tuple[()]  # an index of the first axis; () of an array without axes
 
 BFLOAT16 = np.dtype("V2")
 
 # Every dtype a weight may have, by the short name that files, options and tables use
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, DType] = {
     "f64": np.dtype("<f8"),
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
@@ -48,9 +50,9 @@ class Tensor:
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: DType
     read: Callable[[], Array]
-    storage: str = ""  # what the file holds where that is not `dtype`, such as a quantized format
+    storage: str = ""  # what the file holds if that is not `dtype`, such as a quantized format
 
     @property
     def stored_as(self) -> str:
@@ -89,7 +91,7 @@ class Tensor:
 Tensors = Mapping[str, Tensor]
 
 
-def float_dtype(name: str) -> np.dtype[Any]:
+def float_dtype(name: str) -> DType:
     """The dtype that `name` (f64, f32, f16, bf16) stands for. Raises ConfigError for any other name."""
     if name not in FLOATS:
         raise ConfigError(f"unknown dtype {name!r}: known are {', '.join(FLOATS)}")
@@ -100,7 +102,7 @@ _CHUNK = 1 << 20  # bytes
 _BLOCK = 1 << 18  # elements converted at a time: temporaries stay small, and in the cache
 
 
-def cast(array: Array, dtype: np.dtype[Any]) -> Array:
+def cast(array: Array, dtype: DType) -> Array:
     """`array` in another float dtype. To bfloat16 it rounds to nearest, ties to even; NaN stays NaN."""
     if array.dtype == dtype or not array.ndim or array.size <= _BLOCK:
         return _cast(array, dtype)
@@ -110,12 +112,23 @@ def cast(array: Array, dtype: np.dtype[Any]) -> Array:
     return result
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[Any]:
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Rows]:
     """Indices of the first axis that together cover an array of `shape` in blocks of bounded size."""
     if not shape:
         return iter(((),))
     step = max(1, _BLOCK * shape[0] // max(1, prod(shape)))
     return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def count_nonfinite(array: Array) -> tuple[int, int]:
+    """How many values are NaN, and how many infinite."""
+    nans = infinite = 0
+    for rows in row_blocks(array.shape):
+        values = cast(array[rows], np.dtype("<f4")) if array.dtype == BFLOAT16 else array[rows]
+        if not np.isfinite(values).all():
+            nans += int(np.isnan(values).sum())
+            infinite += int(np.isinf(values).sum())
+    return nans, infinite
 
 
 def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Callable[[int], None]) -> None:
@@ -125,7 +138,7 @@ def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Cal
         progress(write(flat[start : start + _CHUNK]))
 
 
-def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
+def _cast(array: Array, dtype: DType) -> Array:
     if array.dtype == dtype:
         return array
     if array.dtype == BFLOAT16:

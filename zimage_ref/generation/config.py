@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_ref.errors import ConfigError
+from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
 from zimage_ref.options import at_least, at_most, one_of, option, required
-from zimage_ref.pictures.images import FITS, Source
+from zimage_ref.pictures.images import FITS, PictureSource
 
 from .samplers import SAMPLERS
 
-SIDE_MULTIPLE = 16  # 8 pixels a latent, 2 x 2 latents a token
-
-
+SIDE_MULTIPLE = size_multiple(OFFICIAL_TRANSFORMER, OFFICIAL_VAE)  # 16: 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
-
-
 MAX_AREA = 2048 * 2048  # pixels
 
 
@@ -47,7 +46,7 @@ def by_model(name: str) -> str:
 class GenerateConfig:
     """What one picture should be. None is a choice left to the model or to the picture given; see `jobs`.
 
-    Raises ConfigError for values out of bounds, and for options of a picture to start from where there is none.
+    Raises ConfigError for values out of bounds, and for options of a picture to start from if there is none.
     """
 
     prompt: str = required("what the picture shows")
@@ -68,12 +67,12 @@ class GenerateConfig:
     cfg_normalization: float = option(0.0, "longest that guidance may make a prediction, 1 is no longer; 0: no limit")
     cfg_truncation: float = option(1.0, "part of the way, 0 to 1, after which there is no guidance")
     seed: int = option(0, "seed of the starting noise")
-    init_image: Source | None = option(None, "picture to start from")
+    init_image: PictureSource | None = option(None, "picture to start from")
     strength: float | None = option(
         None,
         f"how much of `init_image` to change, 1 is all (auto: {IMAGE_STRENGTH:g}, with `mask` {MASK_STRENGTH:g})",
     )
-    mask: Source | None = option(None, "black and white picture the size of `init_image`: white is painted anew")
+    mask: PictureSource | None = option(None, "black and white picture the size of `init_image`: white is painted anew")
     fit: str = option(
         "crop", f"how `init_image` comes to another shape: {', '.join(FITS)} (with `mask`: to be painted)"
     )
@@ -102,7 +101,7 @@ class GenerateConfig:
                     raise ConfigError(f"`{name}` needs `init_image`")
 
     def check_guidance(self) -> None:
-        """Raises ConfigError where an option is given that does nothing without `guidance`, which is 0 or None."""
+        """Raises ConfigError if an option is given that does nothing without `guidance`, which is 0 or None."""
         idle = {
             "negative_prompt": bool(self.negative_prompt),
             "cfg_normalization": bool(self.cfg_normalization),
@@ -111,6 +110,14 @@ class GenerateConfig:
         for name, given in idle.items():
             if given and not self.guidance:
                 raise ConfigError(f"`{name}` does nothing without guidance: give `guidance` above 0")
+
+
+def config_of(options: Mapping[str, Any]) -> GenerateConfig:
+    """The config with the fields `options`, as a caller named them.
+
+    Raises ConfigError for values out of bounds, TypeError for a name that is no field.
+    """
+    return GenerateConfig(**options)
 
 
 def check_side(name: str, side: int) -> None:

@@ -6,9 +6,8 @@ model) and by the picture to start from (size).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -17,9 +16,19 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
-from zimage_ref.pictures.images import Picture, Source, fit, fit_mask, read_mask, to_rgb
+from zimage_ref.pictures.images import Picture, PictureSource, fit, fit_mask, read_mask, to_rgb
 
-from .config import BASE, DEFAULT_SIDE, IMAGE_STRENGTH, MASK_STRENGTH, TURBO, GenerateConfig, check_area, shrunk
+from .config import (
+    BASE,
+    DEFAULT_SIDE,
+    IMAGE_STRENGTH,
+    MASK_STRENGTH,
+    TURBO,
+    GenerateConfig,
+    check_area,
+    config_of,
+    shrunk,
+)
 from .samplers import Guidance
 
 
@@ -27,7 +36,7 @@ from .samplers import Guidance
 class Request:
     """One picture to make."""
 
-    config: GenerateConfig  # everything decided: None only where there is no picture to start from
+    config: GenerateConfig  # everything decided: None only if there is no picture to start from
     width: int  # pixels
     height: int
     sigmas: tuple[float, ...]  # from where it starts down to 0
@@ -48,17 +57,22 @@ class Request:
         return _wordless(self.config) == _wordless(other.config)
 
 
-def configs(prompt: str | Sequence[str], seed: int | Sequence[int], **options: Any) -> list[GenerateConfig]:
-    """A config for each prompt, picture i with seed + i; with a list of seeds, for each prompt with each seed."""
+def configs_for(
+    prompt: str | Sequence[str], seed: int | Sequence[int], options: Mapping[str, object]
+) -> list[GenerateConfig]:
+    """A config for each prompt, picture i with seed + i; with a list of seeds, for each prompt with each seed.
+
+    options: the other fields of GenerateConfig, by name. Raises ConfigError for values out of bounds.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if isinstance(seed, Sequence):
         pairs = [(text, one) for text in prompts for one in seed]
     else:
         pairs = [(text, seed + i) for i, text in enumerate(prompts)]
-    return [GenerateConfig(prompt=text, seed=one, **options) for text, one in pairs]
+    return [config_of({"prompt": text, "seed": one, **options}) for text, one in pairs]
 
 
-def plan(configs: Sequence[GenerateConfig], folder: ModelFolder) -> list[Request]:
+def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> list[Request]:
     """What to do for each of `configs` with the model in `folder`.
 
     Raises ConfigError for what does not fit the model or itself, DatasetError for a picture that cannot be read.
@@ -76,16 +90,14 @@ def plan(configs: Sequence[GenerateConfig], folder: ModelFolder) -> list[Request
     return requests
 
 
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """The requests in order, in runs of at most `size` that can be denoised together."""
-    run: list[Request] = []
-    for request in requests:
-        if run and (len(run) == size or not run[0].batches_with(request)):
-            yield run
-            run = []
-        run.append(request)
-    if run:
-        yield run
+def in_batches(requests: Sequence[Request], size: int) -> Iterator[range]:
+    """The places of the requests, from 0, in order: ranges of at most `size` that can be denoised together."""
+    start = 0
+    for place in range(1, len(requests) + 1):
+        full = place - start == size
+        if place == len(requests) or full or not requests[start].batches_with(requests[place]):
+            yield range(start, place)
+            start = place
 
 
 def _wordless(config: GenerateConfig) -> GenerateConfig:
@@ -127,7 +139,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
 
 
 def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConfig:
-    """`config` with steps, guidance and strength. Raises ConfigError where the whole does not fit together."""
+    """`config` with steps, guidance and strength. Raises ConfigError if the whole does not fit together."""
     defaults, strength = TURBO if is_turbo(scheduler) else BASE, config.strength
     if strength is None and config.init_image is not None:
         strength = IMAGE_STRENGTH if config.mask is None else MASK_STRENGTH
@@ -139,7 +151,7 @@ def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConf
     )
 
 
-def _mask(source: Source, config: GenerateConfig, picture: Picture) -> Picture:
+def _mask(source: PictureSource, config: GenerateConfig, picture: Picture) -> Picture:
     mask = read_mask(source)
     if mask.size != picture.size:
         raise ConfigError(

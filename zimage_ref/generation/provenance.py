@@ -1,106 +1,164 @@
 """What a picture was made from: the record that goes into it, and the way back from there.
 
 Files are named as the user named them, and known again by what they hold: a LoRA or a picture by its SHA-256, a model
-by that of the first bytes of every tensor, which takes a moment where reading all of it would take a minute.
+by that of the first bytes of every tensor, which takes a moment; reading all of it would take a minute.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TypeVar, get_type_hints
 
+from zimage_ref.checkpoints.fingerprint import model_fingerprint
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.errors import FormatError, reason
+from zimage_ref.checkpoints.registry import part_options
+from zimage_ref.errors import FormatError
 from zimage_ref.formats.checkpoint import find_weights
-from zimage_ref.formats.quantize import QuantizedTensor
-from zimage_ref.options import PARTS
+from zimage_ref.formats.files import sha256
 from zimage_ref.options_file import typed
+from zimage_ref.pictures.metadata import read_record
 
-from .config import GenerateConfig
+from .config import GenerateConfig, config_of
 
-_SAMPLE = 512  # elements of a tensor that its model is known by
 _DIGITS = 16  # of a SHA-256
 _PICTURES = ("init_image", "mask")
-ENGINE: dict[str, type] = {"backend": str, "dtype": str, "quantize": int, **dict.fromkeys(PARTS, Path)}
+T = TypeVar("T")
 
 
-def record(config: GenerateConfig, loras: Sequence[tuple[str | Path, float]], **facts: object) -> dict[str, Any]:
-    """All that made a picture, as flat JSON; `facts` are `identity` of the model, the backend and the like."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    files = {name: values.pop(name) for name in _PICTURES}
-    made: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    for name, source in files.items():
-        if isinstance(source, (str, Path)):
-            made |= {name: str(source), f"{name}_sha256": digest(Path(source))}
-    made["loras"] = [{"file": str(path), "scale": scale, "sha256": digest(Path(path))} for path, scale in loras]
-    return made | {name: fact for name, fact in facts.items() if fact is not None}
+@dataclass(frozen=True)
+class RecordedLoRA:
+    """A LoRA as a record names it."""
+
+    path: Path  # as the user named it
+    scale: float
+    sha256: str  # its `digest`
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model is opened, and how. None and absent parts are left to the engine and to the model's folder."""
+
+    model: str | Path | None = None  # folder, or a repository's id
+    backend: str | None = None
+    dtype: str | None = None
+    quantize: int | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict)  # files that stand in for those of the folder
+
+    def otherwise(self, recorded: ModelChoice, dtypes: Sequence[str]) -> ModelChoice:
+        """This choice, and what it leaves open as it was `recorded`, a dtype only if the engine's `dtypes` have it."""
+        return ModelChoice(
+            model=self.model or recorded.model,
+            backend=self.backend or recorded.backend,
+            dtype=self.dtype or (recorded.dtype if recorded.dtype in dtypes else None),
+            quantize=self.quantize or recorded.quantize,
+            parts={**recorded.parts, **self.parts},
+        )
+
+    def facts(self) -> dict[str, object]:
+        """What a record says of it, without the model."""
+        parts = {name: str(self.parts[name]) for name in part_options() if name in self.parts}
+        return {"backend": self.backend, "dtype": self.dtype, "quantize": self.quantize, **parts}
+
+
+class Recorder:
+    """Writes down how pictures of one model and its LoRAs were made. No file is hashed twice."""
+
+    def __init__(self, facts: Mapping[str, object], loras: Sequence[RecordedLoRA] = ()) -> None:
+        """facts: of `identity`, `ModelChoice.facts` and the like; None is left out."""
+        self._facts = {name: fact for name, fact in facts.items() if fact is not None}
+        self._loras = [{"file": str(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras]
+        self._digests: dict[Path, str] = {}  # of pictures
+
+    def record(self, config: GenerateConfig) -> dict[str, object]:
+        """All that made a picture, as flat JSON. Raises FormatError for a picture that cannot be read any more."""
+        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        files = {name: values.pop(name) for name in _PICTURES}
+        made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
+        for name, source in files.items():
+            if isinstance(source, (str, Path)):
+                made |= {name: str(source), f"{name}_sha256": self._digest(Path(source))}
+        return made | {"loras": [dict(lora) for lora in self._loras]} | self._facts
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = digest(path)
+        return self._digests[path]
 
 
 def identity(model: ModelFolder) -> dict[str, str]:
     """Where a model is, and what tells its weights from another's: their names, shapes and first numbers."""
-    seen = hashlib.sha256()
-    for component, tensors in model.weights.items():
-        for name, tensor in sorted(tensors.items()):
-            seen.update(f"{component} {name} {tensor.shape} {tensor.stored_as}".encode())
-            stored = tensor.packed if isinstance(tensor, QuantizedTensor) else tensor
-            if not stored.storage:  # else all of it would have to be decoded
-                seen.update(stored.read().reshape(-1)[:_SAMPLE].tobytes())
-    return {"model": str(model.path), "model_fingerprint": seen.hexdigest()[:_DIGITS]}
+    return {"model": str(model.path), "model_fingerprint": model_fingerprint(model)[:_DIGITS]}
 
 
 def digest(path: Path) -> str:
-    """The beginning of the SHA-256 of a file, or of the one in a folder. Raises FormatError where it cannot be read."""
-    path = find_weights(path) if path.is_dir() else path
-    seen = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                seen.update(block)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
-    return seen.hexdigest()[:_DIGITS]
+    """The beginning of the SHA-256 of a file, or of the one in a folder. Raises FormatError if it cannot be read."""
+    return sha256(find_weights(path) if path.is_dir() else path)[:_DIGITS]
 
 
 @dataclass(frozen=True)
 class Repeat:
     """What a record says to do again."""
 
-    options: dict[str, Any]  # fields of GenerateConfig
-    model: str
-    loras: list[tuple[Path, float]]
-    engine: dict[str, Any]  # backend, dtype, quantize and the files of parts, where it says so
-    hashes: dict[str, str]  # of everything that has one; a LoRA's by its place
+    options: dict[str, object]  # fields of GenerateConfig
+    choice: ModelChoice
+    loras: list[RecordedLoRA]
+    hashes: dict[str, str]  # of model and pictures: model_fingerprint, init_image_sha256, mask_sha256
     source: Path  # the picture
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], source: Path) -> Repeat:
-        """Reads a record. Raises ConfigError or FormatError naming `source` where it is not complete."""
+    def read(cls, path: Path) -> Repeat:
+        """What the picture `path` says. Raises ConfigError or FormatError if it does not say all."""
+        return cls.of(read_record(path), path)
 
-        def known(hints: Mapping[str, Any]) -> dict[str, Any]:
-            given = {k: hint for k, hint in hints.items() if record.get(k) is not None}
-            return {k: typed(record[k], hint, f"{source}: {k}") for k, hint in given.items()}
+    @classmethod
+    def of(cls, record: Mapping[str, object], source: Path) -> Repeat:
+        """Reads a record. Raises ConfigError or FormatError naming `source` if it is not complete."""
+
+        def known(name: str, hint: type[T]) -> T | None:
+            value: T | None = None if record.get(name) is None else typed(record[name], hint, f"{source}: {name}")
+            return value
 
         try:
-            loras = [(Path(lora["file"]), float(lora["scale"])) for lora in record["loras"]]
-            hashes = {str(i): str(lora["sha256"]) for i, lora in enumerate(record["loras"])}
-            options = known(get_type_hints(GenerateConfig))
-            if "prompt" not in options or record.get("model") is None:
+            loras = _recorded_loras(record["loras"])
+            options = {name: known(name, hint) for name, hint in get_type_hints(GenerateConfig).items()}
+            if options["prompt"] is None or record.get("model") is None:
                 raise KeyError("prompt and model")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{source}: its metadata cannot be understood: {error!r}") from error
-        named = {k: str(v) for k, v in record.items() if k.endswith(("_sha256", "_fingerprint"))}
-        return cls(options, str(record["model"]), loras, known(ENGINE), hashes | named, source)
+        parts = {name: known(name, Path) for name in part_options()}
+        choice = ModelChoice(
+            model=str(record["model"]),
+            backend=known("backend", str),
+            dtype=known("dtype", str),
+            quantize=known("quantize", int),
+            parts={name: path for name, path in parts.items() if path is not None},
+        )
+        options = {name: value for name, value in options.items() if value is not None}
+        hashes = {k: str(v) for k, v in record.items() if k.endswith(("_sha256", "_fingerprint"))}
+        return cls(options, choice, loras, hashes, source)
 
-    def changes(self, model: Mapping[str, str], loras: Iterable[tuple[str | Path, float]]) -> list[str]:
-        """Which files are not those that the picture was made from, `model` being an `identity`."""
+    def config(self, **changes: object) -> GenerateConfig:
+        """The picture's config with some fields changed. Raises ConfigError for values out of bounds."""
+        return config_of(self.options | changes)
+
+    def changes(self, model: Mapping[str, str], loras: Iterable[RecordedLoRA]) -> list[str]:
+        """The files that are not those that the picture was made from. model: an `identity`. loras: those to be used.
+
+        Raises FormatError for a picture that cannot be read.
+        """
         found = []
         if model["model_fingerprint"] != self.hashes.get("model_fingerprint"):
             found.append(model["model"])
-        found += [str(path) for path, _ in loras if digest(Path(path)) not in self.hashes.values()]
-        for name in _PICTURES:
-            if name in self.options and digest(Path(self.options[name])) != self.hashes.get(f"{name}_sha256"):
-                found.append(str(self.options[name]))
-        return found
+        before = {lora.sha256 for lora in self.loras}
+        found += [str(lora.path) for lora in loras if lora.sha256 not in before]
+        pictures = {name: str(self.options[name]) for name in _PICTURES if name in self.options}
+        return found + [p for name, p in pictures.items() if digest(Path(p)) != self.hashes.get(f"{name}_sha256")]
+
+
+def _recorded_loras(loras: object) -> list[RecordedLoRA]:
+    """The LoRAs of a record. Raises KeyError, TypeError, ValueError or OverflowError if they are something else."""
+    if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
+        raise TypeError("loras is not a list of objects")
+    return [RecordedLoRA(Path(lora["file"]), float(lora["scale"]), str(lora["sha256"])) for lora in loras]

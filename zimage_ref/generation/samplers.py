@@ -6,7 +6,7 @@
 
 Sources: FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler and DPMSolverMultistepScheduler (midpoint) of
 diffusers; DPM-Solver++, arXiv 2211.01095; guidance as in pipeline_z_image.py of diffusers. The functions take NumPy or
-MLX arrays alike and only do arithmetic on them. Signs and times: `model.flow`.
+MLX arrays alike. Signs and times: `model.flow`. A new sampler is one function and one entry in `SAMPLERS`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,32 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Protocol
 
+from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.flow import euler_step, guided, model_time, predicted_picture
 
-Predict = Callable[[Any, float], Any]  # x (B, C, h, w) and sigma -> the guided raw output
-Blend = Callable[[Any, float], Any]  # x and the sigma that it has come to -> x, what must be kept put back
-Sampler = Callable[[Any, Sequence[float], Predict, Blend], Iterator[tuple[Any, Any]]]
+Predict = Callable[[ArrayT, float], ArrayT]  # x (B, C, h, w) and its sigma -> the guided raw output, shaped as x
+Blend = Callable[[ArrayT, float], ArrayT]  # x and its new sigma -> x with what must be kept of a picture put back
 
 
-def euler(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Iterator[tuple[Any, Any]]:
-    """Yields x (B, C, h, w) after each step, and the picture that was predicted on the way."""
+class Sampler(Protocol):
+    """A function that follows a list of sigmas from noise to a picture.
+
+    x: (B, C, h, w) latents at the first sigma. sigmas: falling, the last is 0. predict: see `Predict`; a sampler calls
+    it once or more for each step. blend: see `Blend`; a sampler applies it to the result of each step.
+    Yields for each step its result and the picture x_0 that it predicted from where it began, both (B, C, h, w).
+    """
+
+    def __call__(
+        self, x: ArrayT, sigmas: Sequence[float], predict: Predict[ArrayT], blend: Blend[ArrayT], /
+    ) -> Iterator[tuple[ArrayT, ArrayT]]: ...
+
+
+def euler(
+    x: ArrayT, sigmas: Sequence[float], predict: Predict[ArrayT], blend: Blend[ArrayT]
+) -> Iterator[tuple[ArrayT, ArrayT]]:
+    """Follows the velocity at the start of each step. Arguments and results: see `Sampler`."""
     for sigma, next_sigma in pairwise(sigmas):
         raw = predict(x, sigma)
         x_0 = predicted_picture(x, raw, sigma)
@@ -33,8 +48,10 @@ def euler(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> It
         yield x, x_0
 
 
-def heun(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Iterator[tuple[Any, Any]]:
-    """As `euler`; the last step, to sigma 0, is an Euler step."""
+def heun(
+    x: ArrayT, sigmas: Sequence[float], predict: Predict[ArrayT], blend: Blend[ArrayT]
+) -> Iterator[tuple[ArrayT, ArrayT]]:
+    """Follows the mean of the velocities at both ends of each step. The last step, to sigma 0, is an Euler step."""
     for sigma, next_sigma in pairwise(sigmas):
         raw = predict(x, sigma)
         x_0 = predicted_picture(x, raw, sigma)
@@ -44,9 +61,15 @@ def heun(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Ite
         yield x, x_0
 
 
-def dpmpp_2m(x: Any, sigmas: Sequence[float], predict: Predict, blend: Blend) -> Iterator[tuple[Any, Any]]:
-    """As `euler`; the first step and the last, where log-SNR is infinite, are of order 1, which is an Euler step."""
-    previous, previous_width = None, math.inf
+def dpmpp_2m(
+    x: ArrayT, sigmas: Sequence[float], predict: Predict[ArrayT], blend: Blend[ArrayT]
+) -> Iterator[tuple[ArrayT, ArrayT]]:
+    """Follows a prediction of x_0 that is linear in log-SNR.
+
+    Log-SNR is infinite at sigma 1 and 0: the steps from there and to there are Euler steps.
+    """
+    previous: ArrayT | None = None
+    previous_width = math.inf
     for sigma, next_sigma in pairwise(sigmas):
         x_0 = predicted_picture(x, predict(x, sigma), sigma)
         width = _log_snr(next_sigma) - _log_snr(sigma)  # infinite at both ends
@@ -81,8 +104,8 @@ class Guidance:
         """Whether the prediction at `sigma` is guided."""
         return self.scale > 0 and model_time(sigma) <= self.truncation
 
-    def __call__(self, positive: Any, negative: Any) -> Any:
-        """The guided raw output of two (B, C, h, w)."""
+    def __call__(self, positive: ArrayT, negative: ArrayT) -> ArrayT:
+        """The guided raw output (B, C, h, w) of the raw outputs for the prompts and for the negative ones."""
         raw = guided(positive, negative, self.scale)
         if not self.normalization:
             return raw
@@ -91,5 +114,6 @@ class Guidance:
         return raw * (ratio * too_long + (1 - too_long))
 
 
-def _square_norm(x: Any) -> Any:
+def _square_norm(x: ArrayT) -> ArrayT:
+    """(B, C, h, w) -> (B, 1, 1, 1)."""
     return (x * x).sum(axis=(1, 2, 3), keepdims=True)

@@ -1,4 +1,4 @@
-"""Where the strength of a LoRA is written when the file has no alpha keys: metadata, or a JSON file beside it.
+"""Where the strength of a LoRA is kept if its file has no alpha keys: in metadata, or in a JSON file beside it.
 
 scale = alpha / rank          alpha / sqrt(rank) with PEFT's use_rslora
 """
@@ -8,19 +8,44 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.json_file import read_json
 
-from .updates import LARGEST
+from .parts import LARGEST, Scale
 
 PEFT_METADATA = "lora_adapter_metadata"
 _COMPONENT = "transformer."  # diffusers prefixes each of PEFT's keys with the model it belongs to
 
-Scale = Callable[[str, int], float]  # module, rank -> scale
+FoundAlpha = tuple[str, Scale]  # what it was found in, for people; the scale of each module
+
+
+@dataclass(frozen=True)
+class AlphaSource:
+    """One place to keep the strength of a LoRA in."""
+
+    find: Callable[[Path, Mapping[str, object]], FoundAlpha | None]  # of a LoRA's path and metadata; None: not there
+    beside: Callable[[Path], Path] | None = None  # the file beside a LoRA that it is in, if it is in one
+
+
+def alpha_of(path: Path, metadata: Mapping[str, object], sources: Sequence[AlphaSource]) -> FoundAlpha:
+    """The strength of a LoRA without alpha keys, from the first of `sources` that has it.
+
+    Raises FormatError or ConfigError if it is there but says nothing sensible.
+    """
+    for source in sources:
+        if found := source.find(path, metadata):
+            return found
+    if metadata.get("alpha_folded") in (True, "true"):
+        return "metadata: multiplied into B already", _one
+    return "default: alpha = rank", _one
+
+
+def _one(module: str, rank: int) -> float:
+    return 1.0
 
 
 def sidecar(path: Path) -> Path:
@@ -28,29 +53,7 @@ def sidecar(path: Path) -> Path:
     return path.with_suffix(".lora.json")
 
 
-def companions(path: Path) -> tuple[Path, Path]:
-    """The files beside a LoRA that may hold its alpha: z-image-train's and PEFT's."""
-    return sidecar(path), path.with_name("adapter_config.json")
-
-
-def scales(path: Path, prefix: str, style: str, metadata: Mapping[str, Any]) -> tuple[str, Scale]:
-    """Where the alpha of a file without alpha keys comes from, and the scale of each module.
-
-    Raises FormatError or ConfigError where the source is there but says nothing sensible.
-    """
-    if style == "lora_a/b":
-        return sidecar(path).name, _z_image_train(path)
-    if style == "lora_A/B" and PEFT_METADATA in metadata:
-        return f"metadata {PEFT_METADATA}", _peft(_object(path, metadata[PEFT_METADATA]), f"{path}: {PEFT_METADATA}")
-    beside = companions(path)[1]
-    if prefix == "base_model.model." and beside.is_file():
-        return beside.name, _peft(read_json(beside, ConfigError), str(beside))
-    if metadata.get("alpha_folded") in (True, "true"):
-        return "metadata: multiplied into B already", lambda module, rank: 1.0
-    return "default: alpha = rank", lambda module, rank: 1.0
-
-
-def _z_image_train(path: Path) -> Scale:
+def _from_sidecar(path: Path, metadata: Mapping[str, object]) -> FoundAlpha:
     file = sidecar(path)
     if not file.is_file():
         raise FormatError(
@@ -59,15 +62,36 @@ def _z_image_train(path: Path) -> Scale:
         )
     data = read_json(file, ConfigError)
     if data.get("alpha_folded"):
-        return lambda module, rank: 1.0
+        return file.name, _one
     alpha = _number(str(file), "alpha", data.get("alpha"))
-    return lambda module, rank: alpha / rank
+    return file.name, lambda module, rank: alpha / rank
 
 
-def _peft(config: Mapping[str, Any], source: str) -> Scale:
+def _from_metadata(path: Path, metadata: Mapping[str, object]) -> FoundAlpha | None:
+    if PEFT_METADATA not in metadata:
+        return None
+    config = _object(path, metadata[PEFT_METADATA])
+    return f"metadata {PEFT_METADATA}", _peft(config, f"{path}: {PEFT_METADATA}")
+
+
+def _adapter_config(path: Path) -> Path:
+    return path.with_name("adapter_config.json")
+
+
+def _from_adapter_config(path: Path, metadata: Mapping[str, object]) -> FoundAlpha | None:
+    file = _adapter_config(path)
+    return (file.name, _peft(read_json(file, ConfigError), str(file))) if file.is_file() else None
+
+
+SIDECAR = AlphaSource(_from_sidecar, sidecar)
+METADATA = AlphaSource(_from_metadata)
+ADAPTER_CONFIG = AlphaSource(_from_adapter_config, _adapter_config)
+
+
+def _peft(config: Mapping[str, object], source: str) -> Scale:
     config = {key.removeprefix(_COMPONENT): value for key, value in config.items()}
     if "lora_alpha" not in config:
-        return lambda module, rank: 1.0
+        return _one
     default, patterns = config["lora_alpha"], config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ConfigError(f"{source}: alpha_pattern is not an object of modules and alphas")
@@ -83,7 +107,7 @@ def _peft(config: Mapping[str, Any], source: str) -> Scale:
     return scale
 
 
-def _object(path: Path, value: Any) -> dict[str, Any]:
+def _object(path: Path, value: object) -> dict[str, object]:
     try:
         data = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -93,7 +117,7 @@ def _object(path: Path, value: Any) -> dict[str, Any]:
     return data
 
 
-def _number(source: str, key: str, value: Any) -> float:
+def _number(source: str, key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         raise ConfigError(f"{source}: {key} = {value!r} is not a number below {LARGEST:g}")
     return float(value)

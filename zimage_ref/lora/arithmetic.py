@@ -1,41 +1,60 @@
-"""What a LoRA adds to a weight."""
+"""The operations that updates are computed with. Each engine supplies them for its own arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
 
-from .updates import DoRA, Hadamard, Kronecker, LowRank, Plain, Update
+_T = TypeVar("_T")
+FloatDType = np.dtype[np.float32 | np.float64]
 
 
-def updated(weight: Array, updates: Sequence[tuple[Update, float]]) -> Array:
-    """W + sum of scale * delta(W): each update sees the weight without the others, so their order is nothing."""
-    original = weight
-    for update, scale in updates:
-        weight = weight + weight.dtype.type(scale) * delta(update, original)
-    return weight
+class EngineArray(Protocol):
+    """An array of NumPy or MLX: the operators that both have. Shapes broadcast."""
+
+    def __add__(self: _T, other: _T, /) -> _T: ...
+    def __sub__(self: _T, other: _T, /) -> _T: ...
+    def __mul__(self: _T, other: _T | float, /) -> _T: ...
+    def __matmul__(self: _T, other: _T, /) -> _T: ...
+    def __getitem__(self: _T, rows: slice, /) -> _T: ...
 
 
-def delta(update: Update, weight: Array) -> Array:
-    """What `update` at scale 1 adds to `weight`, in the weight's dtype."""
-    if isinstance(update, DoRA):
-        target = weight + delta(update.update, weight)
-        axis = 1 if update.magnitude.shape[1] == 1 else 0
-        norm = np.sqrt(np.sum(target * target, axis=axis, keepdims=True))
-        magnitude = update.magnitude.astype(weight.dtype)
-        return np.where(norm > 0, target / np.where(norm > 0, norm, 1), 0) * magnitude - weight
-    return weight.dtype.type(update.scale) * _unscaled(update, weight.dtype)
+AnyArray = TypeVar("AnyArray", bound=EngineArray)
 
 
-def _unscaled(update: Plain, dtype: np.dtype[np.floating]) -> Array:
-    if isinstance(update, LowRank):
-        return update.B.astype(dtype) @ update.A.astype(dtype)
-    if isinstance(update, Kronecker):
-        return np.kron(update.W1.astype(dtype), update.W2.astype(dtype))[update.start : update.stop]
-    if isinstance(update, Hadamard):
-        A1, B1, A2, B2 = (factor.astype(dtype) for factor in (update.A1, update.B1, update.A2, update.B2))
-        return (A1 @ B1) * (A2 @ B2)
-    return update.D.astype(dtype)
+class Arithmetic(Protocol[AnyArray]):
+    """What an engine offers besides the operators of its arrays. A kind that needs more adds it here and to both."""
+
+    def array(self, values: Array, /) -> AnyArray:
+        """`values` as the engine's own array, in the precision that it computes in."""
+
+    def kron(self, left: AnyArray, right: AnyArray, /) -> AnyArray:
+        """The Kronecker product of two matrices."""
+
+    def with_norms(self, matrix: AnyArray, norms: AnyArray, axis: int, /) -> AnyArray:
+        """`matrix`, with its vectors along `axis` scaled to the lengths `norms`. Vectors of zeros stay as they are."""
+
+
+@dataclass(frozen=True)
+class NumPyArithmetic:
+    """`Arithmetic` for NumPy, in float32 or float64."""
+
+    dtype: FloatDType
+
+    def array(self, values: Array, /) -> Array:
+        """`values` in `dtype`."""
+        return values.astype(self.dtype)
+
+    def kron(self, left: Array, right: Array, /) -> Array:
+        """See `Arithmetic`."""
+        return np.kron(left, right)
+
+    def with_norms(self, matrix: Array, norms: Array, axis: int, /) -> Array:
+        """See `Arithmetic`."""
+        norm = np.sqrt(np.sum(matrix * matrix, axis=axis, keepdims=True))
+        scaled: Array = np.where(norm > 0, matrix / np.where(norm > 0, norm, 1), 0) * norms
+        return scaled

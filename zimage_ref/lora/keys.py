@@ -1,67 +1,24 @@
-"""The grammar of LoRA keys: <prefix><module><suffix>, as trainers spell it.
-
-    diffusion_model.layers.0.attention.to_q.lora_A.weight       ComfyUI, ai-toolkit, mflux
-    transformer.layers.0.attention.to_q.lora_B.weight           diffusers
-    lora_unet_layers_0_attention_to_q.lora_down.weight          kohya, musubi-tuner
-    layers.0.attention.to_q.lora_A.default.weight               DiffSynth
-    base_model.model.layers.0.attention.to_q.lora_A.weight      PEFT
-    layers.0.attention.to.q.lora.down.weight                    Anime-Z
-    layers.0.attention.qkv.lora_a                               z-image-train
-    lycoris_layers_0_attention_to_q.lokr_w1                     LyCORIS
+"""The grammar of LoRA keys, <prefix><module><suffix>: any prefix, module and suffix that a spelling or a kind has.
 
 A module is called as in the official checkpoint, as in ComfyUI's single file (fused qkv, `out`), or either with
-underscores for dots. Sources: the loaders of ComfyUI and diffusers, and the writers named above.
+underscores for dots.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
-PREFIXES = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.",
-    "lora_unet_", "lora_transformer_", "lycoris_",
-)  # fmt: skip
-SOFTWARE = {  # by prefix; by style where that is one tool's alone
-    "base_model.model.": "PEFT", "model.diffusion_model.": "ComfyUI", "diffusion_model.": "ComfyUI",
-    "transformer.": "diffusers", "lora_unet_": "kohya", "lora_transformer_": "kohya", "lycoris_": "LyCORIS", "": "bare",
-    "lora_a/b": "z-image-train", "lora.down/up": "Anime-Z",
-}  # fmt: skip
+from zimage_ref.errors import ConfigError
+from zimage_ref.formats.tensors import Array
+from zimage_ref.model.parameters import BLOCK_MODULES
 
-# suffix of a key -> (what it spells together with its fellows, which part of an update it is)
-SUFFIXES = {
-    **{f".lora_{x}{end}": ("lora_A/B", x) for x in "AB" for end in (".weight", "")},
-    ".lora_magnitude_vector": ("lora_A/B", "magnitude"),
-    ".lora_magnitude_vector.weight": ("lora_A/B", "magnitude"),
-    ".lora_down.weight": ("lora_down/up", "A"),
-    ".lora_up.weight": ("lora_down/up", "B"),
-    ".lora.down.weight": ("lora.down/up", "A"),
-    ".lora.up.weight": ("lora.down/up", "B"),
-    ".lora_a": ("lora_a/b", "A"),
-    ".lora_b": ("lora_a/b", "B"),
-    **{f".lokr_w{n}": ("LoKr", f"W{n}") for n in "12"},
-    **{f".lokr_w{n}_{x}": ("LoKr", f"W{n}{x}") for n in "12" for x in "ab"},
-    **{f".hada_w{n}_{x}": ("LoHa", f"H{n}{x}") for n in "12" for x in "ab"},
-    ".dora_scale": ("", "magnitude"),
-    ".diff": ("diff", "D"),
-    ".diff_b": ("diff", "bias"),
-    ".alpha": ("", "alpha"),
-}
-_SPLIT = re.compile(f"(.*?)({'|'.join(re.escape(s) for s in sorted(SUFFIXES, key=len, reverse=True))})")
+from .alpha import AlphaSource
+from .updates import LoRA, Update
+
+OFFICIAL_PATCH_KEY = "2-1"
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight$)\w+(\.weight)?$")  # PEFT's name of the adapter
-
-_BLOCK_MODULES: dict[str, tuple[str, ...]] = {
-    **{f"attention.to_{p}": (f"attention.to_{p}",) for p in ("q", "k", "v", "out.0")},
-    **{f"attention.to.{p}": (f"attention.to_{p}",) for p in "qkv"},
-    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
-    **dict.fromkeys(("attention.out", "attention.to_out", "attention.to.out.0"), ("attention.to_out.0",)),
-    **{f"feed_forward.{w}": (f"feed_forward.{w}",) for w in ("w1", "w2", "w3")},
-    "adaLN_modulation.0": ("adaLN_modulation.0",),
-    **{f"attention.norm_{p}": (f"attention.norm_{p}",) for p in "qk"},
-    **{f"attention.{p}_norm": (f"attention.norm_{p}",) for p in "qk"},
-    **{norm: (norm,) for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")},
-}
 _GLOBAL_MODULES = {
     **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1")},
     "x_embedder": "all_x_embedder.{key}",
@@ -70,8 +27,32 @@ _GLOBAL_MODULES = {
 }
 _BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)[._](\d+)[._](.+)")
 _KEYED = re.compile(r"(all_x_embedder|all_final_layer)[._](\d+-\d+)(?:[._](.+))?")
-_UNDERSCORED = {name.replace(".", "_"): name for name in reversed((*_BLOCK_MODULES, *_GLOBAL_MODULES))}
-OFFICIAL_PATCH_KEY = "2-1"
+
+Spelled = tuple[dict[str, Array], dict[str, object]]  # float32 arrays by key; facts for metadata and sidecar
+
+
+def _only_read(lora: LoRA, spelling: Spelling) -> Spelled:
+    raise ConfigError(f"LoRA keys are read as {spelling.software} spells them, but not written so")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """How one tool writes LoRA keys. What is left out is as in the official checkpoint, or as the kind says."""
+
+    software: str
+    prefixes: tuple[str, ...] = ()  # any of these is read, the first is written
+    style: str = ""  # what the suffixes below are called in the name of a dialect
+    suffixes: Mapping[str, str] = field(default_factory=dict)  # suffix -> part; the first of a part is written
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a block's module -> its layers, officially
+    separator: str = "."  # written for the dots of a module; read are both
+    alpha: AlphaSource | None = None  # of files without alpha keys
+    naming: str = ""  # how a user asks for it to be written; empty: it is only read
+    write: Callable[[LoRA, Spelling], Spelled] = _only_read  # one of `namings`, or its own
+    low_rank_only: bool = False  # whether `write` has no keys for other kinds
+
+    def is_of(self, prefix: str, style: str) -> bool:
+        """Whether keys with this prefix and style are this tool's; without a style of its own, the prefix decides."""
+        return style == self.style if self.style else prefix in self.prefixes
 
 
 @dataclass(frozen=True)
@@ -85,33 +66,60 @@ class Key:
     part: str
 
 
-def parse(key: str, patch_key: str = OFFICIAL_PATCH_KEY) -> Key | None:
-    """What `key` means, or None where this grammar has no such key."""
-    match = _SPLIT.fullmatch(_ADAPTER.sub(r"\1\2", key))
-    if not match:
-        return None
-    path, suffix = match.groups()
-    prefix = next((p for p in PREFIXES if path.startswith(p)), "")
-    found = _module(path.removeprefix(prefix), patch_key)
-    return Key(prefix, *found, *SUFFIXES[suffix]) if found else None
+class Grammar:
+    """All keys that there are, of a transformer whose patch size has the key `patch_key`."""
 
+    def __init__(
+        self, spellings: Collection[Spelling], kinds: Iterable[type[Update]], patch_key: str = OFFICIAL_PATCH_KEY
+    ) -> None:
+        self._patch_key = patch_key
+        prefixes = {prefix for spelling in spellings for prefix in spelling.prefixes}
+        self._prefixes = sorted(prefixes, key=len, reverse=True)
+        self._suffixes = {".alpha": ("", "alpha")}
+        self._block_modules: dict[str, tuple[str, ...]] = {name: (name,) for name in BLOCK_MODULES}
+        for kind in kinds:
+            self._suffixes |= {suffix: (kind.style, part) for suffix, part in kind.suffixes.items()}
+        for spelling in spellings:
+            self._suffixes |= {suffix: (spelling.style, part) for suffix, part in spelling.suffixes.items()}
+            self._block_modules = {**spelling.modules, **self._block_modules}
+        known = "|".join(re.escape(suffix) for suffix in sorted(self._suffixes, key=len, reverse=True))
+        self._split = re.compile(f"(.*?)({known})")
+        names = (*self._block_modules, *_GLOBAL_MODULES)  # of two with the same underscores the official one, the last
+        self._underscored = {name.replace(".", "_"): name for name in names}
 
-def _module(path: str, patch_key: str) -> tuple[str, tuple[str, ...]] | None:
-    """The dotted name of a module and the official names of the layers it stands for."""
-    if block := _BLOCK.fullmatch(path):
-        stack, index, rest = block.groups()
-        rest = _UNDERSCORED.get(rest, rest)
-        layers = tuple(f"{stack}.{index}.{layer}" for layer in _BLOCK_MODULES.get(rest, ()))
-        return (f"{stack}.{index}.{rest}", layers) if layers else None
-    if keyed := _KEYED.fullmatch(path):
-        stack, patch, rest = keyed.groups()
-        short = ".".join(filter(None, (stack.removeprefix("all_"), rest)))
-        short = _UNDERSCORED.get(short.replace(".", "_"), short)
-        layer = _GLOBAL_MODULES.get(short)
-        return (path, (layer.format(key=patch),)) if layer else None
-    path = _UNDERSCORED.get(path, path)
-    layer = _GLOBAL_MODULES.get(path)
-    return (path, (layer.format(key=patch_key),)) if layer else None
+    def parse(self, key: str) -> Key | None:
+        """What `key` means, or None if there is no such key."""
+        match = self._match(key)
+        if not match:
+            return None
+        path, suffix = match.groups()
+        prefix = next((p for p in self._prefixes if path.startswith(p)), "")
+        found = self._module(path.removeprefix(prefix))
+        return Key(prefix, *found, *self._suffixes[suffix]) if found else None
+
+    def ends_like_lora(self, key: str) -> bool:
+        """Whether `key` ends as LoRA keys do, be it of a layer that Z-Image has or not."""
+        return self._match(key) is not None
+
+    def _match(self, key: str) -> re.Match[str] | None:
+        return self._split.fullmatch(_ADAPTER.sub(r"\1\2", key))
+
+    def _module(self, path: str) -> tuple[str, tuple[str, ...]] | None:
+        """The dotted name of a module and the official names of the layers it stands for."""
+        if block := _BLOCK.fullmatch(path):
+            stack, index, rest = block.groups()
+            rest = self._underscored.get(rest, rest)
+            layers = tuple(f"{stack}.{index}.{layer}" for layer in self._block_modules.get(rest, ()))
+            return (f"{stack}.{index}.{rest}", layers) if layers else None
+        if keyed := _KEYED.fullmatch(path):
+            stack, patch, rest = keyed.groups()
+            short = ".".join(filter(None, (stack.removeprefix("all_"), rest)))
+            short = self._underscored.get(short.replace(".", "_"), short)
+            layer = _GLOBAL_MODULES.get(short)
+            return (path, (layer.format(key=patch),)) if layer else None
+        path = self._underscored.get(path, path)
+        layer = _GLOBAL_MODULES.get(path)
+        return (path, (layer.format(key=self._patch_key),)) if layer else None
 
 
 # words of a foreign module path -> the model it belongs to
@@ -128,8 +136,3 @@ _OTHERS = {
 def other_model(key: str) -> str:
     """The model that a key of no Z-Image layer seems to belong to, or nothing."""
     return next((model for word, model in _OTHERS.items() if word in key), "")
-
-
-def is_lora(keys: Iterable[str]) -> bool:
-    """Whether any of the keys ends as LoRA keys do, be it of a layer that Z-Image has or not."""
-    return any(_SPLIT.fullmatch(_ADAPTER.sub(r"\1\2", key)) for key in keys)

@@ -1,41 +1,23 @@
 """What a model is: its sizes and constants, read from the checkpoint's own JSON, never assumed.
 
-The three `OFFICIAL_*` presets are Tongyi-MAI/Z-Image-Turbo's files; they stand in where a single-file checkpoint
+The three `OFFICIAL_*` presets are Tongyi-MAI/Z-Image-Turbo's files; they stand in if a single-file checkpoint
 has no config beside it, and its shapes must then match. A key that changes the mathematics and has a value this
 program does not implement is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.json_file import Json, JsonObject
 
-Json = Mapping[str, Any]
+from .config_reader import Reader, check_values
 
 ADALN_DIM = 256  # width of the time embedding at most; official transformer_z_image.py, ADALN_EMBED_DIM
 TIME_HIDDEN_DIM = 1024  # inner width of t_embedder; the same file, mid_size
 TIME_FREQUENCIES = 256  # sinusoidal features of the time; the same file, frequency_embedding_size
 QK_NORM_EPS = 1e-5  # fixed in the official block, whatever norm_eps says
-
-
-_MOST_LAYERS = 1000  # so that no config can ask for names without end
-
-
-def _check_values(config: Any) -> None:
-    """Raises ConfigError unless every field is what its annotation says: whole and positive, or a finite number."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        values = value if isinstance(value, tuple) else (value,)
-        most = _MOST_LAYERS if "layers" in field.name else 1 << 31
-        if field.type == "float":
-            good = all(type(v) in (int, float) and abs(v) < float("inf") for v in values)
-        else:
-            good = len(values) <= _MOST_LAYERS and all(type(v) is int and 0 < v < most for v in values)
-        if not good:
-            raise ConfigError(f"{field.name} = {value!r} is no size or number that a model can have")
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,7 @@ class TransformerConfig:
     axes_lens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_values(self, layers=("n_layers", "n_refiner_layers"))
         if self.dim % self.n_heads:
             raise ConfigError(f"transformer: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim != sum(self.axes_dims):
@@ -96,22 +78,22 @@ class TransformerConfig:
     @classmethod
     def from_json(cls, data: Json, source: str) -> TransformerConfig:
         """Reads diffusers' `transformer/config.json`. Raises ConfigError naming `source`."""
-        read = _Reader(data, source)
+        read = Reader(data, source)
         read.require("qk_norm", True)
-        read.require("n_kv_heads", read("n_heads"))
+        read.require("n_kv_heads", read.value("n_heads"))
         read.require("all_f_patch_size", [1])
-        read.require("siglip_feat_dim", None, default=None)
-        patches = read("all_patch_size")
+        read.require_if_there("siglip_feat_dim", None)
+        patches = read.value("all_patch_size")
         if len(patches) != 1:
             raise ConfigError(f"{source}: all_patch_size {patches} must name one size")
         return cls(
             patch_size=patches[0],
-            axes_dims=tuple(read("axes_dims")),
-            axes_lens=tuple(read("axes_lens")),
-            **{key: read(key) for key in _TRANSFORMER_KEYS},
+            axes_dims=tuple(read.value("axes_dims")),
+            axes_lens=tuple(read.value("axes_lens")),
+            **{key: read.value(key) for key in _TRANSFORMER_KEYS},
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The official keys again."""
         return {
             "_class_name": "ZImageTransformer2DModel",
@@ -146,7 +128,7 @@ class TextEncoderConfig:
     rope_theta: float
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_values(self, layers=("num_hidden_layers",))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"text encoder: {self.num_attention_heads} heads are not a multiple of "
@@ -163,19 +145,19 @@ class TextEncoderConfig:
     @classmethod
     def from_json(cls, data: Json, source: str) -> TextEncoderConfig:
         """Reads transformers' `config.json`, of version 4 (`rope_theta`) or 5 (`rope_parameters`)."""
-        read = _Reader(data, source)
+        read = Reader(data, source)
         read.require("model_type", "qwen3")
         read.require("hidden_act", "silu")
-        read.require("attention_bias", False, default=False)
-        read.require("rope_scaling", None, default=None)
-        read.require("use_sliding_window", False, default=False)
+        read.require_if_there("attention_bias", False)
+        read.require_if_there("rope_scaling", None)
+        read.require_if_there("use_sliding_window", False)
         rope = data.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default":
             raise ConfigError(f"{source}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
-        theta = rope["rope_theta"] if "rope_theta" in rope else read("rope_theta")
-        return cls(rope_theta=theta, **{key: read(key) for key in _TEXT_ENCODER_KEYS})
+        theta = rope["rope_theta"] if "rope_theta" in rope else read.value("rope_theta")
+        return cls(rope_theta=theta, **{key: read.value(key) for key in _TEXT_ENCODER_KEYS})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The official keys again, in the style of the published file (transformers 4)."""
         return {
             "architectures": ["Qwen3ForCausalLM"],
@@ -208,7 +190,7 @@ class VAEConfig:
     shift_factor: float
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_values(self, layers=("layers_per_block",))
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ConfigError(f"vae: {channels} channels are not a multiple of {self.norm_num_groups} groups")
@@ -221,20 +203,21 @@ class VAEConfig:
     @classmethod
     def from_json(cls, data: Json, source: str) -> VAEConfig:
         """Reads diffusers' `vae/config.json`."""
-        read = _Reader(data, source)
+        read = Reader(data, source)
         read.require("act_fn", "silu")
         read.require("use_quant_conv", False)
         read.require("use_post_quant_conv", False)
-        read.require("mid_block_add_attention", True, default=True)
-        read.require("out_channels", read("in_channels"))
-        read.require("latents_mean", None, default=None)
-        read.require("latents_std", None, default=None)
-        levels = len(read("block_out_channels"))
+        read.require_if_there("mid_block_add_attention", True)
+        read.require("out_channels", read.value("in_channels"))
+        read.require_if_there("latents_mean", None)
+        read.require_if_there("latents_std", None)
+        widths = tuple(read.value("block_out_channels"))
+        levels = len(widths)
         read.require("down_block_types", ["DownEncoderBlock2D"] * levels)
         read.require("up_block_types", ["UpDecoderBlock2D"] * levels)
-        return cls(block_out_channels=tuple(read("block_out_channels")), **{key: read(key) for key in _VAE_KEYS})
+        return cls(block_out_channels=widths, **{key: read.value(key) for key in _VAE_KEYS})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The official keys again."""
         levels = len(self.block_out_channels)
         return {
@@ -267,17 +250,17 @@ class SchedulerConfig:
     @classmethod
     def from_json(cls, data: Json, source: str) -> SchedulerConfig:
         """Reads diffusers' `scheduler/scheduler_config.json`."""
-        read = _Reader(data, source)
+        read = Reader(data, source)
         read.require("_class_name", "FlowMatchEulerDiscreteScheduler")
         read.require("num_train_timesteps", 1000)
         for key in ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-            read.require(key, None, default=None)
+            read.require_if_there(key, None)
         for key in ("invert_sigmas", "stochastic_sampling"):
-            read.require(key, False, default=False)
-        read.require("time_shift_type", "exponential", default="exponential")
-        return cls(shift=read("shift"), use_dynamic_shifting=bool(data.get("use_dynamic_shifting", False)))
+            read.require_if_there(key, False)
+        read.require_if_there("time_shift_type", "exponential")
+        return cls(shift=read.value("shift"), use_dynamic_shifting=bool(data.get("use_dynamic_shifting", False)))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The official keys again."""
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **asdict(self)}
 
@@ -297,18 +280,6 @@ OFFICIAL_VAE = VAEConfig(
 OFFICIAL_SCHEDULER = SchedulerConfig(shift=3.0)  # Turbo's; the base model's file says 6
 
 
-class _Reader:
-    """Strict access to a JSON object: a missing key, or a value that is not implemented, raises."""
-
-    def __init__(self, data: Json, source: str) -> None:
-        self.data, self.source = data, source
-
-    def __call__(self, key: str) -> Any:
-        if key not in self.data:
-            raise ConfigError(f"{self.source}: the key {key!r} is missing")
-        return self.data[key]
-
-    def require(self, key: str, value: Any, **default: Any) -> None:
-        actual = self.data.get(key, default["default"]) if default else self(key)
-        if actual != value and (actual or value):  # null, false and 0 all mean: not used
-            raise ConfigError(f"{self.source}: {key} = {actual!r} is not supported, only {value!r}")
+def size_multiple(transformer: TransformerConfig, vae: VAEConfig) -> int:
+    """Width and height of a picture, in pixels, are multiples of this: one image token's side."""
+    return vae.factor * transformer.patch_size

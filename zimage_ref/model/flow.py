@@ -8,20 +8,20 @@
     Euler step           x_sigma' = x_sigma + (sigma' - sigma) velocity
 
 Sources: FlowMatchEulerDiscreteScheduler and pipeline_z_image.py of diffusers; Z-Image, arXiv 2511.22699, section 4.3
-for the sampling of training times. The functions take NumPy or MLX arrays alike and only do arithmetic on them.
+for the sampling of training times. The functions take NumPy or MLX arrays alike (`arrays`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 
+from .arrays import ArrayT, NumberT
 from .config import SchedulerConfig
 
 # Resolution shift, exp(mu) with mu linear in the image tokens: calculate_shift of the official pipeline
@@ -48,7 +48,7 @@ def sigmas(steps: int, config: SchedulerConfig, image_tokens: int, strength: flo
     return [*(float(s) for s in shifted(spaced, shift)), 0.0][skipped:]
 
 
-def shifted(sigma: Any, shift: float) -> Any:
+def shifted(sigma: NumberT, shift: float) -> NumberT:
     """Moves sigmas towards noise (shift > 1), keeping 0 and 1 where they are."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -113,32 +113,32 @@ def is_turbo(config: SchedulerConfig) -> bool:
     return config.shift < BASE_SHIFT
 
 
-def model_time(sigma: Any) -> Any:
+def model_time(sigma: NumberT) -> NumberT:
     """What the transformer is told for `sigma`."""
     return 1 - sigma
 
 
-def add_noise(x_0: Any, noise: Any, sigma: Any) -> Any:
+def add_noise(x_0: ArrayT, noise: ArrayT, sigma: float | ArrayT) -> ArrayT:
     """x_sigma, on the straight line from picture to noise."""
     return (1 - sigma) * x_0 + sigma * noise
 
 
-def training_target(x_0: Any, noise: Any) -> Any:
+def training_target(x_0: ArrayT, noise: ArrayT) -> ArrayT:
     """What the transformer's raw output should be."""
     return x_0 - noise
 
 
-def guided(positive: Any, negative: Any, guidance: float) -> Any:
+def guided(positive: ArrayT, negative: ArrayT, guidance: float) -> ArrayT:
     """Classifier-free guidance as the official pipeline counts it: 0 is none."""
     return positive + guidance * (positive - negative)
 
 
-def predicted_picture(x: Any, raw: Any, sigma: float) -> Any:
+def predicted_picture(x: ArrayT, raw: ArrayT, sigma: float) -> ArrayT:
     """x_0 as the raw output `raw` at `sigma` implies it."""
     return x + sigma * raw
 
 
-def euler_step(x: Any, raw: Any, sigma: float, next_sigma: float) -> Any:
+def euler_step(x: ArrayT, raw: ArrayT, sigma: float, next_sigma: float) -> ArrayT:
     """x at `next_sigma`, following the velocity -raw."""
     return x + (next_sigma - sigma) * -raw
 

@@ -1,7 +1,7 @@
 """Parameter names and shapes of the three models, as the official checkpoints spell them.
 
 A tensor is an entry of one of these tables or it is an error. Shapes are PyTorch's: Linear (out, in), Conv2d
-(out, in, kh, kw). Source: the published index files; counts and totals are checked in tests/test_names.py.
+(out, in, kh, kw). Source: the published index files; counts and totals are checked in tests/model/test_parameters.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ from collections.abc import Iterator, Sequence
 
 from zimage_ref.errors import ConfigError
 
-from .config import TIME_FREQUENCIES, TIME_HIDDEN_DIM, TextEncoderConfig, TransformerConfig, VAEConfig
+from .config import (
+    OFFICIAL_TEXT_ENCODER,
+    OFFICIAL_TRANSFORMER,
+    TIME_FREQUENCIES,
+    TIME_HIDDEN_DIM,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
-# LoRA targets: what `targets` names -> the modules of one block
+# The large Linear layers of a block, none of which has a bias, by the LoRA target that selects them
 LORA_TARGETS = {
     "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
     "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -56,27 +64,35 @@ def transformer_blocks(config: TransformerConfig) -> Iterator[str]:
 def _block(config: TransformerConfig, modulated: bool) -> Shapes:
     dim, ffn = config.dim, config.ffn_dim
     norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+    w1, w2, w3 = LORA_TARGETS["feed_forward"]
     return {
-        **{f"attention.{name}.weight": (dim, dim) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        **{f"{name}.weight": (dim, dim) for name in LORA_TARGETS["attention"]},
         "attention.norm_q.weight": (config.head_dim,),
         "attention.norm_k.weight": (config.head_dim,),
         **{f"{name}.weight": (dim,) for name in norms},
-        "feed_forward.w1.weight": (ffn, dim),
-        "feed_forward.w2.weight": (dim, ffn),
-        "feed_forward.w3.weight": (ffn, dim),
-        **(_linear("adaLN_modulation.0", config.adaln_dim, 4 * dim) if modulated else {}),
+        f"{w1}.weight": (ffn, dim),
+        f"{w2}.weight": (dim, ffn),
+        f"{w3}.weight": (ffn, dim),
+        **(_linear(_ADALN, config.adaln_dim, 4 * dim) if modulated else {}),
     }
 
 
 def text_encoder_parameters(config: TextEncoderConfig) -> Shapes:
     """Every parameter of the official text encoder file: 398 at full size. See `text_encoder_unused`."""
+    shapes: Shapes = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    layer = _text_layer(config)
+    for i in range(config.num_hidden_layers):
+        shapes.update({f"model.layers.{i}.{name}": shape for name, shape in layer.items()})
+    return shapes
+
+
+def _text_layer(config: TextEncoderConfig) -> Shapes:
     hidden, ffn, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    shapes: Shapes = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    layer = {
+    return {
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.k_proj.weight": (keys, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
@@ -89,9 +105,6 @@ def text_encoder_parameters(config: TextEncoderConfig) -> Shapes:
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
-    for i in range(config.num_hidden_layers):
-        shapes.update({f"model.layers.{i}.{name}": shape for name, shape in layer.items()})
-    return shapes
 
 
 def text_encoder_unused(config: TextEncoderConfig) -> set[str]:
@@ -140,8 +153,8 @@ def check_targets(targets: Sequence[str]) -> None:
 def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]:
     """Names of the Linear layers that `targets` (any of TARGETS) select, in running order.
 
-    refiners adds what the others select in the refiner blocks; all is everything. Raises ConfigError for an unknown
-    target, or when nothing is selected.
+    `refiners` applies the other targets to the refiner blocks too; `all` selects every Linear layer of every block.
+    Raises ConfigError for an unknown target, or when nothing is selected.
     """
     check_targets(targets)
     chosen = TARGETS if "all" in targets else targets
@@ -190,3 +203,22 @@ def _mid(name: str, width: int) -> Shapes:
         },
         **_resnet(f"{name}.resnets.1", width, width),
     }
+
+
+# Every module of a transformer's block that has parameters
+BLOCK_MODULES = tuple(dict.fromkeys(name.rpartition(".")[0] for name in _block(OFFICIAL_TRANSFORMER, modulated=True)))
+
+_LARGE_MATRICES = tuple(
+    f".{name}"
+    for layer in (_block(OFFICIAL_TRANSFORMER, modulated=False), _text_layer(OFFICIAL_TEXT_ENCODER))
+    for name, shape in layer.items()
+    if len(shape) == 2
+)
+
+
+def is_large_matrix(name: str) -> bool:
+    """Whether the parameter `name` is a large matrix of a block of the transformer or of a layer of the text encoder.
+
+    Modulation, embedders, norms and the final layer are not.
+    """
+    return name.endswith(_LARGE_MATRICES)

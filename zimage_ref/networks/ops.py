@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
@@ -35,12 +33,14 @@ def softmax(x: Array) -> Array:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / rms(x) * weight over the last axis."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    normed: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return normed
 
 
 def layer_norm(x: Array, eps: float) -> Array:
     """(x - mean) / std over the last axis, without weights."""
-    return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + eps)
+    normed: Array = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + eps)
+    return normed
 
 
 def group_norm(x: Array, weight: Array, bias: Array, groups: int, eps: float) -> Array:
@@ -73,7 +73,7 @@ def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
     B, C = x.shape[:2]
     outputs, _, kh, kw = weight.shape
     rows, columns = (x.shape[2] - kh) // stride + 1, (x.shape[3] - kw) // stride + 1
-    y: Any = bias[:, None]
+    y: Array = bias[:, None]
     for i in range(kh):
         for j in range(kw):
             tap = x[:, :, i : i + rows * stride : stride, j : j + columns * stride : stride]

@@ -75,7 +75,7 @@ class FeedForward:
 
 
 class Block:
-    """Sandwich-normed attention and feed-forward; scaled and gated by the time where it is modulated."""
+    """Sandwich-normed attention and feed-forward; scaled and gated by the time if it is modulated."""
 
     def __init__(self, w: Weights, config: TransformerConfig) -> None:
         self.w, self.eps = w, config.norm_eps
@@ -87,7 +87,8 @@ class Block:
         a = self.attention(self.norm("attention_norm1", x) * scale_a, rotation, mask)
         x = x + gate_a * self.norm("attention_norm2", a)
         f = self.feed_forward(self.norm("ffn_norm1", x) * scale_f)
-        return x + gate_f * self.norm("ffn_norm2", f)
+        y: Array = x + gate_f * self.norm("ffn_norm2", f)
+        return y
 
     def norm(self, name: str, x: Array) -> Array:
         """One of the block's four RMS norms."""
@@ -160,18 +161,18 @@ class Transformer:
         rotation = np.concatenate([image_rotation, caption_rotation], axis=1)
         return Conditioning(tokens, image_rotation, rotation, mask)
 
-    def denoise(self, x: Array, t: Array, given: Conditioning) -> Array:
+    def denoise(self, x: Array, t: Array, conditioning: Conditioning) -> Array:
         """The raw output for conditioned latents; see `__call__`."""
         B, _, h, w = x.shape
         tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
         adaln = self.t_embedder(t * self.config.t_scale)
 
         for block in self.noise_refiner:
-            tokens = block(tokens, given.image_rotation, None, adaln)
+            tokens = block(tokens, conditioning.image_rotation, None, adaln)
 
-        tokens = np.concatenate([tokens, given.caption], axis=1)  # (B, S, D)
+        tokens = np.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
         for block in self.layers:
-            tokens = block(tokens, given.rotation, given.mask, adaln)
+            tokens = block(tokens, conditioning.rotation, conditioning.mask, adaln)
 
         return self.unpatchify(self.final_layer(tokens, adaln), h, w)
 
@@ -201,7 +202,8 @@ class Transformer:
 
     def rotation(self, angles: Array) -> Array:
         """exp(i angle), in the complex dtype of the working precision."""
-        return np.exp(1j * angles.astype(self.w.dtype))
+        rotation: Array = np.exp(1j * angles.astype(self.w.dtype))
+        return rotation
 
 
 def rotate(x: Array, rotation: Array) -> Array:

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, Tensors, cast
-from zimage_ref.lora.arithmetic import updated
-from zimage_ref.lora.updates import LoRA, Update, by_parameter
+from zimage_ref.lora.arithmetic import FloatDType, NumPyArithmetic
+from zimage_ref.lora.updates import LoRA, Update, by_parameter, updated
 
 
+@dataclass(frozen=True, eq=False)
 class Weights:
-    """Named weights under a prefix, in working precision, with LoRAs merged in on the way.
+    """Named weights under a prefix, in working precision, with LoRAs merged in as they are read.
 
     Nothing is kept: each use reads (and upcasts) the mapped tensor anew, so that a 12 GB checkpoint needs the memory
     of its largest layer. A tensor stored in the working dtype is used in place.
     """
 
-    def __init__(self, tensors: Tensors, dtype: np.dtype[np.floating]) -> None:
-        self.tensors, self.dtype, self.prefix = tensors, dtype, ""
-        self._loras: dict[str, list[tuple[Update, float]]] = {}
+    tensors: Tensors
+    dtype: FloatDType
+    prefix: str = ""
+    loras: dict[str, list[tuple[Update, float]]] = field(default_factory=dict)  # by parameter; one for all parts
 
     def at(self, prefix: str) -> Weights:
         """The weights below `prefix`, for one part of the model."""
-        part = Weights(self.tensors, self.dtype)
-        part.prefix, part._loras = f"{self.prefix}{prefix}.", self._loras
-        return part
+        return replace(self, prefix=f"{self.prefix}{prefix}.")
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.tensors
 
     def __getitem__(self, name: str) -> Array:
-        return updated(self._stored(name).read(), self._loras.get(self.prefix + name, ()))
+        weight: Array = self._stored(name).read()
+        return updated(weight, self.loras.get(self.prefix + name, ()), NumPyArithmetic(self.dtype))
 
     def rows(self, name: str, indices: Array) -> Array:
         """Some rows of a matrix, without reading the others."""
@@ -44,10 +44,5 @@ class Weights:
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
         """From now on W + sum of scale * update; replaces the LoRAs of an earlier call, also in every part."""
-        self._loras.clear()
-        self._loras.update(by_parameter(loras))
-
-
-def of_arrays(arrays: Mapping[str, Array], dtype: type[np.floating] = np.float64) -> Weights:
-    """Weights from arrays in memory."""
-    return Weights({name: Tensor.of(array) for name, array in arrays.items()}, np.dtype(dtype))
+        self.loras.clear()
+        self.loras.update(by_parameter(loras))

@@ -12,13 +12,12 @@ from zimage_ref.errors import DatasetError, reason
 from zimage_ref.formats.files import atomic_write
 from zimage_ref.formats.tensors import Array
 
+from .formats import check_suffix
 from .metadata import Record, metadata
 
 Picture = Image.Image
-Source = str | Path | Picture  # a picture, or the file that it is in
+PictureSource = str | Path | Picture  # a picture, or the file that it is in
 RGB = tuple[int, int, int]
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-PICTURE_SUFFIXES = tuple(_FORMATS)
 
 
 def read_picture(path: Path) -> Picture:
@@ -35,7 +34,7 @@ def read_picture(path: Path) -> Picture:
     return _flat(picture)
 
 
-def to_rgb(source: Source) -> Picture:
+def to_rgb(source: PictureSource) -> Picture:
     """The RGB picture that `source` is or names. Raises DatasetError as `read_picture` does."""
     return _flat(source) if isinstance(source, Picture) else read_picture(Path(source))
 
@@ -81,7 +80,7 @@ def fit(picture: Picture, width: int, height: int, how: str) -> Picture:
     return cover(picture, width, height)
 
 
-def read_mask(source: Source) -> Picture:
+def read_mask(source: PictureSource) -> Picture:
     """The mask in `source`, black and white: white where it is at least half bright. Raises DatasetError."""
     return to_rgb(source).convert("L").point(lambda value: 255 * (value > 127))
 
@@ -137,11 +136,3 @@ def save_picture(picture: Picture, path: Path, record: Record | None = None) -> 
     data = encoded(picture, check_suffix(path), record)
     with atomic_write(path) as file:
         file.write(data)
-
-
-def check_suffix(path: Path) -> str:
-    """Pillow's name of the format that the suffix of `path` means. Raises DatasetError for an unknown one."""
-    try:
-        return _FORMATS[path.suffix.lower()]
-    except KeyError:
-        raise DatasetError(f"{path}: unknown picture format: use one of {', '.join(_FORMATS)}") from None

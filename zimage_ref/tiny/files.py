@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from zimage_ref.checkpoints.component import CONFIG_FILE
+from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.files import atomic_write
+from zimage_ref.formats.json_file import write_json
 from zimage_ref.formats.tensors import Array, Tensor
-from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_ref.model.config import SchedulerConfig
+from zimage_ref.model.config_reader import Config
 
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _WORDS = (  # of Qwen's tokenizer: where a text is cut before bytes are joined to tokens
@@ -23,21 +25,14 @@ _CHAT_TEMPLATE = (  # what Qwen's comes to for plain messages with thinking enab
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-_MODEL_INDEX = {
+_PIPELINE = {
     "_class_name": "ZImagePipeline",
     "_diffusers_version": "0.36.0",  # the first with this pipeline
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen3Model"],
-    "tokenizer": ["transformers", "Qwen2Tokenizer"],
-    "transformer": ["diffusers", "ZImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
-_STEMS = {
-    TransformerConfig: "diffusion_pytorch_model",
-    TextEncoderConfig: "model",
-    VAEConfig: "diffusion_pytorch_model",
+_LIBRARIES = {  # of the parts that are no networks
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
 }
-
 
 _CARD = """\
 # Tiny Z-Image
@@ -64,19 +59,19 @@ def write_card(folder: Path, pictures: int, latents: int, shares: Mapping[str, f
         file.write(_CARD.format(pictures=pictures, latents=latents, shares=lines).encode())
 
 
-def write_component(
-    folder: Path, config: TransformerConfig | TextEncoderConfig | VAEConfig, weights: Mapping[str, Array]
-) -> None:
-    """Config and bfloat16 weights of one network in the official layout."""
-    tensors = {name: Tensor.of(weights[name]).cast("bf16") for name in sorted(weights)}
-    safetensors.write(folder / f"{_STEMS[type(config)]}.safetensors", tensors, {"format": "pt"})
-    _write_json(folder / "config.json", config.to_json())
+def write_component(model: Path, name: str, config: Config, weights: Mapping[str, Array]) -> None:
+    """Config and bfloat16 weights of the component `name` in the folder of a model, in the official layout."""
+    folder, file = model / name, f"{COMPONENTS[name].stem}.safetensors"
+    tensors = {key: Tensor.of(weights[key]).cast("bf16") for key in sorted(weights)}
+    safetensors.write(folder / file, tensors, {"format": "pt"})
+    write_json(folder / CONFIG_FILE, config.to_json())
 
 
 def write_surroundings(folder: Path, captions: Sequence[str], vocab_size: int, scheduler: SchedulerConfig) -> None:
     """All that is not a network: index, scheduler and tokenizer."""
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_json())
+    networks = {name: component.library for name, component in COMPONENTS.items() if not component.optional}
+    write_json(folder / "model_index.json", _PIPELINE | dict(sorted((_LIBRARIES | networks).items())))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_json())
     write_tokenizer(folder / "tokenizer", captions, vocab_size)
 
 
@@ -99,7 +94,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> N
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True).encode())
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131072, "pad_token": "<|endoftext|>",
@@ -107,8 +102,3 @@ def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> N
             "add_prefix_space": False, "add_bos_token": False, "chat_template": _CHAT_TEMPLATE,
         },
     )  # fmt: skip
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(data, indent=2) + "\n").encode())

@@ -26,7 +26,7 @@ class Seen:
     """What a picture holds: the background's colour, and shape and colour of each patch that stands out from it."""
 
     ground: str
-    things: tuple[tuple[str, str], ...]  # (shape, colour); shape "" where it is like none
+    things: tuple[tuple[str, str], ...]  # (shape, colour); shape "" for one that is like none
 
 
 def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
@@ -44,9 +44,9 @@ def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: fl
     sizes = np.bincount(labels.ravel())
     things = []
     for patch in (labels == i for i in np.flatnonzero(sizes >= smallest) if i):
-        core = patch & (distance >= np.median(distance[patch]))  # without the edge, where colours mix
+        core = patch & (distance >= np.median(distance[patch]))  # without the edge, in which colours mix
         colour = np.median(pixels[core], axis=0)
-        # a blurred edge runs where the colour is half that of the background, whatever the contrast
+        # Across a blurred edge the colour changes into the background's: the outline is where it is halfway there
         inside = patch & (distance > np.linalg.norm(colour - ground) / 2)
         things.append((_shape(inside, alike), _nearest(colour)))
     return Seen(_nearest(ground), tuple(things))

@@ -1,8 +1,9 @@
-"""Which pictures make up which step: a pure function of seed and step, so that a run can stop and go on anywhere.
+"""Which pictures make up which step: a function of seed and step alone, so that a run can stop and go on anywhere.
 
-An epoch shows each item once. Items are shuffled, gathered into batches of one size, and the batches shuffled; what a
-size leaves over makes a smaller batch. A step takes `accumulation` batches, the last one of an epoch maybe fewer.
-What is random about an item in an epoch depends on the item, not on its place: batching changes no noise.
+An epoch shows each item once. Items are shuffled and gathered into batches of one size, then the batches are shuffled.
+Items that are left over in a size make a smaller batch. A step takes `accumulation` batches, the last one of an epoch
+maybe fewer. What is random about an item in an epoch depends on the item and not on its batch, so another batch size
+changes no noise.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 
 from .buckets import Size
 
-ORDER, DRAW, INITIAL, RANKS, HELD_OUT = range(5)  # streams of random numbers
+ORDER, DRAW, INITIAL, RANKS, HELD_OUT = range(5)  # purposes of random numbers
 
 
-def stream(seed: int, purpose: int, *indices: int) -> np.random.Generator:
-    """The generator of random numbers for one purpose, and for one epoch, item or step of it."""
+def rng_for(seed: int, purpose: int, *indices: int) -> np.random.Generator:
+    """The random numbers for one purpose, and for one epoch, item or step of it."""
     return np.random.default_rng([seed, purpose, *indices])
 
 
@@ -31,12 +32,12 @@ class Item:
     repeat: int = 0
 
 
-Batch = list[int]  # items of one size
+ItemBatch = list[int]  # indices of items, all of one size
 
 
 @dataclass(frozen=True)
-class Batches:
-    """The whole of a run's steps."""
+class BatchOrder:
+    """All steps of a run: which items are in which batch of which step."""
 
     items: Sequence[Item]
     batch_size: int
@@ -55,10 +56,10 @@ class Batches:
             counts[item.size] = counts.get(item.size, 0) + 1
         return counts
 
-    def epoch(self, epoch: int) -> list[list[Batch]]:
-        """The steps of epoch `epoch`, counted from 0, each a list of batches."""
-        rng = stream(self.seed, ORDER, epoch)
-        by_size: dict[Size, Batch] = {}
+    def epoch(self, epoch: int) -> list[list[ItemBatch]]:
+        """The steps of epoch `epoch`, from 0, each a list of batches."""
+        rng = rng_for(self.seed, ORDER, epoch)
+        by_size: dict[Size, ItemBatch] = {}
         for index in rng.permutation(len(self.items)).tolist():
             by_size.setdefault(self.items[index].size, []).append(index)
         batches = [
@@ -69,8 +70,8 @@ class Batches:
         shuffled = [batches[i] for i in rng.permutation(len(batches))]
         return [shuffled[i : i + self.accumulation] for i in range(0, len(shuffled), self.accumulation)]
 
-    def since(self, step: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Epoch, from 0, and batches of each step from `step`, from 0, on; without end."""
+    def since(self, step: int) -> Iterator[tuple[int, list[ItemBatch]]]:
+        """Epoch, from 0, and batches of every step after the first `step` ones; without end."""
         epoch, first = divmod(step, self.steps_per_epoch)
         while True:
             for batches in self.epoch(epoch)[first:]:

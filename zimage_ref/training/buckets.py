@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: the size at which a picture is trained.
 
-A bucket's sides are multiples of what the model needs, its area is about resolution^2, its shape the picture's as
-nearly as that allows, and it is never much larger than the picture itself.
+A bucket's sides are multiples of the number of pixels that the model needs. Its area is about resolution^2, and its
+shape is as near to the picture's as that allows. It is never much larger than the picture itself.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Size = tuple[int, int]  # width, height in pixels
 def bucket(size: Size, resolution: int, multiple: int, max_upscale: float = 1.0) -> Size:
     """The size to train a picture of `size` at.
 
-    Of the sizes around the ideal one, the one that cuts off least; among equals, the largest. Where a picture is
-    smaller than `multiple` along a side, that side is enlarged whatever `max_upscale` says.
+    Of the sizes around the ideal one, it is the one that cuts off least; among equals, the largest. If a side of the
+    picture is shorter than `multiple`, it is enlarged to that, against `max_upscale`.
     """
     width, height = size
     scale = min(resolution / math.sqrt(width * height), max_upscale)
@@ -44,6 +44,6 @@ def _around(side: float, multiple: int) -> list[int]:
 
 
 def _cut(size: Size, bucket: Size) -> float:
-    """The share of a picture that is lost where it covers `bucket`, to a hundredth."""
+    """The share of a picture of `size` that is lost when it is cut to the shape of `bucket`, to a hundredth."""
     shape, wanted = size[0] / size[1], bucket[0] / bucket[1]
     return round(1 - min(shape / wanted, wanted / shape), 2)

@@ -2,31 +2,29 @@
 
     <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors
 
-A key is a digest of all that the value depends on, so an entry never goes stale. A file holds one tensor, `value`,
-and the SHA-256 of its bytes; a file that is damaged counts as absent.
+A key is a digest of everything that the value depends on, so an entry is never out of date. A file holds one tensor,
+`value`, and the SHA-256 of its bytes; a file that is damaged counts as absent.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import FormatError
 from zimage_ref.formats import safetensors
-from zimage_ref.formats.quantize import Quantization, unfold
-from zimage_ref.formats.tensors import Array, Tensor, Tensors
+from zimage_ref.formats.quantize import Quantization
+from zimage_ref.formats.tensors import Array, Tensor
 
 from .buckets import Size
 from .dataset import Example
 
 VERSION = 1  # of the keys: raise it when the same inputs give other values
-_EDGE = 1024  # elements at either end of a tensor that tell it from another
 
 
 class TrainCache:
@@ -35,7 +33,7 @@ class TrainCache:
     def __init__(self, folder: Path, model: ModelFolder, engine: str, quantization: Quantization | None = None) -> None:
         """engine: what computes the values, and in which precision. quantization: of the text encoder."""
         self.folder = folder
-        digests = model_digests(model)
+        digests = part_digests(model)
         self._vae = [engine, digests["vae"]]
         self._text_encoder = [engine, digests["text_encoder"], digests["tokenizer"]]
         if quantization:
@@ -49,25 +47,25 @@ class TrainCache:
         """Where the features of a caption are."""
         return self._entry("captions", [text, *self._text_encoder])
 
-    def _entry(self, kind: str, facts: list[Any]) -> Path:
+    def _entry(self, kind: str, facts: list[object]) -> Path:
         key = hashlib.sha256(json.dumps([VERSION, kind, *facts]).encode()).hexdigest()
         return self.folder / kind / f"{key}.safetensors"
 
 
 def read_entry(path: Path) -> Array:
-    """The value in `path`. Raises FormatError where it is absent or damaged."""
+    """The value in `path`. Raises FormatError if it is absent or damaged."""
     tensors, metadata = safetensors.read(path)
     if "value" not in tensors:
         raise FormatError(f"{path}: is not an entry of a training cache")
     value = np.array(tensors["value"].read())
-    if metadata.get("sha256") != _digest(value):
+    if metadata.get("sha256") != _array_digest(value):
         raise FormatError(f"{path}: is damaged: its checksum differs")
     return value
 
 
 def write_entry(path: Path, value: Array) -> None:
     """Writes `value` to `path`, whole or not at all."""
-    safetensors.write(path, {"value": Tensor.of(value)}, {"sha256": _digest(value)})
+    safetensors.write(path, {"value": Tensor.of(value)}, {"sha256": _array_digest(value)})
 
 
 def is_entry(path: Path) -> bool:
@@ -79,25 +77,5 @@ def is_entry(path: Path) -> bool:
     return True
 
 
-def model_digests(model: ModelFolder) -> dict[str, str]:
-    """What tells each part of a model, the tokenizer too, from that of another."""
-    digests = {name: weights_digest(model.weights[name], getattr(model, name).to_json()) for name in model.weights}
-    return digests | {"tokenizer": hashlib.sha256(model.tokenizer.read_bytes()).hexdigest()}
-
-
-def weights_digest(tensors: Tensors, config: Mapping[str, Any]) -> str:
-    """A digest that tells one network from another: config, names, shapes, and both ends of every tensor.
-
-    It reads some kilobytes of each tensor, not the gigabytes: another fine-tune differs in all of them.
-    """
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(unfold(tensors).items()):
-        flat = tensor.read().reshape(-1)
-        digest.update(f"{name} {tensor.shape} {tensor.dtype.str}".encode())
-        digest.update(flat[:_EDGE].tobytes())
-        digest.update(flat[-_EDGE:].tobytes())
-    return digest.hexdigest()
-
-
-def _digest(value: Array) -> str:
+def _array_digest(value: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()

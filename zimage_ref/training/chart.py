@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, and nothing else: no script, no network, no dependency."""
+"""Line charts as inline SVG, without a script, the network or another library."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _range(low: float, high: float) -> Point:
-    """The ends of an axis that shows values from `low` to `high`, with a little air."""
+    """The ends of an axis that shows values from `low` to `high`, with some room above and below."""
     if high == low:
         return (0.0, high * 1.25) if high > 0 else (low - 1, high + 1)
-    air = 0.06 * (high - low)
-    return (0.0 if 0 <= low < air * 6 else low - air), high + air
+    room = 0.06 * (high - low)
+    return (0.0 if 0 <= low < room * 6 else low - room), high + room
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -1,30 +1,39 @@
 """A LoRA training run: every option once.
 
-Traits of a field: `free` may differ between a run and its resumption without changing a bit of the result, `repeatable`
-is an option that is given once for each value.
+Traits of a field:
+
+    free          may differ between a run and its resumption without changing a bit of the result
+    auto          None means that the run decides; the word for it is auto, and the help says what it comes to
+    repeatable    the option is given once for each value
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.generation.config import by_model, check_side
-from zimage_ref.lora.namings import NAMINGS
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, check_targets
-from zimage_ref.options import MEMORY, PARTS, at_least, one_of, option, required
+from zimage_ref.options import MEMORY, at_least, one_of, option, required
 
-OPTIMIZERS = (
-    "adamw", "adam", "adamax", "adafactor", "adagrad", "adadelta", "lion", "muon", "rmsprop", "sgd"
-)  # fmt: skip
-SCHEDULES = ("constant", "cosine", "linear")
+from .optimizers import OPTIMIZERS
+
+# Learning rate after the warmup -> its share at a part of the way to the last step, 0 to 1
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+}
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
+_PARTS = part_options()  # name -> help; each has a field below
 PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
+_FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
 @dataclass(frozen=True)
@@ -40,26 +49,31 @@ class TrainConfig:
     rank: int = option(16, "rank of the LoRA matrices")
     alpha: float = option(16.0, "LoRA strength; the update is scaled by alpha / rank")
     epochs: int = option(100, "passes over the dataset")
-    steps: int = option(0, "optimizer steps to make, instead of `epochs` (0: go by epochs)")
-    lr: float = option(0.0, f"learning rate (0: {LR:g} at the width of Z-Image, more for a narrower model)")
+    steps: int | None = option(None, "optimizer steps to make; default: auto (as many as `epochs` takes)", auto=True)
+    lr: float | None = option(
+        None, "learning rate; default: auto (1e-4 at Z-Image's width, more for a narrower model)", auto=True
+    )
     resolution: tuple[int, ...] = option((256,), "pictures get the area of a square of this side; or of these: 512,768")
     batch_size: int = option(1, "pictures in a batch, all of one size")
     grad_accumulation: int = option(1, "batches to a step")
     seed: int = option(0, "seed of noise, times, order and initialisation")
 
-    trigger: str = option("", "word that stands for what is learned: put for [trigger] in captions, or before them")
+    trigger: str = option("", "word for the thing to learn: put in place of [trigger] in captions, or before them")
     caption_dropout: float = option(0.05, "share of pictures shown with the empty prompt, for guidance to work")
     repeats: int = option(1, "times each picture is shown in an epoch")
     flip: bool = option(False, "mirror pictures left to right half of the time")
     max_upscale: float = option(1.0, "pictures smaller than `resolution` are enlarged at most this many times")
     square: bool = option(False, "crop every picture to a square instead of keeping its shape")
     cache: Path | None = option(
-        None, "folder for latents and caption features (zimage-cache beside `output`)", free=True
+        None,
+        "folder for latents and caption features; default: auto (zimage-cache beside `output`)",
+        free=True,
+        auto=True,
     )
     validation: str = option("", "pictures to measure but not to learn: a folder, or a fraction of the dataset")
     validation_every: int = option(50, "steps between measurements of the held-out loss", free=True)
 
-    lora_format: str = option("comfy", f"key naming of the LoRA file: {', '.join(NAMINGS)}", free=True)
+    lora_format: str = option(DEFAULT_NAMING, f"key naming of the LoRA file: {', '.join(lora_namings())}", free=True)
     targets: tuple[str, ...] = option(
         (*LORA_TARGETS, "refiners"), "layers to train: attention, feed-forward, refiners (their share too), adaln, all"
     )
@@ -75,14 +89,14 @@ class TrainConfig:
         "auto", "how noise levels are drawn: auto, uniform, logit-normal, sigmoid, weighted, shift=S"
     )
     base_precision: str = option(
-        "auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU); 8 and 4 for captions, too"
+        "auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU); 8 and 4 also for captions"
     )
     memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
     training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
-    transformer: Path | None = option(None, PARTS["transformer"], free=True)
-    text_encoder: Path | None = option(None, PARTS["text_encoder"], free=True)
-    vae: Path | None = option(None, PARTS["vae"], free=True)
-    tokenizer: Path | None = option(None, PARTS["tokenizer"], free=True)
+    transformer: Path | None = option(None, _PARTS["transformer"], free=True)
+    text_encoder: Path | None = option(None, _PARTS["text_encoder"], free=True)
+    vae: Path | None = option(None, _PARTS["vae"], free=True)
+    tokenizer: Path | None = option(None, _PARTS["tokenizer"], free=True)
 
     save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
     resume_every: int = option(100, "save what `resume` needs every N steps, and with each saved LoRA", free=True)
@@ -91,38 +105,46 @@ class TrainConfig:
         (), "prompt to draw as training goes on; may be given several times", free=True, repeatable=True
     )
     preview_every: int = option(250, "steps between previews", free=True)
-    preview_size: int = option(0, "side of previews in pixels (0: the largest `resolution`)", free=True)
-    preview_steps: int = option(0, f"denoising steps of previews (0: {by_model('preview_steps')})", free=True)
-    preview_guidance: float = option(-1.0, f"guidance of previews (-1: {by_model('guidance')})", free=True)
+    preview_size: int | None = option(
+        None, "side of previews in pixels; default: auto (the largest `resolution`)", free=True, auto=True
+    )
+    preview_steps: int | None = option(
+        None, f"denoising steps of previews; default: auto ({by_model('preview_steps')})", free=True, auto=True
+    )
+    preview_guidance: float | None = option(
+        None, f"guidance of previews, 0 is none; default: auto ({by_model('guidance')})", free=True, auto=True
+    )
     resume: bool = option(False, "go on from where an earlier run into `output` stopped", free=True)
     resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
     overwrite: bool = option(False, "replace `output`, and an unfinished run into it", free=True)
-    force: bool = option(False, "go on where memory seems too small", free=True)
+    force: bool = option(False, "go on even if memory seems too small", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *PARTS):
+        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
             object.__setattr__(self, name, _several(getattr(self, name)))
         object.__setattr__(self, "targets", tuple(target.replace("-", "_") for target in self.targets))
+        for name in _FORMER_AUTO:
+            if is_former_auto(name, getattr(self, name)):
+                object.__setattr__(self, name, None)
         self._check_numbers()
         self._check_names()
 
     @property
     def parts(self) -> dict[str, Path | None]:
         """Files that stand in for those of the model's folder, for `ModelFolder.open`."""
-        return {name: getattr(self, name) for name in PARTS}
+        return {name: getattr(self, name) for name in _PARTS}
 
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")
-        at_least(self, 1, "validation_every", "resume_every", "preview_every")
-        at_least(self, 0, "save_every", "seed", "weight_decay", "steps", "warmup", "grad_clip", "keep_last")
-        at_least(self, 0, "preview_size", "preview_steps")
+        at_least(self, 1, "steps", "validation_every", "resume_every", "preview_every", "preview_steps")
+        at_least(self, 0, "save_every", "keep_last", "seed", "weight_decay", "warmup", "grad_clip", "preview_guidance")
         for name in ("alpha", "lora_plus"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"`{name}` {getattr(self, name)} must be above 0")
-        if not 0 <= self.lr < math.inf:
+        if self.lr is not None and not 0 <= self.lr < math.inf:
             raise ConfigError(f"`lr` {self.lr} must be 0 or above")
         for name in ("caption_dropout", "ema", "rank_dropout"):
             limit = 1.0
@@ -132,14 +154,14 @@ class TrainConfig:
             raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:
             check_side("resolution", side)
-        if self.preview_size:
+        if self.preview_size is not None:
             check_side("preview_size", self.preview_size)
 
     def _check_names(self) -> None:
         one_of(self, "optimizer", OPTIMIZERS)
         one_of(self, "schedule", SCHEDULES)
         one_of(self, "base_precision", PRECISIONS)
-        one_of(self, "lora_format", NAMINGS)
+        one_of(self, "lora_format", lora_namings())
         one_of(self, "memory", MEMORY)
         check_targets(self.targets)
         TimestepSampling.parse(self.timesteps)
@@ -149,8 +171,27 @@ class TrainConfig:
 
 def free_options() -> set[str]:
     """Names of the options that may change between a run and its resumption without changing the result."""
-    return {field.name for field in fields(TrainConfig) if field.metadata.get("free")}
+    return _with_trait("free")
 
 
-def _several(value: Any) -> tuple[Any, ...]:
+def auto_options() -> set[str]:
+    """Names of the options that the run decides if they are None."""
+    return _with_trait("auto")
+
+
+def is_former_auto(name: str, value: object) -> bool:
+    """Whether `value` of the option `name` is a number that meant auto before there was a word for it.
+
+    These are 0 and, for `preview_guidance`, all numbers below 0. Files and commands of that time go on working.
+    """
+    if name not in _FORMER_AUTO or not isinstance(value, (int, float)):
+        return False
+    return value < 0 if name == "preview_guidance" else value == 0
+
+
+def _with_trait(trait: str) -> set[str]:
+    return {field.name for field in fields(TrainConfig) if field.metadata.get(trait)}
+
+
+def _several(value: object) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)

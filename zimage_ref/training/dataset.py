@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from zimage_ref.errors import DatasetError, listing, reason
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import Array
-from zimage_ref.pictures.images import PICTURE_SUFFIXES, cover, mirror, read_picture, to_array
+from zimage_ref.pictures.formats import PICTURE_SUFFIXES
+from zimage_ref.pictures.images import cover, mirror, read_picture, to_array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
 TRIGGER_MARK = "[trigger]"
@@ -38,22 +39,14 @@ class Example:
 
     @classmethod
     def open(cls, picture: Path, caption: str) -> Example:
-        """Reads the picture once. Raises DatasetError where it cannot be."""
+        """Reads the picture once. Raises DatasetError if it cannot be read."""
         size = read_picture(picture).size
-        return cls(picture, caption, size, hashlib.sha256(picture.read_bytes()).hexdigest())
+        return cls(picture, caption, size, sha256(picture))
 
     def pixels(self, width: int, height: int, flip: bool = False) -> Array:
         """(3, height, width) float32 in [-1, 1], scaled to cover and cut around the centre; mirrored with `flip`."""
         picture = cover(read_picture(self.picture), width, height)
         return to_array(mirror(picture) if flip else picture)
-
-
-def read_dataset(folder: Path, trigger: str = "") -> list[Example]:
-    """All examples of `folder`, sorted by path, every picture and caption read once to know that it can be.
-
-    Raises DatasetError naming the file: see `list_dataset`; or an unreadable picture.
-    """
-    return [Example.open(picture, caption) for picture, caption in list_dataset(folder, trigger)]
 
 
 def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
@@ -76,7 +69,7 @@ def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """`caption` with `trigger` for [trigger]; before it, where it has neither that nor the word itself."""
+    """`caption` with `trigger` in place of [trigger], or before it if the caption has neither mark nor trigger."""
     if not trigger:
         return caption
     if TRIGGER_MARK in caption:
@@ -87,7 +80,7 @@ def with_trigger(caption: str, trigger: str) -> str:
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """`examples` in two, the second with `fraction` of them, at least one, chosen by `seed`.
 
-    Raises DatasetError where nothing would be left to train on.
+    Raises DatasetError if nothing would be left to train on.
     """
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
@@ -113,7 +106,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _captions(folder: Path, pictures: Sequence[Path]) -> list[str]:
-    """The caption of each picture, from the folder's one file where it has one."""
+    """The caption of each picture: from the folder's one file, if there is one, else from a .txt each."""
     files = [path for path in (folder / "metadata.jsonl", folder / "captions.json") if path.is_file()]
     if len(files) > 1:
         raise DatasetError(f"{folder}: has both metadata.jsonl and captions.json: keep one of them")
@@ -142,21 +135,23 @@ def _caption_beside(picture: Path) -> str:
 
 
 def _captions_of(file: Path, pictures: Sequence[Path]) -> list[str]:
-    captions = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file, DatasetError)
+    captions: Mapping[str, object] = _read_jsonl(file) if file.suffix == ".jsonl" else read_json(file, DatasetError)
     names = [picture.relative_to(file.parent).as_posix() for picture in pictures]
     if missing := [name for name in names if name not in captions]:
         raise DatasetError(f"{file}: has no caption for {listing(missing)}")
     known = set(names)
     if strange := [name for name in captions if name not in known]:
         raise DatasetError(f"{file}: names {listing(strange)}, which the folder does not hold")
+    texts = {}
     for name, caption in captions.items():
         if not isinstance(caption, str) or not caption.strip():
             raise DatasetError(f"{file}: the caption of {name} is not a text: write what it shows")
-    return [captions[name].strip() for name in names]
+        texts[name] = caption.strip()
+    return [texts[name] for name in names]
 
 
-def _read_jsonl(file: Path) -> dict[str, Any]:
-    captions: dict[str, Any] = {}
+def _read_jsonl(file: Path) -> dict[str, object]:
+    captions: dict[str, object] = {}
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

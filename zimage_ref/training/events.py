@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A part of the preparation is done: pictures checked, captions or latents encoded (or found in the cache)."""
+    """A part of the preparation is done: a picture checked, a caption or latents computed (or found in the cache)."""
 
     done: int
     total: int
@@ -25,7 +25,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Started:
-    """Steps begin, after `step` that an earlier run made."""
+    """The steps begin; an earlier run has made the first `step` of them."""
 
     step: int
     total: int
@@ -45,7 +45,7 @@ class Step:
     grad_norm: float  # before clipping
     pictures: int
     peak_memory: int  # bytes since the run began
-    skipped: bool = False  # loss or gradient were not finite, and nothing was changed
+    skipped: bool = False  # loss or gradient was not finite, and nothing was changed
 
 
 @dataclass(frozen=True)
@@ -99,4 +99,4 @@ class Done(Saved):
     """The run is complete and `path` is its result."""
 
 
-Event = Union[Encoded, Notice, Started, Step, Validated, Previewed, Checkpointed, Saved, Stopped, Done]  # noqa: UP007
+Event: TypeAlias = Encoded | Notice | Started | Step | Validated | Previewed | Checkpointed | Saved | Stopped | Done

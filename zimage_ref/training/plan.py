@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.memory import Stage, require_memory, trainable_parameters, training
+from zimage_ref.memory import LoadedModel, Stage, lora_bytes, require_memory, trainable_parameters, training_stages
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
 from zimage_ref.options_file import to_json
 
-from .batches import Batches, Item
+from .batches import BatchOrder, Item
 from .buckets import Size, buckets
-from .cache import model_digests
-from .config import LR, TrainConfig, free_options
+from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out, list_dataset
+from .events import Encoded
+from .facts import RunFacts
+from .optimizers import OPTIMIZERS
 
 TURBO_WARNING = (
-    "this is Turbo, a distilled model: training it as it is wears its few-step ability away (blurred pictures at 8 "
+    "this is Turbo, a distilled model: training it as it is destroys its few-step ability (blurred pictures at 8 "
     "steps). Give `training_adapter` with a de-distillation LoRA, or train the base model"
 )
 
@@ -42,7 +44,7 @@ class TrainPlan:
     examples: Sequence[Example]
     held_out: Sequence[Example]
     layers: Sequence[str]  # that get a LoRA
-    batches: Batches
+    batches: BatchOrder
     adapter: LoRA  # merged into the base while training; empty without
 
     @cached_property
@@ -52,12 +54,14 @@ class TrainPlan:
 
     @property
     def lr(self) -> float:
-        """The highest learning rate: as given, else in inverse proportion to the root of the model's width.
+        """The highest learning rate: `lr` if it is given, else LR * sqrt(width of Z-Image / width of this model).
 
-        Found with the tiny model, 27 times as narrow: as for Z-Image it learns too little in the default number of
-        steps; in inverse proportion to the width, what it knew frays.
+        The square root is a choice made on the tiny model, which is 27 times narrower than Z-Image. At Z-Image's own
+        rate it learns too little in the default number of steps; at 27 times that rate it forgets what it knew.
         """
-        return self.config.lr or LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
+        if self.config.lr is not None:
+            return self.config.lr
+        return LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
 
     @property
     def turbo(self) -> bool:
@@ -85,88 +89,96 @@ class TrainPlan:
         return size[0] * size[1] // self.model.size_multiple**2
 
     def memory(self, precision: str, quantization: Quantization | None, lean: bool) -> list[Stage]:
-        """The memory of each stage of the run; options as of `memory.training`."""
-        return training(
-            self.model,
-            precision,
-            quantization,
-            trainable=self.trainable,
-            image_tokens=max(self.tokens(size) for size in self.batches.sizes()),
-            batch=self.batches.batch_size,
-            optimizer=self.config.optimizer,
-            ema=self.config.ema > 0,
-            lean=lean,
-        )
+        """The memory of each stage of the run, with the base in this precision; `lean` as of `training_stages`."""
+        model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
+        lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
+        return training_stages(model, most, lora, self.batches.batch_size, lean)
 
     def require_memory(self, precision: str, quantization: Quantization | None, limit: int | None) -> None:
-        """Raises ConfigError where the run takes more than `limit` bytes and `force` does not say to try."""
+        """Raises ConfigError if the run takes more than `limit` bytes, unless `force` says to try."""
         if not self.config.force:
             lean = self.config.memory != "fast"
             stages = self.memory(precision, quantization, lean)
             sides = "`resolution`" if lean else "`resolution`, `memory` lean"
             require_memory(stages, limit, "base_precision", sides)
 
-    def facts(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed bit for bit, and the whole config for the record."""
+    def facts(self, environment: dict[str, str]) -> RunFacts:
+        """What must be the same for a run to be resumed bit for bit, and all options for the record.
+
+        environment: software and machine.
+        """
         adapter = self.config.training_adapter
         return {
             "config": to_json(self.config) | {"lr": self.lr},
             "total": self.total,
             "batch": self.batches.batch_size,
             "dataset": fingerprint([*self.examples, *self.held_out]),
-            "model": model_digests(self.model),
-            "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else None,
+            "model": part_digests(self.model),
+            "adapter": sha256(adapter) if adapter else None,
+            "environment": environment,
         }
 
 
-def list_examples(config: TrainConfig) -> tuple[list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """Pictures and captions of the dataset, and of `validation` where that is a folder; pictures not yet read."""
-    held_out = [] if _fraction(config) is not None else list_dataset(Path(config.validation), config.trigger)
-    return list_dataset(config.dataset, config.trigger), held_out
+class CheckedDataset:
+    """The pictures and captions of a run: listed when it is made, then opened one by one."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Raises DatasetError as `list_dataset` does, and ConfigError if `validation` is no share and no folder."""
+        held_out = [] if _fraction(config) is not None else list_dataset(Path(config.validation), config.trigger)
+        self._listed = (list_dataset(config.dataset, config.trigger), held_out)
+        self.examples: list[Example] = []  # both are complete when `check` has ended
+        self.held_out: list[Example] = []  # those of `validation`, if that is a folder
+
+    def check(self) -> Iterator[Encoded]:
+        """Opens every picture. Raises DatasetError for one that cannot be read."""
+        done, total = 0, sum(map(len, self._listed))
+        for listed, examples in zip(self._listed, (self.examples, self.held_out), strict=True):
+            for picture, caption in listed:
+                examples.append(Example.open(picture, caption))
+                done += 1
+                yield Encoded(done, total, "pictures")
 
 
 def make_plan(
-    config: TrainConfig, model: ModelFolder, examples: list[Example], held_out: list[Example], ranks: int = 1
+    config: TrainConfig, progress: Callable[[str, int, int], None] = lambda what, done, total: None, ranks: int = 1
 ) -> TrainPlan:
-    """The plan of a run on `ranks` machines together. Raises ConfigError, DatasetError or WeightError."""
+    """Checks options, pictures and headers, and plans the run of `ranks` machines together. Reads no weights.
+
+    progress: is told what is being checked, how many are done, and how many there are.
+    Raises ConfigError, DatasetError, FormatError or WeightError.
+    """
+    dataset = CheckedDataset(config)
+    for event in dataset.check():
+        progress(event.what, event.done, event.total)
+    return plan_for(config, dataset, ranks)
+
+
+def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainPlan:
+    """The plan for a dataset whose pictures are all checked; raises as `make_plan` does."""
+    model = ModelFolder.open(config.model_dir, config.parts)
+    examples, held_out = dataset.examples, dataset.held_out
     if fraction := _fraction(config):
         examples, held_out = hold_out(examples, fraction, config.seed)
-    multiple = model.size_multiple
-    for side in (*config.resolution, config.preview_size):
-        if side % multiple:
-            raise ConfigError(f"`resolution` {side} must be a multiple of {multiple} for {model.path}")
+    _check_sides(config, model)
     items = [
         Item(index, size, repeat)
         for repeat in range(config.repeats)
         for index, example in enumerate(examples)
         for size in _sizes(config, model, example)
     ]
-    batches = Batches(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
+    batches = BatchOrder(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
     layers = lora_modules(model.transformer, config.targets)
     adapter = config.training_adapter
     merged = read_lora(adapter, transformer_parameters(model.transformer)).updates if adapter else {}
     return TrainPlan(config, model, examples, held_out, layers, batches, merged)
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of a run's facts has changed in a way that changes its result, in words."""
-    free = free_options()
-    found = [
-        f"`{name}` {_said(then['config'].get(name))} -> {_said(value)}"
-        for name, value in now["config"].items()
-        if name not in free and then["config"].get(name) != value
-    ]
-    what = {
-        "dataset": "the pictures or captions",
-        "model": "the model's weights or tokenizer",
-        "adapter": "the training adapter",
-        "batch": "the number of machines",
-    }
-    return found + [text for key, text in what.items() if then.get(key) != now[key]]
-
-
-def _said(value: Any) -> Any:
-    return "none" if value in (None, "", []) else value
+def _check_sides(config: TrainConfig, model: ModelFolder) -> None:
+    previews = [] if config.preview_size is None else [config.preview_size]
+    for name, sides in (("resolution", config.resolution), ("preview_size", previews)):
+        for side in sides:
+            if side % model.size_multiple:
+                raise ConfigError(f"`{name}` {side} must be a multiple of {model.size_multiple} for {model.path}")
 
 
 def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Size]:
@@ -175,7 +187,7 @@ def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Si
 
 
 def _fraction(config: TrainConfig) -> float | None:
-    """The share to hold out; 0 for none; None where `validation` names a folder."""
+    """The share to hold out; 0 for none; None if `validation` names a folder."""
     try:
         fraction = float(config.validation or 0)
     except ValueError:

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from zimage_ref.pictures.images import thumbnail
 
 from .chart import Line, Point, chart
+from .config import auto_options
+from .metrics_lines import (
+    Finite,
+    HeldOutLine,
+    MetricsLine,
+    PreviewLine,
+    StepLine,
+    held_out_lines,
+    preview_lines,
+    step_lines,
+)
 from .run_folder import RunFolder
 
 _THUMBNAIL = 192  # pixels
-_COLUMNS = 12  # previews of a prompt that are shown: the first, the last, and evenly between
-_AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reads the page of a run that goes on every 30 s
-
-Entries = Sequence[Mapping[str, Any]]
+_COLUMNS = 12  # previews of a prompt that are shown
+_AGAIN = '<meta http-equiv=refresh content="30">'  # a browser loads the page anew every 30 s while the run goes on
 
 
-def page(run: RunFolder, lines: Entries, config: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+def page(
+    run: RunFolder, lines: Sequence[MetricsLine], config: Mapping[str, object], environment: Mapping[str, str]
+) -> str:
     """The whole page of a run with `lines` of metrics."""
-    steps = [line for line in lines if "loss" in line]
+    steps = step_lines(lines)
     last = max((line["step"] for line in lines), default=0)
     ended = bool(steps) and steps[-1]["step"] == steps[-1]["total"]
     title = escape(run.output.name)
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8>{'' if ended else _AGAIN}"
         f'<meta name=viewport content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head><body>'
-        f"<h1>{title}</h1>{_tiles(steps, lines)}<div class=charts>{_charts(steps, lines, last)}</div>"
-        f"{_previews(run.path, lines)}"
+        f"<h1>{title}</h1>{_tiles(steps, held_out_lines(lines))}"
+        f"<div class=charts>{_charts(steps, held_out_lines(lines), last)}</div>"
+        f"{_previews(run.path, preview_lines(lines))}"
         f"<div class=tables>{_table('Options', config)}{_table('Environment', environment)}</div></body></html>\n"
     )
 
 
-def _tiles(steps: Entries, lines: Entries) -> str:
+def _tiles(steps: Sequence[StepLine], measured: Sequence[HeldOutLine]) -> str:
     if not steps:
         return "<p class=muted>no step made yet</p>"
     latest, recent = steps[-1], steps[-50:]
@@ -48,8 +59,8 @@ def _tiles(steps: Entries, lines: Entries) -> str:
         "pictures a second": f"{sum(line['pictures'] for line in recent) / max(seconds, 1e-9):.3g}",
         "peak memory": f"{max(line['peak_memory'] for line in steps) / 1e9:.3g} GB",
     }
-    if measured := [line["validation"] for line in lines if "validation" in line]:
-        losses = [loss for loss in measured[-1].values() if loss is not None]
+    if measured:
+        losses = [loss for loss in measured[-1]["validation"].values() if loss is not None]
         facts["held-out loss"] = _text(sum(losses) / len(losses)) if losses else "not finite"
     if skipped := sum(line["skipped"] for line in steps):
         facts["steps skipped"] = str(skipped)
@@ -59,30 +70,33 @@ def _tiles(steps: Entries, lines: Entries) -> str:
     return f"<div class=tiles>{''.join(tiles)}</div>"
 
 
-def _charts(steps: Entries, lines: Entries, last: int) -> str:
-    measured = [line for line in lines if "validation" in line]
+def _charts(steps: Sequence[StepLine], measured: Sequence[HeldOutLine], last: int) -> str:
     levels = list(measured[0]["validation"]) if measured else []
     held_out = [
-        Line(f"σ {level}", f"c{i}", [(m["step"], m["validation"][level]) for m in measured if m["validation"][level]])
+        Line(f"σ {level}", f"c{i}", _points((line["step"], line["validation"][level]) for line in measured))
         for i, level in enumerate(levels)
     ]
-    loss = [Line("each step", "c0 faint", _series(steps, "loss")), Line("smoothed", "c0", _series(steps, "smoothed"))]
-    figures = [chart("Training loss", loss, last)]
+    loss = _points((line["step"], line["loss"]) for line in steps)
+    smoothed = _points((line["step"], line["smoothed"]) for line in steps)
+    rate = _points((line["step"], line["lr"]) for line in steps)
+    norm = _points((line["step"], line["grad_norm"]) for line in steps)
+    figures = [chart("Training loss", [Line("each step", "c0 faint", loss), Line("smoothed", "c0", smoothed)], last)]
     if held_out:
         figures.append(chart("Held-out loss by noise level σ", held_out, last))
-    figures.append(chart("Learning rate", [Line("learning rate", "c1", _series(steps, "lr"))], last))
-    figures.append(chart("Gradient norm, before clipping", [Line("norm", "c2", _series(steps, "grad_norm"))], last))
+    figures.append(chart("Learning rate", [Line("learning rate", "c1", rate)], last))
+    figures.append(chart("Gradient norm, before clipping", [Line("norm", "c2", norm)], last))
     return "".join(figures)
 
 
-def _series(steps: Entries, name: str) -> list[Point]:
-    return [(line["step"], line[name]) for line in steps if line[name] is not None]
+def _points(values: Iterable[tuple[int, Finite]]) -> list[Point]:
+    """(step, value) of those values that are finite."""
+    return [(step, value) for step, value in values if value is not None]
 
 
-def _previews(folder: Path, lines: Entries) -> str:
-    by_prompt: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+def _previews(folder: Path, lines: Sequence[PreviewLine]) -> str:
+    by_prompt: dict[tuple[int, str], list[PreviewLine]] = {}
     for line in lines:
-        if "preview" in line and (folder / line["preview"]).is_file():
+        if (folder / line["preview"]).is_file():
             by_prompt.setdefault((line["index"], line["prompt"]), []).append(line)
     strips = []
     for (_, prompt), drawn in sorted(by_prompt.items()):
@@ -95,7 +109,8 @@ def _previews(folder: Path, lines: Entries) -> str:
     return f"<h2>Previews</h2>{''.join(strips)}" if strips else ""
 
 
-def _spread(drawn: Entries) -> Entries:
+def _spread(drawn: list[PreviewLine]) -> list[PreviewLine]:
+    """The first, the last, and as many evenly between them as there are columns for."""
     if len(drawn) <= _COLUMNS:
         return drawn
     return [drawn[round(i * (len(drawn) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
@@ -105,14 +120,16 @@ def _thumbnail(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(thumbnail(path, _THUMBNAIL)).decode()}"
 
 
-def _table(title: str, facts: Mapping[str, Any]) -> str:
+def _table(title: str, facts: Mapping[str, object]) -> str:
     rows = "".join(
-        f"<tr><th>{escape(k.replace('_', '-'))}</th><td>{escape(_cell(v))}</td></tr>" for k, v in facts.items()
+        f"<tr><th>{escape(k.replace('_', '-'))}</th><td>{escape(_cell(k, v))}</td></tr>" for k, v in facts.items()
     )
     return f"<section><h2>{escape(title)}</h2><table>{rows}</table></section>"
 
 
-def _cell(value: Any) -> str:
+def _cell(name: str, value: object) -> str:
+    if value is None and name in auto_options():
+        return "auto"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value in (None, "") else str(value)

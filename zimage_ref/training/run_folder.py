@@ -2,7 +2,7 @@
 
 lock                     held while a run is at work
 resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with their checksums and the run's facts
-metrics.jsonl            one line a step, measurement or preview
+metrics.jsonl            one line for each step, measurement or preview
 report.html              the same, to look at
 previews/                pictures
 """
@@ -10,8 +10,6 @@ previews/                pictures
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -19,32 +17,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from zimage_ref.errors import FormatError, TrainingError
+from zimage_ref.errors import FormatError, TrainingError, reason
 from zimage_ref.formats import safetensors
-from zimage_ref.formats.files import atomic_write, disk_is_full, remove_stale
-from zimage_ref.formats.json_file import read_json
+from zimage_ref.formats.files import disk_is_full, remove_stale, sha256
+from zimage_ref.formats.json_file import read_json, write_json
 from zimage_ref.formats.tensors import Array, Tensor
 
 from .dataset import RUN_SUFFIX
+from .facts import SavedFacts, checked_facts
 
 if sys.platform != "win32":
     import fcntl
 
-_KEPT = 2  # resume folders: the latest, and one to fall back on should it be damaged
+_KEPT = 2  # resume folders: the latest, and the one before in case the latest is damaged
+_PARTS = {"lora.safetensors", "optimizer.safetensors"}  # that every resume folder has
 _MARGIN = 2**20  # bytes that a save needs beside its tensors
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """What a resume folder holds."""
 
     step: int
-    facts: dict[str, Any]  # what the run was: config, fingerprints, ...
-    tensors: dict[str, dict[str, Array]]  # lora, optimizer, ema
+    facts: SavedFacts
+    tensors: dict[str, dict[str, Array]]  # lora, optimizer and, if there is an average, ema
 
 
 class RunFolder:
@@ -58,9 +57,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the system lets go however the process ends.
+        """Holds the run for this process; the system lets go of it however the process ends.
 
-        Raises TrainingError where another process holds it.
+        Raises TrainingError if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
@@ -81,10 +80,10 @@ class RunFolder:
         remove_stale(self.path)
         remove_stale(self.output.parent, f".{glob.escape(self.output.stem)}.*.tmp")
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: Mapping[str, Any]) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: SavedFacts) -> Path:
         """Writes a resume folder and drops all but the last two.
 
-        It gets its name when every byte is on disk. Raises TrainingError where the disk is too full for it.
+        It gets its name when every byte is on disk. Raises TrainingError if the disk is too full for it.
         """
         target = self._resume / f"step{step}"
         temporary = self._resume / f".step{step}.tmp"
@@ -95,9 +94,8 @@ class RunFolder:
             for name, part in tensors.items():
                 file = temporary / f"{name}.safetensors"
                 safetensors.write(file, {key: Tensor.of(array) for key, array in part.items()})
-                digests[file.name] = _file_digest(file)
-            with atomic_write(temporary / "state.json") as out:
-                out.write(json.dumps({"step": step, "files": digests, "facts": facts}, indent=1).encode())
+                digests[file.name] = sha256(file)
+            write_json(temporary / "state.json", {"step": step, "files": digests, "facts": facts})
             _sync(temporary)
             remove_folder(target)
             temporary.rename(target)
@@ -106,20 +104,20 @@ class RunFolder:
             remove_folder(old)
         return target
 
-    def latest(self) -> tuple[Saved | None, list[str]]:
-        """The last whole resume folder, and what is wrong with any later one."""
+    def latest(self) -> tuple[SavedState | None, list[str]]:
+        """The state in the last whole resume folder, and what is wrong with any later one."""
         faults: list[str] = []
         for step, folder in reversed(self._saves()):
             try:
                 return _read_save(step, folder), faults
-            except (FormatError, OSError, KeyError, TypeError) as error:
+            except FormatError as error:
                 faults.append(f"{folder}: cannot be resumed from: {error}")
         return None, faults
 
     def unfinished(self) -> int:
-        """The step that an interrupted run can be resumed from; 0 where there is none, or it ran to its end."""
+        """The step that an interrupted run can be resumed from; 0 if there is none, or if it ran to its end."""
         saved, _ = self.latest()
-        return saved.step if saved and saved.step < saved.facts.get("total", 0) else 0
+        return saved.step if saved and saved.step < saved.facts["total"] else 0
 
     def clear(self) -> None:
         """Forgets an earlier run."""
@@ -130,7 +128,7 @@ class RunFolder:
 
     @contextmanager
     def room_for(self, nbytes: int) -> Iterator[None]:
-        """A block that writes `nbytes`. Raises TrainingError, before or after, where the disk has no room for it."""
+        """A block that writes `nbytes`. Raises TrainingError, before or after, if the disk has no room for it."""
         needed = nbytes + _MARGIN
         self.path.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.path).free) < needed:
@@ -156,7 +154,7 @@ class RunFolder:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes `folder` such that no half of it is ever seen under its name."""
+    """Deletes `folder` in such a way that no half of it is ever seen under its name."""
     with suppress(FileNotFoundError):
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -164,24 +162,23 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _read_save(step: int, folder: Path) -> Saved:
+def _read_save(step: int, folder: Path) -> SavedState:
+    """The state in `folder`. Raises FormatError if anything in it is missing, damaged or of another kind."""
     state = read_json(folder / "state.json")
+    facts, files = checked_facts(state.get("facts")), state.get("files")
+    if not isinstance(files, dict) or not files.keys() >= _PARTS:
+        raise FormatError(f"it does not name its files, {', '.join(sorted(_PARTS))}")
     tensors = {}
-    for name, digest in state["files"].items():
-        file = folder / name
-        if _file_digest(file) != digest:
-            raise FormatError(f"{file}: is damaged: its checksum differs")
-        stored, _ = safetensors.read(file)
-        tensors[file.stem] = {key: np.array(tensor.read()) for key, tensor in stored.items()}
-    return Saved(step, state["facts"], tensors)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    try:
+        for name, digest in files.items():
+            file = folder / name
+            if sha256(file) != digest:
+                raise FormatError(f"{file}: is damaged: its checksum differs")
+            stored, _ = safetensors.read(file)
+            tensors[file.stem] = {key: np.array(tensor.read()) for key, tensor in stored.items()}
+    except OSError as error:
+        raise FormatError(f"{file}: cannot be read: {reason(error)}") from error
+    return SavedState(step, facts, tensors)
 
 
 def _sync(folder: Path) -> None:

@@ -1,0 +1,30 @@
+"""zimage inspect, of a LoRA: its rank, alpha and norms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from zimage_ref.errors import ZImageError
+from zimage_ref.lora.file import read_lora
+from zimage_ref.lora.merge import module_groups
+
+from ..terminal.console import Console
+
+
+def show(path: Path, args: argparse.Namespace, console: Console) -> int:
+    """What the LoRA in `path` is, and how much it changes, by module."""
+    try:
+        file = read_lora(path)
+    except ZImageError as error:  # looking into a file is no failure because generating with it would be one
+        console.note(f"cannot be used: {error}")
+        return 0
+    console.table(("LoRA", ""), list(file.facts().items()))
+    rows = []
+    for group, updates in module_groups(file.updates).items():
+        ranks = sorted({r for update in updates if (r := update.rank) is not None})
+        norms = [update.norm() for update in updates]
+        mean = f"{sum(norms) / len(norms):.4g}"
+        rows.append((group, len(updates), ", ".join(map(str, ranks)), mean, f"{max(norms):.4g}"))
+    console.table(("changes", "blocks", "rank", "mean norm", "largest norm"), rows)
+    return 0

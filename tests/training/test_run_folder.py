@@ -1,0 +1,74 @@
+"""The folder beside a run's output: a state that is whole is read, any other is named and passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zimage_ref.training.facts import SavedFacts
+from zimage_ref.training.run_folder import RunFolder
+
+FACTS: SavedFacts = {
+    "config": {"rank": 2}, "total": 9, "batch": 1, "dataset": "d", "model": {"vae": "v"}, "adapter": None,
+    "environment": {"mlx": "0"}, "smoothed": None, "failures": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """One with the states of two steps."""
+    run = RunFolder(tmp_path / "x.safetensors")
+    for step in (1, 2):
+        matrices = {"lora": {"a": np.full(3, step, np.float32)}, "optimizer": {"m": np.zeros(3, np.float32)}}
+        run.save(step, matrices, {**FACTS, "smoothed": 0.5, "failures": step})
+    return run
+
+
+def test_a_state_is_read_as_it_was_saved(run: RunFolder) -> None:
+    saved, faults = run.latest()
+    assert saved is not None and saved.step == 2 and not faults
+    assert saved.facts == {**FACTS, "smoothed": 0.5, "failures": 2}
+    assert saved.tensors["lora"]["a"].tolist() == [2, 2, 2] and saved.tensors["optimizer"]["m"].dtype == np.float32
+    assert run.unfinished() == 2
+    run.save(9, {"lora": {}, "optimizer": {}}, FACTS)
+    assert run.unfinished() == 0  # it ran to its end
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fact"),
+    [
+        (lambda state: state.pop("facts"), "it holds no facts of its run"),
+        (lambda state: state.update(facts=[1]), "it holds no facts of its run"),
+        (lambda state: state["facts"].pop("total"), "total is missing or of another kind"),
+        (lambda state: state["facts"].update(smoothed="low"), "smoothed is missing or of another kind"),
+        (lambda state: state["facts"].update(environment=None), "environment is missing or of another kind"),
+        (lambda state: state["facts"].update(config=[]), "config is missing or of another kind"),
+        (lambda state: state.pop("files"), "it does not name its files, lora.safetensors, optimizer.safetensors"),
+        (lambda state: state["files"].pop("optimizer.safetensors"), "it does not name its files"),
+        (lambda state: state["files"].update({"gone.safetensors": "0"}), "gone.safetensors: cannot be opened: No such"),
+        (lambda state: state["files"].update({"lora.safetensors": 7}), "lora.safetensors: is damaged: its checksum"),
+    ],
+)
+def test_a_state_of_another_shape_is_named_and_the_one_before_is_used(
+    spoil: Callable[[dict[str, Any]], object], fact: str, run: RunFolder
+) -> None:
+    file = run.path / "resume" / "step2" / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    spoil(state)
+    file.write_text(json.dumps(state), encoding="utf-8")
+    saved, (fault,) = run.latest()
+    assert saved is not None and saved.step == 1
+    assert fault.startswith(f"{file.parent}: cannot be resumed from: ") and fact in fault and "\n" not in fault
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", None])
+def test_a_state_that_is_no_json_object_is_named(text: str | None, run: RunFolder) -> None:
+    file = run.path / "resume" / "step2" / "state.json"
+    file.unlink() if text is None else file.write_text(text, encoding="utf-8")
+    saved, (fault,) = run.latest()
+    assert saved is not None and saved.step == 1 and "state.json: " in fault

@@ -1,0 +1,63 @@
+"""A file mapped into memory: its arrays are views, and pages that are not looked at are not read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from zimage_ref.errors import FormatError, reason
+
+from .tensors import Array, DType
+
+
+class MappedFile:
+    """A file held open, of which arrays are mapped when they are asked for.
+
+    Only arrays in use keep pages in memory: going through a file of any size takes the memory of one tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises FormatError if `path` cannot be opened."""
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.size = os.fstat(self._descriptor).st_size
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: DType, order: Literal["C", "F"] = "C") -> Array:
+        """The array that starts at byte `offset`, read-only. Raises FormatError if the file is too short for it."""
+        nbytes = prod(shape) * dtype.itemsize
+        if offset + nbytes > self.size:
+            raise FormatError(f"{self.path}: is truncated: {offset + nbytes} bytes are needed, {self.size} are there")
+        if not nbytes:
+            return np.empty(shape, dtype)
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(self._descriptor, offset - start + nbytes, access=mmap.ACCESS_READ, offset=start)
+        except ValueError as error:
+            raise FormatError(f"{self.path}: has become shorter since it was opened") from error
+        return np.ndarray(shape, dtype, mapped, offset - start, order=order)
+
+    def bytes(self, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset`, fewer if the file ends before."""
+        count = max(0, min(count, self.size - offset))
+        return self.array(offset, (count,), np.dtype("u1")).tobytes()
+
+
+def check_disjoint(path: Path, extents: Iterable[tuple[int, int, str]]) -> None:
+    """Raises FormatError if two of the (start, end, name) byte ranges of a file overlap."""
+    end, previous = 0, ""
+    for start, stop, name in sorted(extents):
+        if start < end and stop > start:
+            raise FormatError(f"{path}: {name} overlaps {previous}")
+        if stop > start:
+            end, previous = stop, name

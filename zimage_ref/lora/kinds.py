@@ -1,0 +1,281 @@
+"""The kinds of updates that LoRA files hold. To add one, write its class here and list it in KINDS.
+
+    LoRA               W' = W + s B A                       arXiv 2106.09685
+    full difference    W' = W + s D                         also of a norm or a bias
+    LoKr               W' = W + s W1 (x) W2                 arXiv 2309.14859
+    LoHa               W' = W + s (A1 B1) * (A2 B2)         arXiv 2108.06098
+    DoRA               W' = m (W + d) / ||W + d||           d one of the above; arXiv 2402.09353
+
+s = alpha / rank. Suffixes are those of LyCORIS, kohya and ComfyUI, except for LoRA's, which each tool spells in its
+own way: see `spellings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from zimage_ref.errors import listing
+from zimage_ref.formats.tensors import Array
+
+from .arithmetic import AnyArray, Arithmetic
+from .low_rank import LowRank
+from .parts import Parts
+from .updates import Plain, Update
+
+
+@dataclass(frozen=True)
+class Dense(Plain):
+    """s D."""
+
+    title = "full difference"
+    style = "diff"
+    suffixes: ClassVar[Mapping[str, str]] = {".diff": "D", ".diff_b": "bias"}
+    forms = ({"D"},)
+
+    D: Array  # the parameter's shape, float32
+
+    @classmethod
+    def of_parts(cls, parts: Parts) -> Dense:
+        """Of D, which has no alpha."""
+        if "alpha" in parts:
+            raise parts.error(f"{parts.key('alpha')} belongs to no low-rank matrices: a full difference has no alpha")
+        return cls(parts.array("D", ndim=None))
+
+    def tensors(self) -> dict[str, Array]:
+        """D, with the scale in it."""
+        return {"D": self.folded().D}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return self.D.shape
+
+    def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
+        """D."""
+        return arithmetic.array(self.D)
+
+    def norm(self) -> float:
+        """See `Update`."""
+        return abs(self.scale) * float(np.linalg.norm(self.D))
+
+    def folded(self) -> Dense:
+        """See `Update`."""
+        return Dense(self.D * np.float32(self.scale))
+
+    def rows(self, start: int, stop: int) -> Dense:
+        """See `Update`."""
+        return replace(self, D=self.D[start:stop])
+
+
+@dataclass(frozen=True)
+class Kronecker(Plain):
+    """s W1 (x) W2, or some of its rows."""
+
+    title = "LoKr"
+    style = "LoKr"
+    suffixes: ClassVar[Mapping[str, str]] = {
+        f".lokr_w{n}{end}": f"W{n}{x}" for n in "12" for end, x in (("", ""), ("_a", "a"), ("_b", "b"))
+    }
+    forms = ({"W1", "W2"}, {"W1", "W2a", "W2b"}, {"W1a", "W1b", "W2"}, {"W1a", "W1b", "W2a", "W2b"})
+
+    W1: Array  # (out1, in1) float32
+    W2: Array  # (out2, in2) float32; out1 out2 = out, in1 in2 = in
+    start: int = 0
+    stop: int | None = None
+
+    @classmethod
+    def of_parts(cls, parts: Parts) -> Kronecker:
+        """Of W1 and W2, each whole or as a product of two. alpha counts only beside a product."""
+        scale, matrices = 1.0, {}
+        for name in ("W1", "W2"):  # if both are products, the rank is W2's
+            if name in parts:
+                matrices[name] = parts.array(name)
+            else:
+                left, right = parts.factors(f"{name}a", f"{name}b")
+                matrices[name] = left @ right
+                scale = parts.scale(len(right))
+        return cls(matrices["W1"], matrices["W2"], scale=scale)
+
+    def tensors(self) -> dict[str, Array]:
+        """W1 and W2 with the scale in W1. Some rows are no such product: they become a full difference."""
+        if self.stop is not None:
+            return {"D": np.kron(self.folded().W1, self.W2)[self.start : self.stop]}
+        return {"W1": self.folded().W1, "W2": self.W2}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        stop = len(self.W1) * len(self.W2) if self.stop is None else self.stop
+        return stop - self.start, self.W1.shape[1] * self.W2.shape[1]
+
+    def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
+        """W1 (x) W2."""
+        product = arithmetic.kron(arithmetic.array(self.W1), arithmetic.array(self.W2))
+        return product[self.start : self.stop]
+
+    def folded(self) -> Kronecker:
+        """With the scale in W1."""
+        return replace(self, W1=self.W1 * np.float32(self.scale), scale=1.0)
+
+    def rows(self, start: int, stop: int) -> Kronecker:
+        """Rows of W1 if W2 stays whole, else those of the product."""
+        start, stop, height = self.start + start, self.start + stop, len(self.W2)
+        if start % height or stop % height:
+            return replace(self, start=start, stop=stop)
+        return replace(self, W1=self.W1[start // height : stop // height], start=0, stop=None)
+
+
+@dataclass(frozen=True)
+class Hadamard(Plain):
+    """s (A1 B1) * (A2 B2), elementwise."""
+
+    title = "LoHa"
+    style = "LoHa"
+    suffixes: ClassVar[Mapping[str, str]] = {f".hada_w{n}_{x}": f"H{n}{x}" for n in "12" for x in "ab"}
+    forms = ({"H1a", "H1b", "H2a", "H2b"},)
+
+    A1: Array  # (out, rank) float32
+    B1: Array  # (rank, in)
+    A2: Array  # (out, rank)
+    B2: Array  # (rank, in)
+
+    @classmethod
+    def of_parts(cls, parts: Parts) -> Hadamard:
+        """Of the four factors."""
+        (A1, B1), (A2, B2) = parts.factors("H1a", "H1b"), parts.factors("H2a", "H2b")
+        if (len(A1), B1.shape[1]) != (len(A2), B2.shape[1]):
+            keys = " and ".join(listing(parts.key(f"H{n}{x}") for x in "ab") for n in "12")
+            raise parts.error(f"{keys} make matrices of different shapes")
+        return cls(A1, B1, A2, B2, scale=parts.scale(len(B1)))
+
+    def tensors(self) -> dict[str, Array]:
+        """The four factors and alpha."""
+        factors = {"H1a": self.A1, "H1b": self.B1, "H2a": self.A2, "H2b": self.B2}
+        return {**factors, "alpha": np.array(self.scale * self.rank, np.float32)}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.A1.shape[0], self.B1.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Of each of the two products."""
+        return len(self.B1)
+
+    def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
+        """(A1 B1) * (A2 B2)."""
+        A1, B1, A2, B2 = (arithmetic.array(factor) for factor in (self.A1, self.B1, self.A2, self.B2))
+        return (A1 @ B1) * (A2 @ B2)
+
+    def folded(self) -> Hadamard:
+        """With the scale in A1."""
+        return replace(self, A1=self.A1 * np.float32(self.scale), scale=1.0)
+
+    def rows(self, start: int, stop: int) -> Hadamard:
+        """Rows of A1 and A2."""
+        return replace(self, A1=self.A1[start:stop], A2=self.A2[start:stop])
+
+
+@dataclass(frozen=True)
+class DoRA(Update):
+    """m (W + d) / ||W + d|| - W. The norm runs over the axis along which m has length 1."""
+
+    title = "DoRA"
+    suffixes: ClassVar[Mapping[str, str]] = {  # LyCORIS's and PEFT's
+        ".dora_scale": "magnitude", ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
+    }  # fmt: skip
+
+    update: Plain  # d
+    magnitude: Array  # m, (out, 1) or (1, in) float32
+
+    @classmethod
+    def recognises(cls, parts: AbstractSet[str]) -> bool:
+        """Whether there is a magnitude, and the rest is complete."""
+        return "magnitude" in parts and _kind_of(parts - {"magnitude"}) is not None
+
+    @classmethod
+    def of_parts(cls, parts: Parts) -> DoRA:
+        """Of a magnitude (out, 1), (1, in) or, as PEFT writes it, (out,), and of another kind's parts."""
+        inner = update_of(parts.without("magnitude"))
+        plain = inner.plain if inner else None
+        if plain is None:
+            raise parts.error(f"{parts.key('magnitude')} is beside matrices that have no magnitude")
+        magnitude, shape = parts.array("magnitude", ndim=None), plain.shape
+        if magnitude.shape == shape[:1]:
+            magnitude = magnitude[:, None]
+        if len(shape) != 2 or magnitude.shape not in ((shape[0], 1), (1, shape[1])):
+            raise parts.error(
+                f"{parts.key('magnitude')} has shape {magnitude.shape}, which does not fit a layer {shape}"
+            )
+        if magnitude.shape[0] == 1 < parts.layers:
+            raise parts.error(f"{parts.key('magnitude')} normalises columns of fused layers, which cannot be split")
+        return cls(plain, magnitude)
+
+    def tensors(self) -> dict[str, Array]:
+        """The magnitude, after the parts of the update inside."""
+        return {**self.update.tensors(), "magnitude": self.magnitude}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.update.shape
+
+    @property
+    def scale(self) -> float:
+        """Of the update inside."""
+        return self.update.scale
+
+    @property
+    def rank(self) -> int | None:
+        """Of the update inside."""
+        return self.update.rank
+
+    def added(self, weight: AnyArray, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
+        """m (W + d) / ||W + d|| - W."""
+        target, magnitude = weight + self.update.added(weight, arithmetic), arithmetic.array(self.magnitude)
+        axis = 1 if self.magnitude.shape[1] == 1 else 0
+        return arithmetic.with_norms(target, magnitude, axis) - weight
+
+    def norm(self) -> float:
+        """Of the update inside: the rest depends on the weight."""
+        return self.update.norm()
+
+    def folded(self) -> DoRA:
+        """With the scale in the update inside."""
+        return replace(self, update=self.update.folded())
+
+    def rows(self, start: int, stop: int) -> DoRA:
+        """See `Update`. Only a magnitude (out, 1) can be split."""
+        return DoRA(self.update.rows(start, stop), self.magnitude[start:stop])
+
+
+KINDS: dict[str, type[Update]] = {kind.title: kind for kind in (LowRank, Dense, Kronecker, Hadamard, DoRA)}
+
+
+def update_of(parts: Parts) -> Update | None:
+    """What the parts of a module, all but its bias, do to its weight; None if there is nothing but a bias.
+
+    Raises WeightError if they are those of no kind, or do not fit each other.
+    """
+    names = parts.tensors.keys() - {"bias"}
+    if not names:
+        return None
+    kind = _kind_of(names)
+    if kind is None:
+        raise parts.error(f"{parts.module} has only {parts.keys}: the other half is missing")
+    return kind.of_parts(parts)
+
+
+def bias_of(parts: Parts) -> Dense:
+    """What the file adds to the module's bias."""
+    return Dense(parts.array("bias", ndim=1))
+
+
+def _kind_of(parts: AbstractSet[str]) -> type[Update] | None:
+    return next((kind for kind in KINDS.values() if kind.recognises(parts)), None)

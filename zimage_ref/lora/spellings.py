@@ -1,0 +1,126 @@
+"""How tools spell LoRA keys. To read or write another spelling, add one entry to SPELLINGS.
+
+    diffusion_model.layers.0.attention.to_q.lora_A.weight       ComfyUI, ai-toolkit, mflux
+    transformer.layers.0.attention.to_q.lora_B.weight           diffusers
+    lora_unet_layers_0_attention_to_q.lora_down.weight          kohya, musubi-tuner
+    layers.0.attention.to_q.lora_A.default.weight               DiffSynth
+    base_model.model.layers.0.attention.to_q.lora_A.weight      PEFT
+    layers.0.attention.to.q.lora.down.weight                    Anime-Z
+    layers.0.attention.qkv.lora_a                               z-image-train
+    lycoris_layers_0_attention_to_q.lokr_w1                     LyCORIS
+
+Written are four, by the names that `naming` and `lora_format` know them by:
+
+    comfy    diffusion_model.<layer>.lora_A.weight          alpha / rank multiplied into B
+    peft     transformer.<layer>.lora_A.weight              alpha in the metadata `lora_adapter_metadata`
+    kohya    lora_unet_<layer>.lora_down.weight, .alpha
+    burn     <block>.attention.qkv.lora_a, fused            alpha in the sidecar `<stem>.lora.json`, one rank for all
+
+Sources: the loaders of ComfyUI and diffusers, and the writers named above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from zimage_ref.errors import ConfigError, WeightError, listing
+from zimage_ref.model.parameters import LORA_TARGETS
+
+from .alpha import ADAPTER_CONFIG, METADATA, SIDECAR, AlphaSource
+from .keys import OFFICIAL_PATCH_KEY, Grammar, Spelled, Spelling
+from .kinds import KINDS
+from .namings import with_alpha_folded, with_alpha_keys, with_one_rank, with_peft_config
+from .updates import LoRA
+
+DEFAULT_NAMING = "comfy"
+_A_B = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A": "A", ".lora_B": "B"}
+*_QKV, _OUT = LORA_TARGETS["attention"]
+_FUSED = {"attention.qkv": tuple(_QKV)}
+
+SPELLINGS = {
+    spelling.software: spelling
+    for spelling in (
+        Spelling(
+            software="ComfyUI", prefixes=("diffusion_model.", "model.diffusion_model."),
+            style="lora_A/B", suffixes=_A_B,
+            modules={
+                **_FUSED, "attention.out": (_OUT,),
+                "attention.q_norm": ("attention.norm_q",), "attention.k_norm": ("attention.norm_k",),
+            },
+            naming="comfy", write=with_alpha_folded,
+        ),
+        Spelling(
+            software="diffusers", prefixes=("transformer.",), style="lora_A/B", suffixes=_A_B, alpha=METADATA,
+            naming="peft", write=with_peft_config, low_rank_only=True,
+        ),
+        Spelling(
+            software="kohya", prefixes=("lora_unet_", "lora_transformer_"), separator="_",
+            style="lora_down/up", suffixes={".lora_down.weight": "A", ".lora_up.weight": "B"},
+            naming="kohya", write=with_alpha_keys,
+        ),
+        Spelling(
+            software="z-image-train", style="lora_a/b", suffixes={".lora_a": "A", ".lora_b": "B"},
+            modules={**_FUSED, "attention.to_out": (_OUT,)}, alpha=SIDECAR,
+            naming="burn", write=with_one_rank, low_rank_only=True,
+        ),
+        Spelling(software="PEFT", prefixes=("base_model.model.",), alpha=ADAPTER_CONFIG),
+        Spelling(software="LyCORIS", prefixes=("lycoris_",)),
+        Spelling(software="bare", prefixes=("",)),
+        Spelling(
+            software="Anime-Z", style="lora.down/up", suffixes={".lora.down.weight": "A", ".lora.up.weight": "B"},
+            modules={layer.replace(".to_", ".to."): (layer,) for layer in LORA_TARGETS["attention"]},
+        ),
+    )
+}  # fmt: skip
+
+
+def grammar(patch_key: str = OFFICIAL_PATCH_KEY) -> Grammar:
+    """The keys of all spellings and kinds."""
+    return Grammar(SPELLINGS.values(), KINDS.values(), patch_key)
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether any of the keys ends as LoRA keys do, be it of a layer that Z-Image has or not."""
+    known = grammar()
+    return any(map(known.ends_like_lora, keys))
+
+
+def software(prefix: str, style: str) -> str:
+    """The tool whose keys have this prefix and style. A style that comes without a prefix is one tool's alone."""
+    known = SPELLINGS.values()
+    by_style = (spelling for spelling in known if spelling.style == style and not spelling.prefixes)
+    by_prefix = (spelling for spelling in known if prefix in spelling.prefixes)
+    return next((spelling.software for found in (by_style, by_prefix) for spelling in found), "")
+
+
+def alpha_sources(prefix: str, style: str) -> list[AlphaSource]:
+    """Where a file with keys of this prefix and style may have its alpha, if it has no alpha keys."""
+    return [s.alpha for s in SPELLINGS.values() if s.alpha is not None and s.is_of(prefix, style)]
+
+
+def companions(path: Path) -> list[Path]:
+    """The files beside a LoRA that may hold its alpha: z-image-train's and PEFT's."""
+    return [s.alpha.beside(path) for s in SPELLINGS.values() if s.alpha is not None and s.alpha.beside is not None]
+
+
+def lora_namings() -> tuple[str, ...]:
+    """The spellings that can be written, as a user asks for them."""
+    return tuple(spelling.naming for spelling in SPELLINGS.values() if spelling.naming)
+
+
+def spelling_of(naming: str) -> Spelling:
+    """The spelling that `naming` asks for. Raises ConfigError if there is none."""
+    for spelling in SPELLINGS.values():
+        if spelling.naming == naming and naming:
+            return spelling
+    raise ConfigError(f"unknown naming {naming!r} of LoRA keys: known are {', '.join(lora_namings())}")
+
+
+def spelled(lora: LoRA, spelling: Spelling) -> Spelled:
+    """`lora` as the tensors of a file. Raises WeightError for updates that the spelling has no keys for."""
+    others = [f"{name} ({update.title})" for name, update in lora.items() if update.low_rank is None]
+    if others and spelling.low_rank_only:
+        able = " or ".join(s.naming for s in SPELLINGS.values() if s.naming and not s.low_rank_only)
+        raise WeightError(f"the {spelling.naming} naming has low-rank updates only, not {listing(others)}: use {able}")
+    return spelling.write(lora, spelling)

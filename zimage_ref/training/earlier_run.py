@@ -1,0 +1,42 @@
+"""An earlier run into the same output: gone on with, replaced, or in the way."""
+
+from __future__ import annotations
+
+from zimage_ref.errors import ConfigError
+from zimage_ref.formats.files import check_writable
+
+from .config import TrainConfig
+from .facts import RunFacts, changes
+from .run_folder import RunFolder, SavedState
+
+
+def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:
+    """The state to go on from, None to start at the first step, and what to tell the user about it.
+
+    Raises ConfigError if the output or an unfinished run would be overwritten unasked, and if the run that is to be
+    resumed had other `facts`.
+    """
+    if config.resume:
+        return _to_resume(config, run, facts)
+    if (step := run.unfinished()) and not config.overwrite:
+        raise ConfigError(
+            f"{run.path}: holds a run that stopped at step {step}: `resume` goes on with it, `overwrite` starts anew"
+        )
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"{config.output}: exists: give `overwrite` to replace it, or another `output`")
+    check_writable(config.output)
+    return None, []
+
+
+def _to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:
+    saved, notices = run.latest()
+    if not saved:
+        return None, [*notices, f"{run.path}: has nothing to resume yet: starting at the first step"]
+    if different := changes(saved.facts, facts):
+        text = f"{run.path}: the run that stopped at step {saved.step} was another: {'; '.join(different)}"
+        if not config.resume_anyway:
+            raise ConfigError(f"{text}: `resume_anyway` goes on all the same")
+        notices.append(text)
+    if saved.facts["environment"] != facts["environment"]:
+        notices.append("the run began with other software or on another machine: results may differ in last digits")
+    return saved, notices

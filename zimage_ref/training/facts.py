@@ -1,0 +1,70 @@
+"""What a run is, in facts: if these are the same, `resume` gives the same bytes. They are saved with its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict, cast
+
+from zimage_ref.errors import FormatError
+
+from .config import auto_options, free_options, is_former_auto
+
+
+class RunFacts(TypedDict):
+    """The facts of a run, as JSON. Digests are SHA-256 in hexadecimal."""
+
+    config: dict[str, object]  # every option; for `lr` the rate that it comes to
+    total: int  # steps
+    batch: int  # pictures in a batch, of all machines together
+    dataset: str  # a digest of pictures and captions
+    model: dict[str, str]  # part of the model -> a digest of it
+    adapter: str | None  # a digest of the training adapter's file
+    environment: dict[str, str]  # software and machine
+
+
+class SavedFacts(RunFacts):
+    """The same, and what the loop has counted up to the step that was saved."""
+
+    smoothed: float | None  # the loss
+    failures: int  # steps in a row without a finite loss
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "config": dict, "total": int, "batch": int, "dataset": str, "model": dict, "adapter": (str, type(None)),
+    "environment": dict, "smoothed": (float, int, type(None)), "failures": int,
+}  # fmt: skip
+_DIFFERENCES = {
+    "dataset": "the pictures or captions",
+    "model": "the model's weights or tokenizer",
+    "adapter": "the training adapter",
+    "batch": "the number of machines",
+}
+
+
+def checked_facts(data: object) -> SavedFacts:
+    """`data`, as read from JSON, as facts. Raises FormatError if one is missing or is of another kind."""
+    if not isinstance(data, dict):
+        raise FormatError("it holds no facts of its run")
+    for name, kind in _KINDS.items():
+        if name not in data or not isinstance(data[name], kind):
+            raise FormatError(f"of the facts of its run, {name} is missing or of another kind")
+    return cast(SavedFacts, data)
+
+
+def changes(then: RunFacts, now: RunFacts) -> list[str]:
+    """Every fact that has changed in a way that changes the result, in words."""
+    free, found = free_options(), []
+    for name, value in now["config"].items():
+        before = then["config"].get(name)
+        if is_former_auto(name, before):
+            before = None
+        if name not in free and before != value:
+            found.append(f"`{name}` {_in_words(name, before)} -> {_in_words(name, value)}")
+    old, new = cast(Mapping[str, object], then), cast(Mapping[str, object], now)
+    return found + [text for key, text in _DIFFERENCES.items() if old[key] != new[key]]
+
+
+def _in_words(name: str, value: object) -> object:
+    if value is None and name in auto_options():
+        return "auto"
+    return "none" if value in (None, "", []) else value
