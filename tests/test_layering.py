@@ -26,7 +26,7 @@ ROOMS = {
     "zimage_ref.pictures": "errors formats",
     "zimage_ref.lora": _BASE,
     "zimage_ref.networks": "formats model lora",
-    "zimage_ref.checkpoints": f"{_BASE} extras",
+    "zimage_ref.checkpoints": f"{_BASE} extras lora",
     "zimage_ref.memory": f"{_BASE} checkpoints",
     "zimage_ref.generation": f"{_BASE} version options options_file pictures lora checkpoints memory",
     "zimage_ref.pipeline": "formats model lora networks memory generation",

@@ -22,6 +22,15 @@ FAST = {  # at a constant rate, so that runs of different lengths begin alike
 PLAIN = {"optimizer": "sgd", "weight_decay": 0.0, "grad_clip": 0.0}  # so that one step is lr times the gradient
 
 
+# Options that all play a part in a short run
+EVERYTHING = {
+    "rank": 3, "batch_size": 2, "grad_accumulation": 2, "ema": 0.9, "caption_dropout": 0.3, "rank_dropout": 0.3,
+    "flip": True, "resolution": (32, 48), "schedule": "cosine", "warmup": 2, "optimizer": "adamw",
+    "lora_plus": 4.0, "steps": 5,
+    "resume_every": 2, "validation": "0.2", "validation_every": 3,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run did."""

@@ -7,18 +7,13 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support import tiny
-from support.training_runs import Run, Workshop, after, pictures, workshop
+from support.training_runs import EVERYTHING, Run, Workshop, after, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
@@ -27,15 +22,7 @@ from zimage_mlx import Checkpointed, Done, Started, Stopped, train
 from zimage_mlx.training.gradient import LossAndGradients
 from zimage_ref import ConfigError, TrainingError
 from zimage_ref.formats import safetensors
-from zimage_ref.options_file import dump_options
 from zimage_ref.training.run_folder import RunFolder
-
-EVERYTHING = {
-    "rank": 3, "batch_size": 2, "grad_accumulation": 2, "ema": 0.9, "caption_dropout": 0.3, "rank_dropout": 0.3,
-    "flip": True, "resolution": (32, 48), "schedule": "cosine", "warmup": 2, "optimizer": "adamw",
-    "lora_plus": 4.0, "steps": 5,
-    "resume_every": 2, "validation": "0.2", "validation_every": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -273,86 +260,3 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_last_state(
         shop.train("filling", steps=4, resume=True)
     monkeypatch.undo()
     assert shop.train("filling", steps=4, resume=True).of(Done)
-
-
-def launched(shop: Workshop, name: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`zimage train` in a process of its own."""
-    file = shop.folder / f"{name}.toml"
-    file.write_text(dump_options(shop.config(name, **options)), encoding="utf-8")
-    command = [sys.executable, "-m", "zimage_cli", "train", "--config", str(file), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _await(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int, code: int) -> None:
-    name, options = f"signal{number}", {"steps": 400, "save_every": 2}
-    process = launched(shop, name, **options)
-    _await(shop.folder / f"{name}.step2.safetensors", process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    saved, _ = RunFolder(shop.folder / f"{name}.safetensors").latest()
-    assert saved is not None and 2 <= saved.step < 400
-    assert f"stopped after step {saved.step}\n" in err and "go on with --resume\n" in err
-    assert "Traceback" not in err and f"{name}.step2.safetensors" in out
-
-
-def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) -> None:
-    options = {"steps": 400, "resume_every": 1, "grad_accumulation": 80, "repeats": 80}  # steps last, with any BLAS
-    process = launched(shop, "impatient", **options)
-    _await(shop.folder / "impatient.run" / "resume" / "step1", process)
-    time.sleep(0.3)  # the second step has begun
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.strip().endswith("error: interrupted")
-    saved, faults = RunFolder(shop.folder / "impatient.safetensors").latest()
-    assert saved is not None and saved.step == 1 and not faults
-
-
-def _killed(shop: Workshop, name: str, arguments: list[str], ready: Callable[[], bool], **options: Any) -> bool:
-    """Runs until `ready`, then kills it; False where it ended before."""
-    process = launched(shop, name, *arguments, **options)
-    while process.poll() is None and not ready():
-        time.sleep(0.0005)
-    process.kill()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode in (0, -signal.SIGKILL), err
-    return process.returncode != 0
-
-
-@pytest.mark.slow
-def test_kill_9_at_20_random_moments_and_resuming_changes_no_bit(shop: Workshop) -> None:
-    """Seven times while the cache is built, seven while a resume folder is written, else whenever."""
-    rng = random.Random(20)
-    options = {**EVERYTHING, "steps": 12}
-    began = time.monotonic()
-    assert not _killed(shop, "never", [], lambda: False, **options, cache=shop.folder / "never-cache")
-    length = time.monotonic() - began
-    expected = (shop.folder / "never.safetensors").read_bytes()
-    kills = {"cache": 0, "save": 0, "any": 0}
-    for trial in range(20):
-        name, cache = f"kill{trial}", shop.folder / f"kill{trial}-cache"
-        kind = ("cache", "save", "any")[trial % 3]
-        entries, saving = rng.randrange(1, 14), shop.folder / f"{name}.run/resume/.step{rng.choice((2, 4, 6, 8))}.tmp"
-        moment = time.monotonic() + rng.uniform(0.2, 0.8) * length
-        ready = {
-            "cache": lambda: len(list(cache.rglob("*.safetensors*"))) >= entries,  # noqa: B023
-            "save": lambda: saving.exists(),  # noqa: B023
-            "any": lambda: time.monotonic() > moment,  # noqa: B023
-        }[kind]
-        kills[kind] += _killed(shop, name, [], ready, **options, cache=cache)
-        assert not _killed(shop, name, ["--resume"], lambda: False, **options, cache=cache)
-        assert (shop.folder / f"{name}.safetensors").read_bytes() == expected, f"trial {trial}, {kind}"
-        assert not list(shop.folder.glob(f".{name}*")) and not list((shop.folder / f"{name}.run").rglob(".*"))
-        assert not list(cache.rglob(".*"))
-    print(kills)
-    assert kills["cache"] == 7 and kills["save"] >= 6 and kills["any"] >= 5  # a moment may come too late

@@ -15,6 +15,7 @@ from zimage_ref.errors import ConfigError, FormatError, WeightError, listing
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.tensors import DTYPE_NAMES, FLOATS, Tensor, Tensors
+from zimage_ref.lora.spellings import is_lora
 from zimage_ref.model.config_reader import Config, parse_config
 from zimage_ref.model.parameters import Shapes
 
@@ -113,7 +114,7 @@ def require(tensors: Tensors, expected: Shapes, needed: set[str], ignored: Itera
 def looks_like(tensors: Tensors, identity: Identity | None = None) -> str:
     """What a file seems to be, in words."""
     identity = identity or identify(tensors)
-    if any(".lora_" in name or "lora_unet" in name for name in tensors):
+    if is_lora(tensors):
         return "a LoRA"
     if identity:
         return f"a {COMPONENTS[identity.component].family} {identity}"

@@ -48,7 +48,8 @@ def _ellipse(radius: float) -> Array:
 def _star(points: int, inner: float) -> Array:
     angle = np.arange(2 * points) * np.pi / points - np.pi / 2
     radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
-    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    star: Array = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    return star
 
 
 def _heart() -> Array:
