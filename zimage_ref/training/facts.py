@@ -44,10 +44,10 @@ _DIFFERENCES = {
 def checked_facts(data: object) -> SavedFacts:
     """`data`, as read from JSON, as facts. Raises FormatError if one is missing or is of another kind."""
     if not isinstance(data, dict):
-        raise FormatError("it holds no facts of its run")
+        raise FormatError("its state.json has no facts of its run")
     for name, kind in _KINDS.items():
         if name not in data or not isinstance(data[name], kind):
-            raise FormatError(f"of the facts of its run, {name} is missing or of another kind")
+            raise FormatError(f"of the facts of its run, {name} is missing or of another type")
     return cast(SavedFacts, data)
 
 

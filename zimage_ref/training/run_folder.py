@@ -167,7 +167,7 @@ def _read_save(step: int, folder: Path) -> SavedState:
     state = read_json(folder / "state.json")
     facts, files = checked_facts(state.get("facts")), state.get("files")
     if not isinstance(files, dict) or not files.keys() >= _PARTS:
-        raise FormatError(f"it does not name its files, {', '.join(sorted(_PARTS))}")
+        raise FormatError(f"its state.json must list the files {', '.join(sorted(_PARTS))}")
     tensors = {}
     try:
         for name, digest in files.items():
