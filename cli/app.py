@@ -1,7 +1,7 @@
-"""The entry point: which command, and what becomes of its errors.
+"""The entry point. It runs one command and turns errors into a line and an exit code.
 
-Exit codes: 0 done, 1 an error that one line explains, 2 a command line that does not parse, 130 and 143 stopped by
-Ctrl-C and SIGTERM.
+Exit codes: 0 done; 1 an error, explained in one line; 2 a command line that cannot be parsed; 130 stopped by Ctrl-C;
+143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .terminal.signals import INTERRUPTED, TERMINATED, Terminated, unwinding
 
 
 def parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser of the command line `words`. Only commands that are among the words get their options."""
+    """A parser for the command line `words`. Only commands that are in `words` get their options, to load fast."""
     root = argparse.ArgumentParser("zimage", description="Z-Image: LoRA training, generation, conversion, inspection")
     root.add_argument("--version", action="version", version=f"zimage-mlx {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     except ZImageError as error:
         console.error(str(error))
         return 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # such as a full disk, or a folder without permission to write
         console.error(f"{error.filename or 'file system'}: {reason(error)}")
         return 1
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
 """What Z-Image is, and the NumPy engine.
 
-The definitions are shared with `zimage_mlx`: file formats, names and shapes of parameters, the flow of time and noise,
-checkpoints, LoRAs, datasets, options. The networks are this package's own. They are derived differently from those on
-MLX on purpose, so that comparing the two proves something.
+`zimage_mlx` uses the definitions of this package: file formats, names and shapes of parameters, time and noise,
+checkpoints, LoRAs, datasets, options. The networks here run on NumPy only. They are written independently of those for
+MLX, so that an error in one shows when tests compare the two.
 
-The names in `__all__` are public. Submodules are private: everything in them may change between versions.
+The names in `__all__` are public. Submodules are private: they may change between versions.
 
 Letters in shape comments, in both packages:
     B batch   L image tokens   T caption tokens   S = L + T   D model width   H heads   K head width
@@ -23,7 +23,7 @@ __all__ = [
     "combined", "merged", "open_source", "read_lora", "write_lora", "write_model",
 ]  # fmt: skip
 
-if TYPE_CHECKING:  # for type checkers and editors; at run time the table below does the same, name by name
+if TYPE_CHECKING:  # for type checkers and editors; at run time, `attributes` imports each name on first use
     from .checkpoints.convert import Target, open_source, write_model
     from .checkpoints.folder import ModelFolder
     from .errors import BackendError, ConfigError, DatasetError, FormatError, TrainingError, WeightError, ZImageError

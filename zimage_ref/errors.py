@@ -1,30 +1,30 @@
-"""Every error that a user can cause, one hierarchy.
+"""All errors that a user can cause, in one hierarchy.
 
     ZImageError
-    ├── FormatError     a file is not what it claims to be
+    ├── FormatError     a file is damaged, or is not in the format that it claims
     ├── WeightError     names, shapes or values of weights do not fit the model
-    ├── ConfigError     a config file, or an option, has a value this program cannot honour
+    ├── ConfigError     a config file or an option has a value that this program cannot use
     ├── DatasetError    pictures or captions to train on are missing or unreadable
-    ├── TrainingError   a run cannot go on: the loss is not finite, the disk is full, another run is at it
-    └── BackendError    the work asked for needs software that is not installed
+    ├── TrainingError   a run cannot start or continue: loss not finite, disk full, another run with the same output
+    └── BackendError    the work needs software that is not installed
 
-Each message is one line that names the file, the fact and the way out. Anything else that is raised is a bug.
-Options are named as fields, in backticks: "`strength` needs `init_image`". The command line shows them as its flags.
+A message is one line. It names the file, the fact and the way out. An exception of another class is a bug.
+Messages name options as fields in backticks: "`strength` needs `init_image`". The command line shows them as flags.
 """
 
 from collections.abc import Iterable
 
 
 class ZImageError(Exception):
-    """Base of all errors caused by input; the command line prints it as one line and exits with 1."""
+    """The base of all errors that input can cause. The command line prints it as one line and exits with 1."""
 
     def __str__(self) -> str:
-        """The message in one printable line, whatever a damaged file calls its tensors."""
+        """The message as one printable line, even if the names of tensors in a damaged file are not printable."""
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 class FormatError(ZImageError):
-    """A file is damaged, or is not in the format its name or header claims."""
+    """A file is damaged, or is not in the format that its name or header claims."""
 
 
 class WeightError(ZImageError):
@@ -32,7 +32,7 @@ class WeightError(ZImageError):
 
 
 class ConfigError(ZImageError):
-    """A configuration or an option has a value that this program cannot honour."""
+    """A config file or an option has a value that this program cannot use."""
 
 
 class DatasetError(ZImageError):
@@ -40,20 +40,20 @@ class DatasetError(ZImageError):
 
 
 class TrainingError(ZImageError):
-    """A training run cannot start or go on as it is; what it has saved is safe."""
+    """A training run cannot start or continue. Its saved files are safe."""
 
 
 class BackendError(ZImageError):
-    """The work asked for needs software that is not installed here."""
+    """The work needs software that is not installed."""
 
 
 def reason(error: Exception) -> str:
-    """What `error` says went wrong, without the number and the file's name that the operating system's errors add."""
+    """The message of `error`, without the number and the file name that errors of the operating system add."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def listing(items: Iterable[str], limit: int = 10) -> str:
-    """The first `limit` items, comma separated, and how many more there are."""
+    """The first `limit` items, separated by commas, and the number of the others."""
     items = list(items)
     more = f", and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

@@ -1,4 +1,4 @@
-"""Packages that this one does not require: an extra installs each, and it is imported when a file or name needs it."""
+"""Optional packages. An extra installs each; it is imported when a file or a model name needs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXTRAS = {"gguf": "gguf", "huggingface_hub": "hub"}  # package -> the extra of z
 
 
 def optional_import(package: str, need: str) -> ModuleType:
-    """The package, one of EXTRAS. Raises BackendError, `need` and how to install it, if it is not installed."""
+    """Imports `package`, one of EXTRAS. If it is missing, raises BackendError with `need` and the way to install it."""
     try:
         return import_module(package)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint or a model's folder is, from headers alone; and, when asked, whether its data is sound."""
+"""Describes a checkpoint or the folder of a model from headers alone. `verify` checks the data too."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class TensorLine:
 
 @dataclass(frozen=True)
 class Description:
-    """What one checkpoint is."""
+    """Facts about one checkpoint."""
 
     path: Path
     container: str
     dialect: str | None
     model_type: str | None
-    looks_like: str  # in words, whatever it is
+    looks_like: str  # what the file seems to be, in words
     parameters: int
     tensors: list[TensorLine]
-    dtypes: dict[str, dict[str, int]]  # dtype -> tensors, bytes
+    dtypes: dict[str, dict[str, int]]  # dtype -> number of tensors, bytes
     metadata: JsonObject
 
     def to_json(self) -> JsonObject:
-        """For programs."""
+        """The facts as JSON, for programs."""
         return {
             "path": str(self.path),
             "container": self.container,
@@ -62,7 +62,7 @@ class Description:
 
 
 def describe(file: Checkpoint, pattern: str = "*") -> Description:
-    """What `file` holds; the table lists the tensors whose names match the glob `pattern`. Reads no data."""
+    """Describes `file`. Its table lists the tensors with names that match the glob `pattern`. Reads no data."""
     identity = identify(file.tensors)
     counts = Counter(tensor.stored_as for tensor in file.tensors.values())
     sizes = bytes_by_dtype(file.tensors.values())
@@ -86,14 +86,14 @@ def describe(file: Checkpoint, pattern: str = "*") -> Description:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in the data that should not be there."""
+    """An error in the data of a tensor."""
 
     tensor: str
     fact: str
 
 
 def verify(file: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Fault]:
-    """Reads all data and reports damaged checksums (npz has them), NaN, infinity, and tensors that are all zero."""
+    """Reads all data. Reports wrong checksums (only npz has checksums), NaN, infinity, and tensors of zeros only."""
     faults = []
     if file.container == "npz":
         faults = [Fault(name.removesuffix(".npy"), "differs from its checksum") for name in npz.verify(file.path)]
@@ -114,16 +114,16 @@ def verify(file: Checkpoint, progress: Callable[[int, int], None] = lambda done,
 
 @dataclass(frozen=True)
 class Part:
-    """One component of a model's folder."""
+    """One component in the folder of a model."""
 
     component: str
     file: Path | None
     description: Description | None
-    problem: str  # "" if it is there and fits, or is optional and not there
+    problem: str  # "" if it is there and fits, or if it is optional and missing
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether `path` is a folder of a whole model rather than of one checkpoint."""
+    """Whether `path` is the folder of a whole model, and not of one checkpoint."""
     if not path.is_dir():
         return False
     found = sum(_finds(path, component) for component in COMPONENTS.values())
@@ -139,7 +139,7 @@ def _finds(folder: Path, component: AnyComponent) -> bool:
 
 
 def describe_folder(folder: Path) -> list[Part]:
-    """Which file serves which component, and what is missing or does not fit."""
+    """The file of each component, and the problems: files that are missing or do not fit."""
     parts = [_part(folder, component) for component in COMPONENTS.values()]
     try:
         tokenizer, problem = find_tokenizer(folder), ""

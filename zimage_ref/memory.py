@@ -1,7 +1,7 @@
-"""How much memory making pictures and training will take: from headers and sizes alone, before anything is loaded.
+"""Estimates the memory for making pictures and for training, from headers and sizes, before anything is loaded.
 
-An estimate, not a promise: it serves to choose options and to refuse what cannot work. Weights and optimizer state
-are exact; activations are multiples of tokens or pixels, fitted to the measurements in the table below.
+The estimates help you to choose options, and let the program refuse work that cannot fit. Sizes of weights and
+optimizer state are exact. Activations are multiples of tokens or pixels, fitted to the measurements in the table below.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from .model.positions import padded
 from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
-CAPTION_TOKENS = 128  # of a caption of ordinary length, padded
-# Values of one block that live at once, in widths of the stream and of the feed-forward for each token
+CAPTION_TOKENS = 128  # the padded length of an ordinary caption
+# Values of one block in memory at once, for each token, in widths of the stream and of the feed-forward
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
-# Training: how many blocks' values live at once, beside what all blocks keep for the gradient
+# Training: the number of blocks whose values are in memory at once, besides the values that are kept for the gradient
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
-_LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks' matrices unpacked at once, two feed-forwards and an attention
-_LAYER_WIDTHS = 16  # values that two layers of the autoencoder make, in widths as of `Footprint.pixel_widths`
+_LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks with matrices unpacked at once: two feed-forwards, one attention
+_LAYER_WIDTHS = 16  # values in two layers of the autoencoder, in the unit of `Footprint.pixel_widths`
 _SIDES = "`width` and `height`"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """How much memory for activations an engine takes, run in one way."""
+    """The memory for activations that an engine takes, in one mode."""
 
-    mapped: bool  # weights stay on disk, except for the one in use
-    blocks: float  # how many blocks' values live at once
-    text_blocks: float  # the same of the text encoder
-    pixel_widths: int  # values of each pixel that the autoencoder holds at once, in widths of its first level
-    unpacked: float = 0.0  # how many blocks' matrices live unpacked at once, if they are stored in 4 or 8 bits
-    strips: int = 0  # bytes that strips of the autoencoder's large layers take besides
+    mapped: bool  # whether weights stay on disk, except the one in use
+    blocks: float  # number of blocks whose values are in memory at once
+    text_blocks: float  # the same for the text encoder
+    pixel_widths: int  # values that the autoencoder holds at once for each pixel, in widths of its first level
+    unpacked: float = 0.0  # number of blocks whose matrices are unpacked at once, if they are stored in 4 or 8 bits
+    strips: int = 0  # additional bytes for strips of the autoencoder's large layers
 
 
-# The constants are fitted to the peaks in this table, in GB over the weights. They were measured on one H100 with MLX,
-# on the official model in bfloat16 with random weights: by tests/bench/bench_speed.py, whole runs by bench_totals.py.
-# The estimates are those of the functions below; tests/test_estimates.py holds them to the measured values. All this
-# is here and not with the MLX engine, so that `zimage inspect` needs no MLX for its estimate.
+# The constants are fitted to the peaks in this table, in GB without the weights. They were measured on one H100 with
+# MLX, on the official model in bfloat16 with random weights, by tests/bench/bench_speed.py; whole runs by
+# bench_totals.py. The functions below give the estimates. tests/test_estimates.py compares them with the measurements.
+# The numbers are in this package, not in the MLX engine, so that `zimage inspect` needs no MLX for its estimate.
 #
 #                                                           FAST                    LEAN
 #                                                    measured   estimate     measured   estimate
@@ -63,8 +63,9 @@ class Footprint:
 #   training at 4 bits, whole run, 512 x 512                                   5.7        5.9   with weights
 #   training at 4 bits, whole run, 1024 x 1024                                 8.2        8.7   with weights
 #
-# FAST computes one block while the next is queued, and whole layers of the autoencoder up to 1024 x 1024, strips of
-# them beyond that; half of these strips took a seventh longer. LEAN computes blocks in pieces, layers in small strips.
+# FAST computes one block while the next is queued. It computes whole layers of the autoencoder up to 1024 x 1024, and
+# strips of them above that; strips of half the size took a seventh longer. LEAN computes blocks in pieces, and layers
+# in small strips.
 FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=4_840_000_000)
 LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=3.6, strips=900_000_000)
 # NumPy in float32 on a CPU: 57 MB for the transformer at 288 tokens, 199 MB for decoding 192 x 192
@@ -73,21 +74,21 @@ NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as an engine would hold it in memory."""
+    """A model in the form in which an engine would hold it in memory."""
 
     folder: ModelFolder
-    precision: str  # dtype of the networks, by name
-    quantization: Quantization | None = None  # of the big matrices, of transformer and text encoder
+    precision: str  # the name of the networks' dtype
+    quantization: Quantization | None = None  # that of the large matrices in transformer and text encoder
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value that is not quantized."""
+        """The bytes of a value that is not quantized."""
         return _ITEMSIZES[self.precision]
 
     def weight_bytes(self, component: str, mapped: bool = False) -> int:
-        """Memory of the weights of one network; of its largest tensor alone if they are `mapped`.
+        """The bytes of the weights of one network. If they are `mapped`, the bytes of its largest tensor.
 
-        A value takes `itemsize` bytes, unless it is quantized: by `quantization`, or in the file already.
+        A value takes `itemsize` bytes unless it is quantized, by `quantization` or in the file.
         """
         sizes = [self._nbytes(name, tensor) for name, tensor in self.folder.weights[component].items()]
         return max(sizes) if mapped else sum(sizes)
@@ -98,22 +99,22 @@ class LoadedModel:
             quantization = tensor.quantization
         elif quantization is None or not covers(quantization, name, tensor.shape):
             return tensor.size * self.itemsize
-        scales_and_offsets = 2 * self.itemsize * tensor.size // quantization.group_size  # one of each for every group
+        scales_and_offsets = 2 * self.itemsize * tensor.size // quantization.group_size  # every group has one of each
         return tensor.size * quantization.bits // 8 + scales_and_offsets
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes that one stage of making a picture, or of training, takes. Stages follow one another."""
+    """The bytes that one stage of making a picture, or of training, takes. Stages run one after the other."""
 
-    name: str  # encode, denoise, decode; encode captions, encode pictures, train
+    name: str  # encode, denoise, decode; in training: encode captions, encode pictures, train
     weights: int
     activations: int
     lora: int = 0  # matrices, gradients, optimizer state, average
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The sum of all bytes."""
         return self.weights + self.activations + self.lora
 
 
@@ -122,7 +123,7 @@ def generation_stages(
 ) -> list[Stage]:
     """The memory of each stage of making pictures of `size`, width and height in pixels.
 
-    predictions: how many the transformer makes at once, one for each picture of a batch, two with guidance.
+    predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance.
     one_at_a_time: a network is freed before the next is loaded.
     """
     folder, (width, height) = model.folder, size
@@ -142,8 +143,8 @@ def generation_stages(
 def training_stages(model: LoadedModel, image_tokens: int, lora: int, batch: int = 1, lean: bool = True) -> list[Stage]:
     """The memory of each stage of training on batches of at most `batch` pictures of `image_tokens` tokens.
 
-    lora: bytes as of `lora_bytes`. lean: blocks keep only their input for the gradient and run twice; else they keep
-    all that it needs.
+    lora: the bytes that `lora_bytes` gives. lean: a block keeps only its input for the gradient and runs twice; else it
+    keeps all that its gradient needs.
     """
     folder, config = model.folder, model.folder.transformer
     tokens = batch * (padded(image_tokens) + CAPTION_TOKENS)
@@ -161,18 +162,18 @@ def training_stages(model: LoadedModel, image_tokens: int, lora: int, batch: int
 
 
 def lora_bytes(trainable: int, slots: int, ema: bool = False) -> int:
-    """Bytes of `trainable` LoRA parameters while they train: matrices, gradients, optimizer state, average; float32.
+    """The bytes of `trainable` LoRA parameters in training: matrices, gradients, optimizer state, average; float32.
 
-    slots: values that the optimizer keeps for each. ema: whether there is an average over steps.
+    slots: values that the optimizer keeps for each parameter. ema: whether the run keeps an average over steps.
     """
     return 4 * (2 + slots + ema) * trainable
 
 
 def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
-    """The arrays that a block keeps of its forward pass for its gradient, and how many values each has for a token.
+    """The arrays that a block keeps from its forward pass for its gradient: (name, values for each token).
 
-    These are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in their order, except
-    scale and gate, which have no tokens. A test compares names and bytes.
+    They are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in this order. scale
+    and gate are left out, because they have no tokens. A test compares names and bytes.
     """
     D, F = config.dim, config.ffn_dim
     attention = [("x", D), ("q", D), ("k", D), ("v", D), ("attended", D), ("out", D)]
@@ -180,12 +181,12 @@ def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
 
 
 def kept_values(config: TransformerConfig) -> int:
-    """Values of each token that a block keeps for its gradient."""
+    """The values that a block keeps for its gradient, for each token."""
     return sum(width for _, width in kept_widths(config))
 
 
 def trainable_parameters(shapes: parameters.Shapes, layers: Iterable[str], rank: int) -> int:
-    """Elements of A and B of LoRAs on `layers`."""
+    """The number of elements in A and B of LoRAs on `layers`."""
     return sum(rank * sum(shapes[f"{layer}.weight"]) for layer in layers)
 
 
@@ -195,12 +196,12 @@ def peak(stages: Iterable[Stage]) -> Stage:
 
 
 def largest(estimates: Iterable[Sequence[Stage]]) -> list[Stage]:
-    """The largest that occurs of each stage."""
+    """For each stage, the largest of all estimates."""
     return [peak(same) for same in zip(*estimates, strict=True)]
 
 
 def physical_memory() -> int | None:
-    """Bytes of memory that this machine has, None if it does not say."""
+    """The bytes of memory of this machine. None if the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -208,9 +209,9 @@ def physical_memory() -> int | None:
 
 
 def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "quantize", sides: str = _SIDES) -> None:
-    """Raises ConfigError if a stage takes more than `limit` bytes; None is no limit.
+    """Raises ConfigError if a stage takes more than `limit` bytes. None means no limit.
 
-    bits: the option that makes weights smaller. sides: those that make pictures smaller, in words.
+    bits: the option that makes weights smaller. sides: the options that make pictures smaller, in words.
     """
     most = peak(stages)
     if limit is None or most.total <= limit:
@@ -230,7 +231,7 @@ def _block_values(config: TransformerConfig) -> int:
 
 
 def _quantized_values(model: LoadedModel) -> int:
-    """Values of one block's matrices, if they are stored in 4 or 8 bits; else 0."""
+    """The number of values in the matrices of one block if they are stored in 4 or 8 bits, else 0."""
     config, tensors = model.folder.transformer, model.folder.weights["transformer"].values()
     quantized = model.quantization is not None or any(isinstance(tensor, QuantizedTensor) for tensor in tensors)
     return quantized * config.dim * (4 * config.dim + 3 * config.ffn_dim)
@@ -243,6 +244,6 @@ def _encode_values(folder: ModelFolder, footprint: Footprint) -> float:
 
 
 def _autoencoder_bytes(model: LoadedModel, pixels: int, footprint: Footprint) -> int:
-    """Whole arrays, and strips: in a small picture these take no more than its largest layers make."""
+    """The bytes of whole arrays and of strips. In a small picture, strips take at most its largest layers."""
     width = pixels * model.folder.vae.block_out_channels[0] * model.itemsize
     return width * footprint.pixel_widths + min(footprint.strips, _LAYER_WIDTHS * width)

@@ -1,6 +1,6 @@
-"""What a user can ask for: each option once, with its default, type, help text and bounds.
+"""Helpers to define options. Each option is defined once, with its default, type, help text and bounds.
 
-The command line, the Python interface and the README all take them from here.
+The command line, the Python interface and the tables in docs/ all use these definitions.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from .errors import ConfigError
 
 AnyDefault = TypeVar("AnyDefault")
 
-MEMORY = ("auto", "lean", "fast")  # how memory is traded for time
+MEMORY = ("auto", "lean", "fast")  # lean takes less memory, fast takes less time
 
 
 def option(default: AnyDefault, help: str, **traits: bool) -> AnyDefault:
-    """A dataclass field with a default, the help text that the command line shows, and traits of `training.config`."""
+    """A dataclass field with a default, a help text for the command line, and traits (see `training.config`)."""
     return field(default=default, metadata={"help": help, **traits})
 
 
@@ -27,14 +27,14 @@ def required(help: str, **traits: bool) -> Any:
 
 
 def at_least(config: object, low: float, *names: str) -> None:
-    """Raises ConfigError if one of the fields `names` of `config` is below `low`; None is not."""
+    """Raises ConfigError if one of the fields `names` of `config` is below `low`. None is allowed."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) >= low:
             raise ConfigError(f"`{name}` {getattr(config, name)} must be at least {low}")
 
 
 def at_most(config: object, high: float, *names: str) -> None:
-    """Raises ConfigError if one of the fields `names` of `config` is above `high`; None is not."""
+    """Raises ConfigError if one of the fields `names` of `config` is above `high`. None is allowed."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) <= high:
             raise ConfigError(f"`{name}` {getattr(config, name)} must be at most {high}")

@@ -1,4 +1,4 @@
-"""Options in a file, TOML or JSON: read strictly into a config dataclass, and written from one."""
+"""Reads options from a TOML or JSON file strictly into a config dataclass, and writes such a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 def read_options(path: Path, config: type[Any]) -> dict[str, Any]:
     """The options in `path` (.toml or .json) as keyword arguments of the dataclass `config`.
 
-    Names are spelled with - or _. Raises ConfigError for a name or a type that `config` does not have.
+    Names may have - or _. Raises ConfigError for an unknown name or a value of a wrong type.
     """
     if path.suffix == ".toml":
         data = _read_toml(path)
@@ -45,10 +45,10 @@ def read_options(path: Path, config: type[Any]) -> dict[str, Any]:
 
 
 def dump_options(config: Any) -> str:
-    """`config`, every option of it, as TOML that `read_options` takes."""
+    """All options of `config` as TOML, in the form that `read_options` reads."""
     lines = []
     for name, value in to_json(config).items():
-        if value is not None:  # TOML has no null: the option is left out, and its default is none
+        if value is not None:  # TOML has no null, so the option is left out; its default is None
             lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")  # these JSON values are TOML too
     return "\n".join(lines) + "\n"
 
@@ -59,9 +59,9 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def typed(value: Any, hint: Any, what: str) -> Any:
-    """`value`, from a file or as text from a command line, as the type `hint`.
+    """`value`, from a file or as text from a command line, converted to the type `hint`.
 
-    Raises ConfigError, naming `what`, where it is not one.
+    Raises ConfigError naming `what` if it has another type.
     """
     if isinstance(hint, UnionType):  # X | None
         inner = next(part for part in get_args(hint) if part is not NoneType)

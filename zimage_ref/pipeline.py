@@ -1,4 +1,4 @@
-"""Z-Image in NumPy, on any machine: the networks behind `generation.pipeline.Pipeline`."""
+"""The NumPy engine, for any machine: `generation.pipeline.Pipeline` with the networks in NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .networks.weights import Weights
 
 
 class ZImagePipeline(Pipeline[Array, Conditioning]):
-    """A Z-Image model that makes pictures, in float32 or float64. Weights stay on disk, memory-mapped."""
+    """A Z-Image model that makes pictures in float32 or float64. Weights stay on disk, memory-mapped."""
 
     backend = "numpy"
     dtypes = ("float32", "float64")
@@ -31,7 +31,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
 
     @property
     def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
-        """What the networks compute in."""
+        """The dtype that the networks compute in."""
         return np.dtype(self.precision)
 
     def footprint(self, lean: bool) -> Footprint:
@@ -54,7 +54,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
 
     def _weights(self, component: str) -> Weights:
         tensors = self.folder.weights[component]
-        if self.quantization:  # in the working precision, as MLX does it
+        if self.quantization:  # quantized from the working precision, as in MLX
             cast = {name: tensor.cast(DTYPE_NAMES[self.dtype]) for name, tensor in tensors.items()}
             tensors = quantize_all(cast, self.quantization, keep=True)
         return Weights(tensors, self.dtype)
@@ -66,14 +66,14 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         self.transformer.w.use_loras([(file.updates, scale) for file, scale in loras])
 
     def release(self, *components: str) -> None:
-        """Nothing to free: mapped weights take no memory of the process's own."""
+        """Does nothing: mapped weights take no memory of the process."""
 
     def condition(self, captions: Sequence[Array], h: int, w: int) -> Conditioning:
-        """As `Engine`: caption (B, T, D) in the working dtype, rotations (B, L, K / 2) and (B, S, K / 2), a mask."""
+        """See `Engine`: caption (B, T, D) in the working dtype, rotations (B, L, K / 2) and (B, S, K / 2), mask."""
         return self.transformer.condition(captions, h, w)
 
     def predict(self, x: Array, sigma: float, conditioning: Conditioning, copies: int = 1) -> Array:
-        """As `Engine`: (copies * B, C, h, w) in the working dtype."""
+        """See `Engine`: (copies * B, C, h, w) in the working dtype."""
         inputs = np.concatenate([x] * copies)
         return self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
 

@@ -1,4 +1,4 @@
-"""How much memory a model needs, by bits a weight: what `inspect` tells of a model's folder."""
+"""The memory that a model needs at 16, 8 and 4 bits for each weight. `inspect` shows it for the folder of a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SIDE = 1024  # pixels of the square picture that memory is estimated for
 
 
 def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
-    """Bytes, by bits a weight, of all weights, and about the least that generating and training at 1024 x 1024 take.
+    """The bytes of all weights, and the bytes that generating and training at 1024 x 1024 take at least, by bits.
 
-    One network is in memory at a time; what is not quantized, activations too, is bfloat16.
+    The estimates are for one network in memory at a time. Activations and weights that are not quantized are bfloat16.
     """
     layers = lora_modules(folder.transformer, TrainConfig.targets)
     trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)

@@ -1,4 +1,4 @@
-"""Knows: one command a file: its options, and what it does with them.
+"""Knows: the commands, one in each file: its options, and what it does with them.
 May import: terminal, zimage_ref.
 Must never know: mlx, numpy, and how anything is computed.
 """
@@ -11,7 +11,7 @@ from typing import Protocol, cast
 
 from ..terminal.console import Console
 
-# command, a module of this folder -> what `zimage --help` says of it
+# command, a module of this folder -> its text in `zimage --help`
 COMMANDS = {
     "train": "a LoRA from a folder of captioned pictures.",
     "generate": "pictures from prompts.",
@@ -22,15 +22,15 @@ COMMANDS = {
 
 
 class Command(Protocol):
-    """A module of this folder that is a command."""
+    """The interface of a module in this folder that is a command."""
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Adds the options of the command."""
 
     def run(self, args: argparse.Namespace, console: Console) -> int | None:
-        """Does what the parsed `args` ask for. Returns the exit code; None is 0."""
+        """Runs the command with the parsed `args`. Returns the exit code; None means 0."""
 
 
 def load(name: str) -> Command:
-    """The command `name`, imported now: a command's imports cost nothing until it is asked for."""
+    """Imports the command `name`. Commands are imported on use, so that `zimage` starts fast."""
     return cast(Command, import_module(f".{name}", __package__))

@@ -1,4 +1,4 @@
-"""zimage convert: its options, and how weights of a model are converted."""
+"""zimage convert: its options, and the conversion of a model's weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from . import convert_lora
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `zimage convert`."""
+    """Adds the options of `zimage convert`."""
     namings = sorted({*lora_namings(), *(naming for component in COMPONENTS.values() for naming in component.namings)})
     parser.add_argument(
         "--input", dest="inputs", action="append", required=True,
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    """Streams the tensors over, one at a time. What can be refused is refused before weights are read."""
+    """Converts the weights, one tensor at a time. Everything is checked before weights are read."""
     if args.model_type == "lora":
         convert_lora.run(args, console)
         return
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _with_loras(source: CheckpointSource, loras: list[str], console: Console) -> dict[str, Tensor]:
-    """The tensors of `source` with the LoRAs, PATH[:SCALE], baked in."""
+    """The tensors of `source` with `loras`, each PATH[:SCALE], merged in."""
     if not loras:
         return source.tensors
     if source.component != TRANSFORMER.name:
@@ -96,7 +96,7 @@ def _with_loras(source: CheckpointSource, loras: list[str], console: Console) ->
 
 
 def summarize(report: ConversionReport, console: Console) -> None:
-    """What was read and written, what did not survive, and the files."""
+    """Shows what was read and written, values that overflowed or are NaN, and the files."""
     console.note(f"{report.tensors} tensors: {_megabytes(report.read)} -> {_megabytes(report.written)}")
     if report.overflowed:
         console.note(

@@ -1,4 +1,4 @@
-"""zimage convert --model-type lora: LoRAs into another naming, precision or container, several into one."""
+"""zimage convert --model-type lora: converts LoRAs to another naming, precision or container, and adds up several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..terminal.options import flag, path_and_scale
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `zimage convert` that concern LoRAs."""
+    """Adds the options of `zimage convert` that are for LoRAs."""
     group = parser.add_argument_group("LoRA")
     group.add_argument("--rank", type=int, help="reduce to this rank (default: keep, or the sum of several inputs')")
     group.add_argument(
@@ -47,6 +47,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _widest(files: list[LoRAFile]) -> str:
-    """As stored if all files are stored alike, else float32, which holds them all."""
+    """The dtype of the files if all have the same, else float32, which can hold all values."""
     dtypes = {file.dtype for file in files}
     return dtypes.pop() if len(dtypes) == 1 else "f32"

@@ -1,4 +1,4 @@
-"""zimage demo: its data, its run, and the table of what has changed."""
+"""zimage demo: its data, its run, and the table that compares pictures before and after."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..terminal.pictures import show
 from . import train
 
 WORD = "zorp"
-PICTURES = 4  # of the new word, and as many of words that the model knows
+PICTURES = 4  # pictures of the new word, and the same number of words that the model knows
 EPOCHS = 35  # a third of the default
-_STEMS = [f"{WORD}{i}" for i in range(1, 9)]  # of the lesson's pictures and captions
+_STEMS = [f"{WORD}{i}" for i in range(1, 9)]  # stems of the lesson's pictures and captions
 _NEXT = """\
 The same on your own pictures, with the real model (each picture with its caption in a .txt of the same name):
   zimage train --model-dir Z-Image-Turbo --dataset PICTURES --output my.safetensors
@@ -32,7 +32,7 @@ The same on your own pictures, with the real model (each picture with its captio
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `zimage demo`."""
+    """Adds the options of `zimage demo`."""
     parser.add_argument(
         "--model-dir", type=Path, default=Path(TINY),
         help=f"a model of such drawings (default: {TINY}, the one in this package)",
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Draws, generates, trains, generates again, and shows what has changed. The exit code is that of training."""
+    """Draws the lesson, generates, trains, generates again, and shows the changes. Returns training's exit code."""
     if note := blas.advice():
         console.note(note)
     folder: Path = args.model_dir
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def lesson_plan(model: Path, dataset: Path, lora: Path) -> TrainConfig:
-    """How the word is learned: in fewer steps than by default, so at a higher rate.
+    """The options for learning the word: fewer steps than the default, and therefore a higher learning rate.
 
-    After so few steps, an average over steps keeps what the model knew better than a falling rate does.
+    After so few steps the model forgets less with an average over steps than with a decaying learning rate.
     """
     return TrainConfig(
         model, dataset, lora, resolution=(SIDE,), epochs=EPOCHS, lr=1e-3, schedule="constant", ema=0.97, overwrite=True
@@ -84,7 +84,7 @@ def lesson_plan(model: Path, dataset: Path, lora: Path) -> TrainConfig:
 
 
 def write_dataset(folder: Path) -> Path:
-    """The eight pictures of the lesson and their captions, as `zimage train` takes them."""
+    """Writes the eight pictures of the lesson and their captions as `zimage train` reads them. Returns the folder."""
     for stem, (picture, caption) in zip(_STEMS, illustrated(lesson(WORD), seed=0), strict=True):
         save_picture(picture, folder / f"{stem}.png")
         (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8")
@@ -92,21 +92,21 @@ def write_dataset(folder: Path) -> Path:
 
 
 def check_own(folder: Path) -> None:
-    """Raises ConfigError if `folder` holds files that are not the demo's: it would train on them, too."""
+    """Raises ConfigError if `folder` holds files that are not from the demo, because it would train on them too."""
     own = {f"{stem}{suffix}" for stem in _STEMS for suffix in (".png", ".txt")}
     if strange := sorted(p.name for p in folder.glob("*") if p.name not in own and not p.name.startswith(".")):
         raise ConfigError(f"{folder}: holds {listing(strange)}, not from this demo: give another --output")
 
 
 def prompt(scene: Scene) -> str:
-    """The prompt for a scene, always in the plain wording."""
+    """The prompt for a scene, always in the simplest wording."""
     return articles(FORMS[0].format(subject=scene.subject, ground=scene.ground))
 
 
 def generate(
     folder: Path, wanted: Sequence[Scene], loras: Sequence[Path], console: Console, name: str
 ) -> list[Picture]:
-    """A picture for each scene's prompt."""
+    """Generates a picture for the prompt of each scene."""
     pipe = pipeline(DEFAULT).from_pretrained(folder)
     with console.progress() as bars:
         return pipe(
@@ -124,6 +124,6 @@ def compare(console: Console, wanted: Sequence[Scene], made: Mapping[str, Sequen
 
 
 def keep(console: Console, path: Path, pictures: Sequence[Picture], columns: int) -> None:
-    """Writes a contact sheet."""
+    """Writes `pictures` as one contact sheet."""
     save_picture(contact_sheet(pictures, columns), path)
     console.wrote(path)

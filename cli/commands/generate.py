@@ -1,4 +1,4 @@
-"""zimage generate: its options, and the run that they describe."""
+"""zimage generate: its options, and the run that makes the pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from . import interactive
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `zimage generate`."""
+    """Adds the options of `zimage generate`."""
     add = parser.add_argument
     add("--model-dir", type=Path, help="folder with the Z-Image model, or a repository's id")
     add("--prompt", dest="prompts", action="append", default=[], help="what the picture shows; repeatable")
@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    """Makes the pictures. Everything that can be wrong is checked before weights are read."""
+    """Makes the pictures. Everything is checked before weights are read."""
     names = OutputNames(args.output, args.overwrite)
     if args.interactive and (args.prompts or args.prompt_file or names.pattern == STDOUT):
         raise ConfigError("--interactive reads prompts and writes files: give no --prompt, --prompt-file or --output -")
@@ -88,14 +88,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, float]]:
-    """The LoRAs that are asked for, else those that are recorded."""
+    """The LoRAs of the command line, else those in the record."""
     if args.lora is not None:
         return [path_and_scale(text) for text in args.lora]
     return [(lora.path, lora.scale) for lora in repeat.loras] if repeat else []
 
 
 def _open(args: argparse.Namespace, repeat: Repeat | None) -> AnyPipeline:
-    """The model that is asked for, else the one that is recorded."""
+    """The model of the command line, else the one in the record."""
     parts = {name: path for name in part_options() if (path := getattr(args, name)) is not None}
     asked = ModelChoice(args.model_dir, args.backend, args.dtype, args.quantize, parts)
     recorded = repeat.choice if repeat else ModelChoice()
@@ -141,7 +141,7 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Console) -> None:
-    """A panel for each LoRA, and one of what is about to be made."""
+    """Shows a panel for each LoRA, and one for the pictures to make."""
     first, config, loras = requests[0], requests[0].config, run.read_loras()
     for lora in loras:
         console.facts(str(lora.content.file.path), {**lora.content.file.facts(), "used at": f"{lora.scale:g}"})

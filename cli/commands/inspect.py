@@ -1,4 +1,4 @@
-"""zimage inspect: its options, and what it shows of a checkpoint."""
+"""zimage inspect: its options, and the view of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from zimage_ref.pictures.formats import PICTURE_SUFFIXES
 
 from ..terminal.console import Console
 
-_LONGEST = 300  # characters of a metadata value that the table shows
+_LONGEST = 300  # the most characters of a metadata value in the table
 
 
 class View(Protocol):
-    """A module beside this one that shows one kind of input."""
+    """The interface of a module in this folder that shows one kind of input."""
 
     def show(self, path: Path, args: argparse.Namespace, console: Console) -> int:
-        """Prints what there is. Returns the exit code."""
+        """Prints the facts about `path`. Returns the exit code."""
 
 
 def view(kind: str) -> View:
-    """The view of a folder, lora or picture, imported now: a checkpoint needs none of them."""
+    """Imports the view of a folder, a lora or a picture. A checkpoint needs none of these imports."""
     return cast(View, import_module(f".inspect_{kind}", __package__))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `zimage inspect`."""
+    """Adds the options of `zimage inspect`."""
     parser.add_argument("--input", type=Path, required=True, help="file or folder to look into, or the name of a model")
     parser.add_argument("--limit", type=int, default=20, help="tensors to list, 0 for all (default: 20)")
     parser.add_argument(
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Prints what there is. Returns 1 if --verify finds a fault."""
+    """Prints the facts about the input. Returns 1 if --verify finds a fault."""
     path = resolved(args.input)
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def verified(file: Checkpoint, console: Console) -> list[Fault]:
-    """What is wrong with the data of `file`, with a bar as it is read."""
+    """Reads all data of `file` with a progress bar. Returns the faults."""
     with console.progress() as bars:
         return verify(file, lambda done, total: bars.update("verify", done / 1e6, total / 1e6, "MB"))
 
@@ -95,8 +95,8 @@ def _text(value: Any) -> str:
 
 
 def show_faults(faults: list[Fault] | None, console: Console) -> None:
-    """The faults as a table; None if nothing was verified."""
+    """Shows the faults as a table. faults: None if nothing was verified."""
     if faults:
         console.table(("tensor", "fault"), [(fault.tensor, fault.fact) for fault in faults])
     elif faults is not None:
-        console.print("verified: all values are finite, no tensor is zero, every checksum there is holds")
+        console.print("verified: all values are finite, no tensor is zero, all checksums are right")

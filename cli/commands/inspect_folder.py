@@ -1,4 +1,4 @@
-"""zimage inspect, of a model's folder: which file serves which part, what is missing, and the memory it takes."""
+"""zimage inspect for the folder of a model: the file of each part, problems, and the memory that the model needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .inspect import show_faults, verified
 
 
 def show(path: Path, args: argparse.Namespace, console: Console) -> int:
-    """Prints which file serves which part, what is missing, and the memory needed. Returns 1 if there are faults."""
+    """Prints the file of each part, problems, and the memory that the model needs. Returns 1 if there are problems."""
     parts = describe_folder(path)
     complete = not any(part.problem for part in parts)
     needs = memory_needs(ModelFolder.open(path)) if complete else {}

@@ -1,4 +1,4 @@
-"""zimage inspect, of a LoRA: its rank, alpha and norms."""
+"""zimage inspect for a LoRA: its rank, alpha and norms."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..terminal.console import Console
 
 
 def show(path: Path, args: argparse.Namespace, console: Console) -> int:
-    """What the LoRA in `path` is, and how much it changes, by module."""
+    """Prints facts about the LoRA in `path`, and how much it changes each module."""
     try:
         file = read_lora(path)
-    except ZImageError as error:  # looking into a file is no failure because generating with it would be one
+    except ZImageError as error:  # you can inspect a LoRA even if generation would refuse it
         console.note(f"cannot be used: {error}")
         return 0
     console.table(("LoRA", ""), list(file.facts().items()))

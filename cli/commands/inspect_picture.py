@@ -1,4 +1,4 @@
-"""zimage inspect, of a picture: how it was made."""
+"""zimage inspect for a picture: how it was made."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..terminal.console import Console
 
 
 def show(path: Path, args: argparse.Namespace, console: Console) -> int:
-    """Prints the record that the picture carries."""
+    """Prints the record in the picture."""
     record = read_record(path)
     if args.json:
         console.print(json.dumps(record, indent=2))
         return 0
     rows = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
-    with suppress(KeyError, TypeError, ValueError):  # a record that another program has changed is shown as it is
+    with suppress(KeyError, TypeError, ValueError):  # if another program has changed the record, it is shown unchanged
         rows["loras"] = "\n".join(f"{lora['file']} at {lora['scale']:g}" for lora in record["loras"]) or "none"
     console.table(("made with", ""), list(rows.items()))
     return 0

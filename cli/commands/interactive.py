@@ -1,4 +1,4 @@
-"""One prompt after another with the model kept loaded, and commands that change what comes next."""
+"""Interactive generation: reads one prompt after the other, keeps the model loaded, and has commands for settings."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(Ge
 
 
 class Session:
-    """What the person at the keyboard has set, and the run that makes the pictures."""
+    """The settings of the user, and the run that makes the pictures."""
 
     def __init__(self, writer: PictureWriter, names: OutputNames, config: GenerateConfig) -> None:
         self._writer, self._names, self._config = writer, names, config
         self._run, self._console = writer.run, writer.console
 
     def loop(self) -> None:
-        """Reads lines until the input ends; an error is one line, and nothing is lost by it."""
+        """Reads lines until the input ends. An error is shown in one line, and the settings stay."""
         self._console.note("a prompt makes a picture; /help lists the commands")
         while True:
             try:
@@ -48,7 +48,7 @@ class Session:
                 self._console.note("stopped")
 
     def _take(self, line: str) -> None:
-        """Does what the line says."""
+        """Runs one line: a prompt or a command."""
         if line.startswith("/"):
             self._command(line)
         elif line:
@@ -80,6 +80,6 @@ class Session:
 
 
 def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:
-    """`config` with the field `name` as the text `value` says; without a text the default."""
+    """`config` with the field `name` set to the text `value`. An empty text sets the default."""
     known = typed(value, _HINTS[name], f"/{name}") if value else _DEFAULTS[name]
     return config_of({field.name: getattr(config, field.name) for field in fields(config)} | {name: known})

@@ -1,4 +1,4 @@
-"""zimage train: its options, and a run as the terminal shows it."""
+"""zimage train: its options, and the display of a run in the terminal."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
 from ..terminal.signals import noted
 
-_LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
+_LOG_EVERY = 10.0  # seconds between lines if the output is not a terminal with bars
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `zimage train`."""
+    """Adds the options of `zimage train`."""
     add_fields(parser, TrainConfig, from_file=True)
     parser.add_argument("--config", type=Path, help="file with options (.toml or .json); those given here come first")
     parser.add_argument("--dump-config", action="store_true", help="print all options as TOML and stop")
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Trains, showing how it goes, and names each file that is written. Returns 128 + the signal that stopped it."""
+    """Trains, shows the progress and each written file. Returns 0, or 128 + the signal that stopped the run."""
     config = from_args(TrainConfig, args, read_options(args.config, TrainConfig) if args.config else None)
     if args.dump_config:
         console.print(dump_options(config).rstrip("\n"))
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
-    """Trains with a progress bar and names the files written. The exit code, and the loss of every step."""
+    """Trains with a progress bar and shows the written files. Returns the exit code, and the loss of every step."""
     mlx = require_mlx("training")
     with noted() as received, console.progress() as bars:
         display = _Display(console, bars)
@@ -78,7 +78,7 @@ def _show_options(config: TrainConfig, console: Console) -> None:
 
 
 class _Display:
-    """Events as bars, and as plain lines if there is no terminal."""
+    """Shows events as bars, or as plain lines if the output is not a terminal."""
 
     def __init__(self, console: Console, bars: Bars) -> None:
         self._console, self._bars = console, bars
@@ -109,7 +109,7 @@ class _Display:
 
     def _validated(self, event: Validated) -> None:
         self._held_out = f"  held out {event.loss:.4f}"
-        if self._last:  # the bar of the last step would keep the loss from before it
+        if self._last:  # else the bar would keep the loss of an earlier step
             self._show_step(self._last)
         each = "  ".join(f"{sigma:g}: {loss:.4f}" for sigma, loss in event.losses.items())
         self._console.note(f"step {event.step}: held-out loss {event.loss:.4f}  ({each})")
@@ -137,7 +137,7 @@ class _Display:
 
 
 def _show_plan(config: TrainConfig, console: Console) -> None:
-    """What a run would do, from headers and pictures alone."""
+    """Shows the plan of a run, from headers and pictures. No weights are read."""
     resolved: tuple[str, Quantization | None] = require_mlx("training").resolve_base_precision(config)
     dtype, quantization = resolved
     with console.progress() as bars:

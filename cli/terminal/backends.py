@@ -1,4 +1,4 @@
-"""The two engines behind one choice: MLX if it is installed, NumPy anywhere. Each is loaded when it is asked for."""
+"""The choice of an engine: MLX if it is installed, NumPy on any machine. An engine is imported when it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _mlx_is_installed() -> bool:
     try:
-        return find_spec("mlx.core") is not None  # `mlx` alone may be any folder of that name
+        return find_spec("mlx.core") is not None  # `mlx` alone could be any folder with that name
     except ModuleNotFoundError:
         return False
 
@@ -29,7 +29,7 @@ DEFAULT = "mlx" if _mlx_is_installed() else "numpy"
 
 
 def require_mlx(work: str) -> ModuleType:
-    """The package `zimage_mlx`, with MLX loaded. Raises BackendError if MLX is not installed or does not load."""
+    """Imports `zimage_mlx` and MLX. Raises BackendError if MLX is not installed or does not load."""
     if DEFAULT != "mlx":
         raise BackendError(
             f"{work} needs MLX, which is not installed: pip install 'zimage-mlx[cpu]' on Linux, "
@@ -44,7 +44,7 @@ def require_mlx(work: str) -> ModuleType:
 
 
 def pipeline(backend: str) -> type[AnyPipeline]:
-    """The pipeline class of `backend`, mlx or numpy. Raises BackendError as `require_mlx` does."""
+    """The pipeline class of `backend`, "mlx" or "numpy". Raises BackendError as `require_mlx` does."""
     package = zimage_ref if backend == "numpy" else require_mlx("--backend mlx")
     chosen: type[AnyPipeline] = package.ZImagePipeline
     return chosen

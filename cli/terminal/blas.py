@@ -1,7 +1,7 @@
-"""A fast BLAS for MLX on Linux, whose `mlx[cpu]` brings the reference BLAS: 70 times slower in matrix products.
+"""Loads a fast BLAS for MLX on Linux. `mlx[cpu]` contains the reference BLAS, 70 times slower in matrix products.
 
-A library with the standard names, loaded globally before MLX, takes the reference's place. On a Mac there is nothing
-to do.
+If a BLAS library with the standard names is loaded globally before MLX, MLX uses it instead of the reference BLAS.
+A Mac does not need this.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ADVICE = "MLX computes with a slow BLAS here; for a fast one: apt install libope
 
 @lru_cache(maxsize=1)
 def preload() -> str | None:
-    """Loads the first of `LIBRARIES` that this machine has; its name, or None. Call it before mlx is imported."""
+    """Loads the first of `LIBRARIES` that this machine has. Gives its name, or None. Call it before mlx is imported."""
     if not needed():
         return None
     for library in LIBRARIES:
@@ -29,12 +29,12 @@ def preload() -> str | None:
 
 
 def advice() -> str | None:
-    """How to make MLX fast here, in one line; None where it is, or is not there."""
+    """One line that says how to make MLX fast here. None if MLX is fast already or is not installed."""
     return ADVICE if needed() and preload() is None else None
 
 
 def needed() -> bool:
-    """Whether MLX is here with the reference BLAS, which comes in the package mlx-cpu."""
+    """Whether MLX is installed with the reference BLAS, which is in the package mlx-cpu."""
     try:
         return bool(version("mlx-cpu"))
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What a person sees: the only file that knows rich.
+"""The output of the program for people. The only file that uses rich.
 
-Results (tables, paths) go to stdout; progress, facts and errors to stderr. Colours and bars vanish by themselves
-where the output is not a terminal or NO_COLOR is set.
+Results (tables, paths) go to stdout; progress, facts and errors go to stderr. Colours and bars are left out if the
+output is not a terminal. NO_COLOR turns colours off.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ class Console:
     def __init__(self, out: rich.console.Console | None = None, err: rich.console.Console | None = None) -> None:
         self.out = out or rich.console.Console(theme=THEME, highlight=False, emoji=False)
         self.err = err or rich.console.Console(theme=THEME, highlight=False, emoji=False, stderr=True)
-        self._bars: Bars | None = None  # on the screen now
+        self._bars: Bars | None = None  # the bars that are on the screen now
 
     def error(self, message: str) -> None:
-        """One line that says what is wrong."""
+        """Prints an error as one line."""
         self._say(f"[bad]error:[/] {escape(message)}")
 
     def note(self, message: str) -> None:
-        """One line that is good to know."""
+        """Prints information as one line."""
         self._say(f"[muted]{escape(message)}[/]")
 
     def _say(self, markup: str) -> None:
-        """One line of text: broken between words on a terminal, whole for another program."""
+        """Prints one line of text. It is wrapped between words on a terminal, but not for another program."""
         self.err.print(in_flags(markup), soft_wrap=not self.err.is_terminal)
 
     def wrote(self, path: object) -> None:
-        """A result: its path on stdout."""
-        # Bars redraw themselves over what another stream writes to their terminal: there the path goes above them
+        """Prints the path of a result on stdout."""
+        # Bars would overwrite text of another stream on the same terminal, so the path is printed above them
         above = self._bars and self.out.is_terminal and self.err.is_terminal
         (self.err if above else self.out).print(escape(str(path)), style="good", soft_wrap=True)
 
     def facts(self, title: str, facts: Mapping[str, object]) -> None:
-        """A panel of what is about to happen."""
+        """Prints a panel with facts about the work that follows."""
         grid = Table.grid(padding=(0, 2))
         for name, value in facts.items():
             grid.add_row(f"[muted]{escape(name)}[/]", f"[fact]{escape(str(value))}[/]")
         self.err.print(Panel(grid, title=Text(title), title_align="left", expand=False))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-        """A result table; long names fold rather than vanish."""
+        """Prints a table of results. Long names are wrapped, not cut."""
         table = Table(*(Column(name, overflow="fold") for name in columns))
         table.title, table.title_justify = escape(title) or None, "left"
         for row in rows:
@@ -73,22 +73,22 @@ class Console:
         self.out.print(table)
 
     def print(self, text: str) -> None:
-        """A plain line of the result."""
+        """Prints a plain line of the result."""
         self.out.print(escape(text), soft_wrap=True)
 
     def raw(self, data: bytes) -> None:
-        """A result that is not text, on stdout."""
+        """Writes a binary result to stdout."""
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
     def cells(self, most: int) -> int:
-        """How many cells wide a picture can be, at most `most`; 0 if stderr is not a terminal with colours."""
+        """The width in cells for a picture, at most `most`. 0 if stderr is not a terminal with colours."""
         if not self.err.is_terminal or self.err.no_color or self.err.color_system not in ("256", "truecolor"):
             return 0
         return max(1, min(most, self.err.width))
 
     def half_blocks(self, lines: Iterable[Sequence[tuple[RGB, RGB]]]) -> None:
-        """Lines of cells on stderr, each given by the colours of its upper and its lower half."""
+        """Prints lines of cells on stderr. A cell is given by the colours of its upper and its lower half."""
         for cells in lines:
             line = Text()
             for upper, lower in cells:
@@ -96,15 +96,15 @@ class Console:
             self.err.print(line, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """One line that something is not as it seems to be meant."""
+        """Prints a warning as one line."""
         self._say(f"[warn]warning:[/] {escape(message)}")
 
     def ask(self, prompt: str) -> str:
-        """A line from the person at the keyboard. Raises EOFError at the end of the input."""
+        """Reads a line from the user. Raises EOFError at the end of the input."""
         return self.err.input(f"[muted]{escape(prompt)}[/]").strip()
 
     def curve(self, name: str, values: Sequence[float], columns: int = 60) -> None:
-        """A line of bars, each the mean of a stretch of `values`, with the first and the last in numbers."""
+        """Prints `values` as one line of bars, and the first and the last as numbers. A bar is a mean of neighbours."""
         ends = [len(values) * i // columns for i in range(columns + 1)]
         means = [sum(values[a:b]) / (b - a) for a, b in pairwise(ends) if b > a]
         low, high = min(means), max(means)
@@ -113,7 +113,7 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Bars]:
-        """Bars that live until the block ends."""
+        """Progress bars that are shown until the block ends."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -131,20 +131,20 @@ class Console:
 
 
 class Bars:
-    """Progress bars by name; a bar appears when it first moves."""
+    """Progress bars by name. A bar appears on its first update."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, name: str, done: float, total: float, detail: str = "") -> None:
-        """Moves the bar `name` to `done` of `total`, with a text beside it."""
+        """Moves the bar `name` to `done` of `total`. `detail` is shown beside it."""
         if name not in self._tasks:
-            self._progress.start()  # not before: without bars it would leave an empty line
+            self._progress.start()  # not earlier: without bars it would leave an empty line
             self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
         self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
 
     def finish(self) -> None:
-        """Leaves the bars as they are."""
+        """Stops updating. The bars stay on the screen."""
         if self._tasks:
             self._progress.stop()

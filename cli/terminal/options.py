@@ -1,4 +1,4 @@
-"""A config dataclass as command-line options and back: name, type, default and help are the field's own."""
+"""Turns a config dataclass into command-line options and back. Name, type, default and help come from the fields."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ AnyConfig = TypeVar("AnyConfig")
 
 
 def flag(name: str) -> str:
-    """The command line's option that sets the field `name`."""
+    """The command-line option that sets the field `name`."""
     return f"--{name.replace('_', '-')}"
 
 
 def in_flags(text: str) -> str:
-    """`text` of a library, with the fields that it names in backticks as the options of the command line."""
+    """`text` of the library with fields in backticks replaced by command-line options."""
     return re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: flag(field[1]), text)
 
 
 def add_fields(
     parser: argparse.ArgumentParser, config: type[Any], from_file: bool = False, without: Collection[str] = ()
 ) -> None:
-    """One option for each field of the dataclass `config` but those `without`; one without a default must be given.
+    """Adds one option for each field of the dataclass `config`, except `without`. Without a default, it is required.
 
-    from_file: values may also come from a file, so what is not given stays out of the parsed arguments.
+    from_file: a file may give values too, so options that are not given are left out of the parsed arguments.
     """
     hints = get_type_hints(config)
     for field in fields(config):
@@ -44,9 +44,9 @@ def add_fields(
 
 
 def from_args(config: type[AnyConfig], args: argparse.Namespace, file: Mapping[str, Any] | None = None) -> AnyConfig:
-    """The `config` that the parsed `args` describe, `file` giving what they leave out.
+    """The `config` from the parsed `args`. `file` gives the values that are not in `args`.
 
-    Raises ConfigError for values out of bounds, and where a required one is in neither.
+    Raises ConfigError for values out of bounds, and if a required value is in neither.
     """
     known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
     given = {**(file or {}), **{name: getattr(args, name) for name in known if hasattr(args, name)}}
@@ -57,7 +57,10 @@ def from_args(config: type[AnyConfig], args: argparse.Namespace, file: Mapping[s
 
 
 def path_and_scale(text: str) -> tuple[Path, float]:
-    """PATH or PATH:SCALE, as LoRAs are given; 1.0 where there is no scale. A file called so wins over a scale."""
+    """Splits PATH or PATH:SCALE, the form for LoRAs. The scale is 1.0 if there is none.
+
+    If a file with that exact name exists, the whole text is the path.
+    """
     path, colon, scale = text.rpartition(":")
     try:
         number = float(scale)
@@ -88,7 +91,7 @@ def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _parser(hint: Any, commas: bool) -> Any:
-    """A function from an option's text to its value, or to several where they are separated by commas."""
+    """A function from the text of an option to its value. With `commas`, it splits the text into several values."""
 
     def parse(text: str) -> Any:
         parts = [part.strip() for part in text.split(",")] if commas else text
@@ -101,7 +104,7 @@ def _parser(hint: Any, commas: bool) -> Any:
 
 
 class _Collect(argparse.Action):
-    """Values of an option that is given several times, one after the other."""
+    """Collects the values of an option that is given several times."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None

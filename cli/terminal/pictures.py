@@ -1,4 +1,7 @@
-"""Where pictures go: names with {seed}, {index} and {prompt}, never over a file that is there, or - for stdout."""
+"""Writes pictures to files with {seed}, {index} and {prompt} in their names, or to stdout (-).
+
+Existing files are not replaced without --overwrite.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ from .console import Console
 STDOUT = Path("-")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KNOWN = ("seed", "index", "prompt")
-_WORDS = 48  # characters of a prompt in a file name
+_WORDS = 48  # the most characters of a prompt in a file name
 THUMBNAIL_COLUMNS = 48
 
 
 class OutputNames:
-    """The files of a run's pictures, by a pattern."""
+    """The file names of a run's pictures, made from a pattern."""
 
     def __init__(self, pattern: Path, overwrite: bool) -> None:
-        """Raises ConfigError or DatasetError for a pattern that cannot name a picture."""
+        """Raises ConfigError or DatasetError if `pattern` cannot name a picture."""
         unknown = [name for name in _PLACEHOLDER.findall(str(pattern)) if name not in _KNOWN]
         if unknown:
             raise ConfigError(
@@ -38,13 +41,13 @@ class OutputNames:
         self.pattern, self.overwrite = pattern, overwrite
 
     def of(self, configs: Sequence[GenerateConfig]) -> list[Path]:
-        """A file for each picture. Raises ConfigError if one exists or cannot be, or stdout would take several."""
+        """A file for each picture. Raises ConfigError if one exists or is not writable, or for several on stdout."""
         if self.pattern == STDOUT:
             if len(configs) > 1:
                 raise ConfigError(f"--output - takes one picture, not {len(configs)}")
             return [STDOUT]
         paths = [self.fill(config, index) for index, config in enumerate(configs, start=1)]
-        if len(set(paths)) < len(paths):  # the pattern does not tell them apart: number them
+        if len(set(paths)) < len(paths):  # if the pattern gives equal names, add numbers
             paths = [path.with_stem(f"{path.stem}-{index}") for index, path in enumerate(paths, start=1)]
         for path in paths:
             check_writable(path)
@@ -53,7 +56,7 @@ class OutputNames:
         return paths
 
     def free(self, config: GenerateConfig) -> Path:
-        """The next file of the pattern that is not there yet, numbered if the pattern does not do it itself."""
+        """The next file of the pattern that does not exist. If the pattern has no number, one is added."""
         path, index = self.fill(config, 1), 1
         while path.exists() and not self.overwrite:
             index += 1
@@ -62,20 +65,20 @@ class OutputNames:
         return path
 
     def fill(self, config: GenerateConfig, index: int) -> Path:
-        """The pattern for one picture."""
+        """The pattern filled in for one picture."""
         words = re.sub(r"[^\w]+", "-", config.prompt).strip("-")[:_WORDS].strip("-") or "empty"
         values = {"seed": str(config.seed), "index": str(index), "prompt": words}
         return Path(_PLACEHOLDER.sub(lambda match: values[match[1]], str(self.pattern)))
 
 
 class PictureWriter:
-    """Makes the pictures of a run in front of a person: bars, files or stdout, thumbnails."""
+    """Makes the pictures of a run, with progress bars and thumbnails, into files or stdout."""
 
     def __init__(self, run: GenerationRun, console: Console, thumbnails: bool) -> None:
         self.run, self.console, self.thumbnails = run, console, thumbnails
 
     def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
-        """Makes the pictures of `requests` and writes each to its path; previews go beside it."""
+        """Makes the pictures of `requests` and writes each to its path. Previews are written beside it."""
 
         def preview(index: int, picture: Picture) -> None:
             save_picture(picture, preview_path(paths[index]))
@@ -89,7 +92,7 @@ class PictureWriter:
 
 
 def write(picture: Picture, path: Path, record: Record | None, console: Console) -> None:
-    """Writes a picture and says so, or puts it on stdout as PNG."""
+    """Writes a picture to `path` and prints the path, or writes it to stdout as PNG."""
     if path == STDOUT:
         console.raw(encoded(picture, "PNG", record))
     else:
@@ -98,11 +101,11 @@ def write(picture: Picture, path: Path, record: Record | None, console: Console)
 
 
 def show(picture: Picture, console: Console, columns: int = 64) -> None:
-    """`picture`, `columns` wide, in coloured half blocks; nothing if stderr is not a terminal with colours."""
+    """Shows `picture` with coloured half blocks, `columns` wide, if stderr is a terminal with colours."""
     if width := console.cells(min(columns, picture.width)):
         console.half_blocks(half_blocks(picture, width))
 
 
 def preview_path(path: Path) -> Path:
-    """The file of a preview: beside the result, or in the current folder if the result goes to stdout."""
+    """The file of a preview. It is beside the result, or in the current folder if the result goes to stdout."""
     return Path("preview.png") if path == STDOUT else path.with_name(f"{path.stem}.preview{path.suffix}")

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: what either does, wherever the program is.
+"""Ctrl-C and SIGTERM: how they stop the program.
 
-Both unwind it, so that no half-written file stays. Work that can stop at a better moment, as training after a step,
-asks for the first one to be noted; the next one, of either kind, unwinds.
+Both raise an exception, so that no incomplete file stays. Training can stop better after a step. So it uses `noted`:
+the first signal is only noted, and the next one, of either kind, raises.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 class Terminated(BaseException):
-    """SIGTERM came: what KeyboardInterrupt is to Ctrl-C."""
+    """Raised on SIGTERM, as KeyboardInterrupt is raised on Ctrl-C."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -30,14 +30,14 @@ _UNWINDING: dict[int, _Handler] = {signal.SIGINT: signal.default_int_handler, si
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """A block in which SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt by itself."""
+    """A block in which SIGTERM raises Terminated. Ctrl-C raises KeyboardInterrupt without it."""
     with _handled({signal.SIGTERM: _terminate}):
         yield
 
 
 @contextmanager
 def noted() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM enters; the next one unwinds."""
+    """A block that notes the first Ctrl-C or SIGTERM in the list that it gives. The next one raises."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -51,8 +51,8 @@ def noted() -> Iterator[list[int]]:
 
 @contextmanager
 def _handled(handlers: Mapping[int, _Handler]) -> Iterator[None]:
-    """A block with other handlers of signals."""
-    if threading.current_thread() is not threading.main_thread():  # only there may they be set
+    """A block in which `handlers` handle the signals."""
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set in the main thread only
         yield
         return
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

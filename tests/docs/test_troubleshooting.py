@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 from support.pages import ROOT, identify, read
 
-import zimage_ref
-from zimage_ref import ZImageError
+from zimage_ref import errors
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 FILES = [path for package in ("zimage_ref", "zimage_mlx", "cli") for path in sorted((ROOT / package).rglob("*.py"))]
 ERRORS = {
-    name for name, value in vars(zimage_ref).items() if isinstance(value, type) and issubclass(value, ZImageError)
+    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.ZImageError)
 }
 SPEAKERS = {*ERRORS, "Notice", "warn", "note", "error"}  # what is called with a message as its first argument
 _SHORTEST = 8  # letters of a part that is looked for: shorter ones are everywhere
-_NO_MESSAGE = re.compile(r"^ {2}| +$|^[^a-z]*$")
 
 
 def parts(node: ast.expr) -> list[str]:

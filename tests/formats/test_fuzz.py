@@ -163,7 +163,7 @@ def test_a_config_that_is_none_is_refused(change: Any, tmp_path: Path) -> None:
     if change is None:
         assert config_of(file, TRANSFORMER) is None
         return
-    with pytest.raises(ZImageError, match=r"a\.npz|is no size"):
+    with pytest.raises(ZImageError, match=r"a\.npz|is not a size"):
         config_of(file, TRANSFORMER)
 
 

@@ -1,7 +1,7 @@
-"""A LoRA that is part of the base while training, and gone without a trace for previews and the result.
+"""The training adapter: a LoRA that is part of the base during training only, not in previews and the result.
 
-Turbo is distilled to few steps. Trained as it is, it unlearns that; with a LoRA merged in that undoes the
-distillation, the new LoRA learns only what the pictures show.
+Turbo is distilled to draw in few steps. If you train it directly, it loses this ability. The training adapter is a LoRA
+that undoes the distillation. With it merged into the base, the new LoRA learns only what the pictures show.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from zimage_ref.lora.updates import BIAS, LoRA
 
 from . import layers
 
-_BASE = ".base"  # of a layer that is trained: where its own module is
+_BASE = ".base"  # the name of a layer's own module inside its trained LoRA layer
 
 
 class TrainingAdapter:
-    """The adapter of a transformer, on the base below the LoRAs that train; see `Adapters` for quantized layers.
+    """The training adapter of a transformer. It changes the base, below the LoRAs that are trained.
 
-    reload: reads a float parameter of the transformer again, by name.
+    For quantized layers see `Adapters`. reload: reads a float parameter of the transformer again, by name.
     """
 
     def __init__(self, model: Transformer, adapter: LoRA, reload: Callable[[str], mx.array]) -> None:
@@ -34,12 +34,12 @@ class TrainingAdapter:
             self._updates[f"{layer}{_BASE if layer in trained else ''}{bias}"] = update
 
     def merge(self) -> None:
-        """The base with the adapter: merged and rounded to its precision, or beside a layer that is quantized."""
+        """Adds the adapter to the base: merged and rounded to its precision, or as a branch of a quantized layer."""
         self._adapters.use([(self._updates, 1.0)])
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """A block in which the base is exactly as it was read."""
+        """A block in which the base is exactly as it was read, without the adapter."""
         self._adapters.use([])
         try:
             yield

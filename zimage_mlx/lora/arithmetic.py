@@ -1,4 +1,4 @@
-"""What updates add to a weight, on MLX: the operations that `zimage_ref.lora.arithmetic` asks for, in float32."""
+"""The operations of `zimage_ref.lora.arithmetic` on MLX, in float32, and the sum of a weight and its updates."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class MLXArithmetic:
         return mx.kron(left, right)
 
     def with_norms(self, matrix: mx.array, norms: mx.array, axis: int, /) -> mx.array:
-        """See `Arithmetic`. The quotient is a vector, so the matrix is gone through once."""
+        """See `Arithmetic`. The quotient is computed as a vector, so that the matrix is read only once."""
         norm = mx.linalg.norm(matrix, axis=axis, keepdims=True)
         return mx.where(norm > 0, matrix * (norms / mx.maximum(norm, 1e-30)), 0)
 
 
 def updated(weight: mx.array, updates: Sequence[tuple[Update, float]]) -> mx.array:
-    """The weight with the updates at their scales, added in float32, in the weight's dtype."""
+    """The weight plus the updates at their scales. Adds in float32; the result has the dtype of the weight."""
     return lora_updates.updated(weight.astype(mx.float32), updates, MLXArithmetic()).astype(weight.dtype)

@@ -1,9 +1,9 @@
-"""LoRA on MLX: on each Linear layer a low-rank branch beside it, or what the LoRA adds merged into its weight.
+"""LoRA on MLX: an update is a low-rank branch beside a Linear layer, or it is merged into the weight of the layer.
 
-    y = W x + scale * B (A x)          branch: the base stays as it is, quantized or not
-    W' = W + scale * added(W)          merged: the only way for what is not low-rank
+    y = W x + scale * B (A x)          branch: the base does not change; it may be quantized
+    W' = W + scale * added(W)          merged: the only way for updates that are not low-rank
 
-Source: LoRA, arXiv 2106.09685; for what each kind adds see `zimage_ref.lora.kinds`.
+`zimage_ref.lora.kinds` says what each kind adds. Source: LoRA, arXiv 2106.09685.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Triple = tuple[mx.array, mx.array, mx.array]
 
 
 class LoRALinear(nn.Module):
-    """A Linear layer (quantized or not) and its branch. The factors may be float32 beside a bfloat16 base."""
+    """A Linear layer (quantized or not) with a branch. The factors may be float32 while the base is bfloat16."""
 
     def __init__(self, base: nn.Module, A: mx.array, B: mx.array, scale: float = 1.0) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class LoRALinear(nn.Module):
         self._scale = scale
 
     def __call__(self, x: mx.array) -> mx.array:
-        A, B = self.lora_A.astype(x.dtype), self.lora_B.astype(x.dtype)  # so that the stream keeps its dtype
+        A, B = self.lora_A.astype(x.dtype), self.lora_B.astype(x.dtype)  # so that the result keeps the dtype of x
 
         def branched(x: mx.array, A: mx.array, B: mx.array) -> mx.array:
             return mx.addmm(self.base(x), x @ A.T, B.T, self._scale)
 
         def gradient(primals: _Triple, d: mx.array, _: mx.array) -> _Triple:
-            """Of the branch; the base is frozen. Adding to what is there saves passes over the wide arrays."""
+            """The gradient of the branch; the base is frozen. Adding in place saves passes over the wide arrays."""
             x, A, B = primals
             (dx,) = mx.vjp(lambda x: [self.base(x)], [x], [d])[1]
             inner, hidden = d @ B, x @ A.T  # (..., rank)
@@ -58,29 +58,30 @@ class LoRALinear(nn.Module):
 
 
 class Adapters:
-    """The LoRAs in use on one model, and the way back to the model without them, exactly.
+    """The LoRAs in use on one model. Removing them restores the model exactly.
 
-    On a quantized layer a low-rank update stays a branch, because rounding it to the layer's few bits would erase it;
-    anything else makes that layer a float one for as long as it lasts. On a float layer `merge` decides.
+    On a quantized layer a low-rank update is a branch, because rounding it to the few bits of the layer would erase it.
+    An update of another kind replaces the quantized layer by a float one while it is in use. On a float layer, `merge`
+    decides.
     """
 
     def __init__(self, model: nn.Module, reload: Callable[[str], mx.array], merge: bool) -> None:
-        """reload: reads a float parameter again, by name. merge: low-rank updates too, if the layer is a float one."""
+        """reload: reads a float parameter again, by name. merge: whether float layers merge low-rank updates too."""
         self._model, self._reload, self._merge = model, reload, merge
         self._loras: list[tuple[LoRA, float]] = []
-        self._replaced: dict[str, nn.Module] = {}  # layer -> the module that stood there
+        self._replaced: dict[str, nn.Module] = {}  # layer -> its original module
         self._changed: set[str] = set()  # parameters changed in place
 
     def use(self, loras: Sequence[tuple[LoRA, float]]) -> None:
-        """Gives the model exactly `loras` at their scales, replacing those it had. A scale of 0 leaves no trace."""
+        """Gives the model exactly `loras` at their scales, instead of earlier ones. A LoRA with scale 0 is left out."""
         loras = [(lora, scale) for lora, scale in loras if scale]
         if [(id(lora), scale) for lora, scale in loras] == [(id(lora), scale) for lora, scale in self._loras]:
             return
         self._restore()
         try:
-            for name, updates in sorted(by_parameter(loras).items()):  # a layer's bias before its weight
+            for name, updates in sorted(by_parameter(loras).items()):  # the bias of a layer before its weight
                 self._apply(name, updates)
-        except BaseException:  # an interrupt too: half a LoRA must not stay
+        except BaseException:  # an interrupt too: the model must not keep half a LoRA
             self._restore()
             raise
         self._loras = loras
@@ -96,7 +97,7 @@ class Adapters:
             self._replace(path, _float_linear(quantized, updates))
         else:
             layer[kind] = updated(layer[kind], updates)
-            mx.eval(layer[kind])  # one at a time: a lazy graph would hold every delta of the model
+            mx.eval(layer[kind])  # one at a time, because a lazy graph would hold all deltas of the model
             self._changed.add(name)
 
     def _replace(self, path: str, module: nn.Module) -> None:
@@ -118,7 +119,7 @@ def as_branch(base: nn.Module, update: LowRank) -> LoRALinear:
 
 
 def _float_linear(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> nn.Linear:
-    """A float Linear layer with the weight that `layer` stands for, and the updates in it."""
+    """A float Linear layer with the dequantized weight of `layer`, and the updates merged into it."""
     biases = layer.get("biases")
     weight = mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
     outputs, inputs = weight.shape
@@ -133,7 +134,7 @@ def _float_linear(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, flo
 def add_trainable_loras(
     model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng: np.random.Generator
 ) -> None:
-    """Freezes `model` and gives `layers` fresh, trainable, float32 LoRAs: A Kaiming-uniform, B zero, so a no-op."""
+    """Freezes `model` and gives `layers` new trainable float32 LoRAs: A Kaiming-uniform, B zero, so they add 0."""
     model.freeze()
     for layer in layers:
         base = find(model, layer)
@@ -144,7 +145,7 @@ def add_trainable_loras(
 
 
 def trained_loras(model: nn.Module) -> LoRA:
-    """The trainable branches on `model` as they are now, by layer."""
+    """The current trainable branches of `model`, by layer."""
     return {
         name: LowRank(*(np.array(factor.astype(mx.float32)) for factor in (m.lora_A, m.lora_B)), scale=m._scale)
         for name, m in model.named_modules()
@@ -153,6 +154,6 @@ def trained_loras(model: nn.Module) -> LoRA:
 
 
 def _linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear layer, also of a quantized one."""
+    """(out, in) of a Linear layer, quantized or not."""
     outputs, inputs = layer.weight.shape
     return outputs, inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs

@@ -1,7 +1,7 @@
-"""python -m zimage_mlx.tiny --output DIR: makes the built-in model anew.
+"""python -m zimage_mlx.tiny --output DIR: trains the built-in model again from scratch.
 
-With --seconds it stops before the end, keeps its state beside DIR, and goes on when the same command is given again.
-Progress is a line of JSON for each report.
+With --seconds it stops before the end and keeps its state beside DIR. Give the same command again to continue.
+Each report of progress is a line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .stepper import Compute
 
 
 def main() -> None:
-    """Makes the model as the command line says."""
+    """Trains the model with the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m zimage_mlx.tiny", description="Trains Tiny Z-Image from scratch.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; run again to go on")

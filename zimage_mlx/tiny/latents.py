@@ -1,9 +1,9 @@
-"""The latents of the tiny autoencoder, measured and made more even.
+"""Measures the latents of the tiny autoencoder, and makes the variances of their directions more equal.
 
-An autoencoder that learns reconstruction alone gives colours hundreds of times the variance of outlines. Noise would
-then hide outlines until the last of the denoiser's eight steps. So the latents get another basis, in which the variance
-of each direction is the square root of what it was. The change of basis is folded into the convolutions on both sides
-of the latents, so that it changes no picture.
+An autoencoder that learns only reconstruction gives colours hundreds of times the variance of outlines. Noise would
+then hide outlines until the last of the denoiser's eight steps. So the latents get a new basis. In it, the variance of
+each direction is the square root of the old one. The change of basis is multiplied into the convolutions before and
+after the latents, so pictures do not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _BATCH = 250
 
 
 def finish(vae: VAE, pictures: Array) -> None:
-    """Evens out the latents of `pictures` (N, H, W, 3) uint8; their mean and deviation become the factors."""
+    """Changes the basis of the latents, and sets shift_factor and scaling_factor to their mean and deviation.
+
+    Both are measured on `pictures` (N, H, W, 3) uint8.
+    """
     mean, variance = moments(vae, pictures)
     basis = evening(mean)
     _fold(vae, basis, variance)
@@ -34,12 +37,12 @@ def finish(vae: VAE, pictures: Array) -> None:
 
 
 def in_batches(pictures: Array) -> Iterator[Array]:
-    """`pictures` in batches that the autoencoder can take."""
+    """`pictures` in batches of a size that the autoencoder can process."""
     yield from (pictures[i : i + _BATCH] for i in range(0, len(pictures), _BATCH))
 
 
 def moments(vae: VAE, pictures: Array) -> tuple[Array, Array]:
-    """The posterior's mean of every cell (cells, C), and its variance (C,) over all of them."""
+    """The posterior's mean in every cell (cells, C), and its variance (C,) averaged over all cells."""
     means, variances = [], []
     for batch in in_batches(pictures):
         h = vae.encoder(to_signed(mx.array(batch)))  # (B, h, w, 2C)
@@ -56,9 +59,9 @@ def evening(latents: Array) -> Array:
 
 
 def _fold(vae: VAE, basis: Array, variance: Array) -> None:
-    """Makes the encoder's last convolution give basis @ latents, and the decoder's first one take them.
+    """Changes the last convolution of the encoder to give basis @ latents, and the first of the decoder to take them.
 
-    The posterior's variance becomes the same in every cell: `variance`, the mean of what it was, in the new basis.
+    The variance of the posterior becomes the same in every cell: the mean `variance`, in the new basis.
     """
     C = len(basis)
     last, first = vae.encoder.conv_out, vae.decoder.conv_in

@@ -1,6 +1,6 @@
-"""The losses of the tiny model's autoencoder and of its denoiser.
+"""The losses of the tiny model's autoencoder and denoiser.
 
-Noise, latents and losses are float32; the networks compute in the dtype of their weights.
+Noise, latents and losses are float32. The networks compute in the dtype of their weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from zimage_ref.model.config import TextEncoderConfig, TransformerConfig
 from zimage_ref.model.flow import add_noise, model_time, resolution_shift, shifted, training_target
 from zimage_ref.tiny.data import TOKENS
 
-KL = 5e-4  # against a reconstruction error that is a mean over pixels
+KL = 5e-4  # the weight of the divergence; the reconstruction error is a mean over pixels
 
 
 def vae_loss(vae: VAE, key: mx.array, pixels: mx.array) -> mx.array:
-    """The loss of pixels (B, H, W, 3) uint8: reconstruction, and divergence from the normal distribution."""
+    """The loss for pixels (B, H, W, 3) uint8: reconstruction, and divergence from the normal distribution."""
     x, dtype = to_signed(pixels), vae.decoder.conv_in.weight.dtype
     mean, log_variance = mx.split(vae.encoder(x.astype(dtype)).astype(mx.float32), 2, axis=-1)
     log_variance = mx.clip(log_variance, -20, 10)
@@ -36,7 +36,7 @@ def to_signed(pixels: mx.array) -> mx.array:
 
 
 class Denoiser(nn.Module):
-    """Text encoder and transformer, which are trained together."""
+    """Text encoder and transformer. They are trained together."""
 
     def __init__(self, transformer: TransformerConfig, text_encoder: TextEncoderConfig) -> None:
         super().__init__()
@@ -49,9 +49,9 @@ class Denoiser(nn.Module):
 def denoising_loss(
     model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: TokenLayout
 ) -> mx.array:
-    """The flow-matching loss of x_0 (B, C, h, w) with captions ids (B, TOKENS), each of its own length.
+    """The flow-matching loss for x_0 (B, C, h, w) with captions ids (B, TOKENS) of lengths (B,).
 
-    `layout` is made for one caption. It serves them all, since all are padded to one length.
+    `layout` is made for one caption. It fits all captions, because all are padded to one length.
     """
     B, _, h, w = x_0.shape
     for_noise, for_time = mx.random.split(key)

@@ -1,10 +1,12 @@
 """Tiny Z-Image: the recipe of the small model in `zimage_ref/tiny`, from drawings to a folder in the official layout.
 
-First the autoencoder learns to reproduce drawings. Its latents are made more even (see `latents`), and their mean and
+First the autoencoder learns to reproduce drawings. Then its latents get a new basis (see `latents`), and their mean and
 deviation become shift_factor and scaling_factor. Then text encoder and transformer learn together, by flow matching as
-in `zimage_ref.model.flow`. What is written are averages of the weights over steps. On an H100 this took 20 minutes: 91
-ms for a step of the autoencoder, 33 ms for one of the others. The first time, building their kernels takes 4 minutes
-more. A build may stop before the end; the next one with the same output goes on.
+in `zimage_ref.model.flow`. The written weights are averages over steps.
+
+On an H100 this took 20 minutes: 91 ms for a step of the autoencoder, 33 ms for a step of text encoder and transformer.
+The first time, building the kernels takes 4 minutes more. A build may stop before the end; the next one with the same
+output continues.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from .stepper import Compute, Stepper
 
 @dataclass(frozen=True)
 class Networks:
-    """How large each network is. The autoencoder's two factors are measured when it has been trained."""
+    """The sizes of the networks. The two factors of the autoencoder are measured after its training."""
 
     transformer: TransformerConfig
     text_encoder: TextEncoderConfig
@@ -67,20 +69,20 @@ NETWORKS = Networks(
         norm_num_groups=8, scaling_factor=1.0, shift_factor=0.0,
     ),
 )  # fmt: skip
-# A shift of 6 says that it is a base model, not a distilled one. Sampling shifts by resolution, 1.6 at 128 x 128, so
-# that some of the steps are left for outlines
+# A shift of 6 says that this is a base model, not a distilled one. Sampling shifts by resolution instead (1.6 at
+# 128 x 128), so that some steps have little noise, for outlines
 SCHEDULER = SchedulerConfig(shift=6.0, use_dynamic_shifting=True)
 
-CROP = SIDE // 2  # side of a part of a drawing: a quarter of the work, and most of the rest is plain background
-WHOLE = 0.1  # share of the autoencoder's steps, the last ones, that see whole pictures
-EMPTY = 0.1  # share of captions that become "", so that guidance has something to guide away from
+CROP = SIDE // 2  # side of a crop: a quarter of the work, and most of a drawing is plain background
+WHOLE = 0.1  # share of the autoencoder's steps that see whole pictures; these are the last steps
+EMPTY = 0.1  # share of captions that become "", because guidance needs predictions for ""
 
-Shares = dict[str, float]  # what is judged -> the share that is right, or a PSNR in dB
+Shares = dict[str, float]  # thing that is judged -> the share that is right, or a PSNR in dB
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long everything takes."""
+    """The amounts of data and of steps, and the learning rates."""
 
     pictures: int = option(120_000, "drawings to learn from")
     vae_steps: int = option(4_000, "steps of the autoencoder")
@@ -94,13 +96,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a build goes on: when it reports, how many pictures it judges then, when it stops."""
+    """The options for running a build: its reports, its deadline, and how it computes."""
 
-    every: int = 1000  # steps from one report to the next
-    judged: int = 40  # pictures
-    deadline: float = math.inf  # of time.monotonic(), in seconds
-    compute: Compute = Compute()  # of text encoder and transformer
-    report: Callable[[Mapping[str, object]], None] = lambda facts: None  # is given facts that JSON can hold
+    every: int = 1000  # steps between two reports
+    judged: int = 40  # pictures to judge for a report
+    deadline: float = math.inf  # the value of time.monotonic(), in seconds, at which the build stops
+    compute: Compute = Compute()  # for text encoder and transformer
+    report: Callable[[Mapping[str, object]], None] = lambda facts: None  # takes facts that JSON can hold
 
 
 @dataclass(frozen=True)
@@ -109,20 +111,20 @@ class BuildStage:
 
     name: str  # autoencoder, denoiser
     stepper: Stepper[nn.Module]
-    inputs: Callable[[np.random.Generator], Sequence[mx.array]]  # of a step, by its random numbers
+    inputs: Callable[[np.random.Generator], Sequence[mx.array]]  # the inputs of a step, from its random numbers
     judge: Callable[[], Shares]
     seed: int
 
 
 def build(output: Path, recipe: Recipe, options: BuildOptions = BuildOptions(), networks: Networks = NETWORKS) -> bool:
-    """Trains the whole model and writes it to `output`; whether it is finished, or was stopped by the deadline.
+    """Trains the whole model and writes it to `output`. Returns False if the deadline stopped it before the end.
 
-    What it needs to go on lies in a folder beside `output`, by its name and ".training". Raises ConfigError if that is
-    of another recipe.
+    A folder beside `output`, with its name and ".training", keeps the state to continue from. Raises ConfigError if
+    this state is of another recipe.
     """
     pictures, captions = drawings(recipe.pictures, recipe.seed)
     options.report({"stage": "drawings", "drawings": len(captions), "such as": captions[:3]})
-    if not (output / "tokenizer" / "tokenizer_config.json").is_file():  # the last of them to be written
+    if not (output / "tokenizer" / "tokenizer_config.json").is_file():  # it is written last
         write_surroundings(output, captions, networks.text_encoder.vocab_size, SCHEDULER)
     if not (output / "vae" / "config.json").is_file():
         state = state_folder(output, "autoencoder")
@@ -131,21 +133,22 @@ def build(output: Path, recipe: Recipe, options: BuildOptions = BuildOptions(), 
             return False
         write_component(output, "vae", trained.config, parameters(trained))
         shutil.rmtree(state)
-    vae = read_vae(output)  # with weights as they are written: the denoiser learns the latents that users decode
+    vae = read_vae(output)  # with the written weights, so that the denoiser learns the latents that users decode
     latents = mx.concatenate([encode(vae, batch) for batch in in_batches(pictures)])
     texts = tokenized(Tokenizer(output / "tokenizer" / "tokenizer.json"), captions)
     return train_denoiser(latents, texts, recipe, networks, options, output)
 
 
 def state_folder(output: Path, stage: str) -> Path:
-    """Where a stage keeps what it needs to go on."""
+    """The folder of the state of a stage."""
     return output.with_name(f"{output.name}.training") / stage
 
 
 def train_stage(stage: BuildStage, options: BuildOptions, state: Path) -> bool:
-    """Makes the steps that are left, from `state` on if it is there; whether the last one was reached.
+    """Makes the remaining steps, after `state` if it exists. Returns whether it reached the last step.
 
-    The batches and the noise of a step depend on the seed and its number alone, so that a stop changes nothing.
+    The batches and the noise of a step depend only on the seed and the number of the step. So a stop does not change
+    the result.
     """
     stepper, report = stage.stepper, options.report
     if state.is_dir():
@@ -171,15 +174,15 @@ def train_stage(stage: BuildStage, options: BuildOptions, state: Path) -> bool:
 
 
 def train_vae(pictures: Array, recipe: Recipe, config: VAEConfig, options: BuildOptions, state: Path) -> VAE | None:
-    """An autoencoder of `pictures` (N, H, W, 3) uint8, its factors set to the shift and scale of its latents.
+    """Trains an autoencoder on `pictures` (N, H, W, 3) uint8. Its factors are the shift and scale of its latents.
 
-    None if the deadline came first; `state` is the folder to go on from.
+    state: the folder of the state to continue from. Returns None if the deadline came first.
     """
     mx.random.seed(recipe.seed)
     vae = VAE(config)
     made_with = _as_text(asdict(config), recipe, "pictures", "vae_batch", "vae_rate", "seed")
-    # Not compiled: a whole step was still being compiled after a minute and a half, and there are few steps. float32,
-    # as for the model in the package; bfloat16 is a tenth faster
+    # Not compiled: compiling a whole step takes more than a minute and a half, and there are few steps. float32, as for
+    # the model in the package; bfloat16 is a tenth faster
     stepper = Stepper(vae, vae_loss, recipe.vae_rate, recipe.vae_steps, made_with, Compute(False, mx.float32))
 
     def inputs(rng: np.random.Generator) -> Sequence[mx.array]:
@@ -203,9 +206,9 @@ def train_denoiser(
     latents: mx.array, texts: tuple[Array, Array], recipe: Recipe, networks: Networks, options: BuildOptions,
     output: Path,
 ) -> bool:  # fmt: skip
-    """Flow matching on latents (N, C, h, w) and `tokenized` captions; whether it is finished.
+    """Trains text encoder and transformer by flow matching on latents (N, C, h, w) and `tokenized` captions.
 
-    The averaged model is written to `output`, and judged as it was written, at every report.
+    At every report the averaged model is written to `output`, read again and judged. Returns whether it is finished.
     """
     stepper = _denoiser_stepper(recipe, networks, options.compute, latents.shape[2:])
     ids, lengths = (mx.array(a) for a in texts)
@@ -231,7 +234,7 @@ def train_denoiser(
 
 
 def _denoiser_stepper(recipe: Recipe, networks: Networks, compute: Compute, sides: Sequence[int]) -> Stepper[Denoiser]:
-    """What makes the steps of text encoder and transformer, on latents of `sides` h, w."""
+    """The Stepper of text encoder and transformer, for latents with the `sides` h, w."""
     mx.random.seed(recipe.seed)
     model = Denoiser(networks.transformer, networks.text_encoder)
     layout = model.transformer.layout([TOKENS], *sides)
@@ -246,12 +249,12 @@ def _denoiser_stepper(recipe: Recipe, networks: Networks, compute: Compute, side
 
 
 def _as_text(sizes: Mapping[str, object], recipe: Recipe, *names: str) -> str:
-    """Sizes and what of the recipe decides the weights, for `Stepper.recipe`."""
+    """The sizes, and the fields `names` of the recipe, as text for `Stepper.recipe`. They decide the weights."""
     return json.dumps({**sizes, **{name: getattr(recipe, name) for name in names}})
 
 
 def judge_vae(vae: VAE, count: int) -> Shares:
-    """How held-out drawings come out of the autoencoder: the share that can still be read, and the PSNR in dB."""
+    """Encodes and decodes held-out drawings. Gives the share that can still be read, and the PSNR in dB."""
     scenes = take(count, seed=1, held_out=True)
     drawn = [picture for picture, _ in illustrated(scenes, seed=1)]
     pixels = np.stack([to_array(picture) for picture in drawn])  # (N, 3, H, W)
@@ -269,7 +272,7 @@ def encode(vae: VAE, pictures: Array) -> mx.array:
 
 
 def judge_model(folder: Path, count: int) -> Shares:
-    """The share of held-out captions of which the model in `folder` draws exactly what they say, for each guidance."""
+    """For each guidance, the share of held-out captions that the model in `folder` draws exactly as they say."""
     scenes = take(count, seed=1, held_out=True)
     captions = [caption for _, caption in illustrated(scenes, seed=1)]
     pipeline = ZImagePipeline.from_pretrained(folder)
@@ -281,7 +284,7 @@ def judge_model(folder: Path, count: int) -> Shares:
 
 
 def read_vae(folder: Path) -> VAE:
-    """The autoencoder in `folder`, its weights float32."""
+    """The autoencoder in `folder`, with float32 weights."""
     file = folder / "vae" / "config.json"
     vae = VAE(VAEConfig.from_json(read_json(file, ConfigError), str(file)))
     load(vae, Checkpoint.open(folder / "vae").tensors, mx.float32)
@@ -289,7 +292,7 @@ def read_vae(folder: Path) -> VAE:
 
 
 def write_denoiser(folder: Path, model: Denoiser, networks: Networks) -> None:
-    """Writes text encoder and transformer; the encoder's last layer, on which no picture depends, is random."""
+    """Writes text encoder and transformer. The encoder's last layer is random, because no picture depends on it."""
     config = networks.text_encoder
     rng, shapes = np.random.default_rng(0), text_encoder_parameters(config)
     unused = {
@@ -301,6 +304,6 @@ def write_denoiser(folder: Path, model: Denoiser, networks: Networks) -> None:
 
 
 def parameters(model: nn.Module) -> dict[str, Array]:
-    """All weights of `model` as float32 arrays, in the layout of the checkpoint."""
+    """All weights of `model` as float32 arrays in the layout of the checkpoint."""
     named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     return {name: to_numpy(array) for name, array in named.items()}

@@ -1,8 +1,8 @@
-"""Training of all weights of a small network at once: one vector to AdamW, one compiled program for each step.
+"""Trains all weights of a small network as one vector, with one compiled program for each step.
 
-A small network has thousands of short operations, and a GPU would spend its time waiting for them to be started. So
-weights, moments and averages are one float32 vector each, and forward, backward, optimizer and average are compiled
-into one program. Forward and backward are bfloat16 on a GPU; the vectors stay float32.
+A small network has thousands of short operations, and a GPU would wait most of the time for the next one to start. So
+the weights are one float32 vector, and so are the moments and the averages. Forward pass, backward pass, AdamW and
+average are compiled into one program. Forward and backward passes are bfloat16 on a GPU; the vectors stay float32.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from zimage_ref.formats import safetensors
 from zimage_ref.formats.tensors import Tensor
 
 EMA = 0.999
-_STEP, _RECIPE = "step", "recipe"  # metadata of the files of a saved state
+_STEP, _RECIPE = "step", "recipe"  # keys in the metadata of the files of a saved state
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module, covariant=True)
-Loss: TypeAlias = Callable[..., mx.array]  # (model, key, *inputs) -> scalar; key is all the randomness it may use
+Loss: TypeAlias = Callable[..., mx.array]  # (model, key, *inputs) -> scalar; all randomness must come from key
 
 
 @dataclass(frozen=True)
 class Compute:
     """How a step is computed."""
 
-    compiled: bool | None = None  # None: on a GPU, where the kernels of a whole step take minutes to build, once
-    dtype: mx.Dtype | None = None  # of forward and backward; None: bfloat16 on a GPU, float32 elsewhere
+    compiled: bool | None = None  # None: on a GPU only; the kernels of a whole step take minutes to build, once
+    dtype: mx.Dtype | None = None  # of forward and backward pass; None: bfloat16 on a GPU, float32 elsewhere
 
 
 class Stepper(Generic[AnyModel]):
-    """Makes one step of `model` in each call, at a rate that warms up and falls, and averages its weights over steps.
+    """Each call makes one step of `model`. The learning rate warms up and decays; the weights are averaged over steps.
 
-    recipe: how the model is made. A saved state goes on only with the same recipe; the number of steps may differ.
+    recipe: how the model is made, as text. A saved state is restored only with the same recipe; the number of steps may
+    differ.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Stepper(Generic[AnyModel]):
         self._step = mx.compile(self._plain, inputs=state, outputs=state) if compiled else self._plain
 
     def __call__(self, key: mx.array, *inputs: mx.array) -> mx.array:
-        """The loss, a scalar. It and the new weights are queued, not computed, when this returns."""
+        """Makes a step and gives its loss, a scalar. MLX may still be computing the loss and the weights on return."""
         value: mx.array = self._step(key, *inputs)
         self.done += 1
         mx.async_eval(value, self.vectors, self.optimizer.state)
@@ -81,33 +82,33 @@ class Stepper(Generic[AnyModel]):
             return self.loss(self.model, key, *inputs)
 
         value, gradient = mx.value_and_grad(loss_of)(self.vectors["weights"])
-        gradient = gradient * mx.minimum(1, mx.rsqrt(mx.sum(mx.square(gradient)) + 1e-12))  # of length 1 at most
+        gradient = gradient * mx.minimum(1, mx.rsqrt(mx.sum(mx.square(gradient)) + 1e-12))  # its length is at most 1
         self.vectors["weights"] = self.optimizer.apply_gradients(
             {"weights": gradient}, {"weights": self.vectors["weights"]}
         )["weights"]
         n = self.optimizer.step.astype(mx.float32)
-        share = mx.maximum(1 - EMA, 9 / (10 + n))  # larger at first, so that the weights of the start count little
+        share = mx.maximum(1 - EMA, 9 / (10 + n))  # larger at first, so that early weights count little
         self.vectors["average"] = self.vectors["average"] + share * (self.vectors["weights"] - self.vectors["average"])
         return value
 
     def place(self, weights: mx.array) -> AnyModel:
-        """The model, with the parts of the vector `weights` as its parameters."""
+        """The model with its parameters taken from the vector `weights`."""
         parts = zip(self._shapes.items(), mx.split(weights, self._ends), strict=True)
         self.model.update(tree_unflatten([(name, part.reshape(shape)) for (name, shape), part in parts]))
         return self.model
 
     def averaged(self) -> AnyModel:
-        """The model with the averages of its weights, float32. The next step puts its own weights back."""
+        """The model with the averages of its weights, in float32. The next step restores the weights themselves."""
         return self.place(self.vectors["average"])
 
     def save(self, folder: Path) -> None:
-        """Writes all that `restore` needs, one vector in each file."""
+        """Writes the state for `restore`, one vector in each file."""
         metadata = {_STEP: str(self.done), _RECIPE: self.recipe}
         for name, vector in self._state().items():
             safetensors.write(folder / f"{name}.safetensors", {name: Tensor.of(np.array(vector))}, metadata)
 
     def restore(self, folder: Path) -> None:
-        """Goes on from what `save` wrote. Raises ConfigError if it has another recipe, or was saved only in part."""
+        """Restores the state that `save` wrote. Raises ConfigError if its recipe differs or if it is not complete."""
         made, read = set(), {}
         for name, vector in self._state().items():
             path = folder / f"{name}.safetensors"

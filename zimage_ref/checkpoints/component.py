@@ -1,7 +1,7 @@
-"""One network of Z-Image as files know it: a Component holds every fact about it.
+"""One network of Z-Image. A Component holds every fact about it that files, options and tables need.
 
-Another network is one more file with its entry, named in `registry.COMPONENTS`: from there the folder of a model,
-conversion, inspection, the options for its file and the record in a picture take what they need.
+To add a network, write one file with its Component and list it in `registry.COMPONENTS`. Model folders, conversion,
+inspection, the option for its file and the record in a picture all take their facts from there.
 """
 
 from __future__ import annotations
@@ -29,54 +29,57 @@ def _none_unused(config: Config) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Component(Generic[ConfigT]):
-    """One network: what it is called, which parameters it has, and how files hold them."""
+    """One network: its names, its parameters, and how files store them."""
 
-    name: str  # in tables, options and records; its folder in the official layout
-    title: str  # in words
-    family: str = "Z-Image"  # whose network it is, in words
-    optional: bool = False  # whether a model is whole without it
+    name: str  # in tables, options and records; also its folder in the official layout
+    title: str  # for people
+    family: str = "Z-Image"  # the model that the network comes from, for people
+    optional: bool = False  # whether a model is complete without it
 
-    official: ConfigT  # the published config, for files that have none
-    config_key: str  # a key of its config.json that no other component's has
+    official: ConfigT  # the published config, for files without one
+    config_key: str  # a key that only this component's config.json has
     parameters: Callable[[ConfigT], Shapes]
-    unused: Callable[[ConfigT], set[str]] = _none_unused  # parameters that a file may hold and no pipeline needs
-    sizes: Callable[[Dialect[ConfigT], Tensors], ConfigT]  # read off shapes; see `sizes_of`
-    not_quantized: str = ""  # why its weights stay as they are, if they do
+    unused: Callable[[ConfigT], set[str]] = _none_unused  # parameters that a file may hold but no pipeline needs
+    sizes: Callable[[Dialect[ConfigT], Tensors], ConfigT]  # reads the sizes from shapes; see `sizes_of`
+    not_quantized: str = ""  # the reason if its weights are never quantized
 
-    dialects: tuple[Dialect[ConfigT], ...]  # that are read
-    namings: Mapping[str, Dialect[ConfigT]]  # that are written, by the value of `naming`
-    prefixes: tuple[str, ...] = ()  # that other programs put before the names, longest first
-    ignored: tuple[str, ...] = ()  # tensors that are left unread: copies, or without effect
+    dialects: tuple[Dialect[ConfigT], ...]  # dialects that can be read
+    namings: Mapping[str, Dialect[ConfigT]]  # dialects that can be written, by the value of `naming`
+    prefixes: tuple[str, ...] = ()  # prefixes of names in files of other programs, longest first
+    ignored: tuple[str, ...] = ()  # tensors that are not read: copies, or tensors without effect
 
-    stem: str = "diffusion_pytorch_model"  # of its file in the official layout
-    library: tuple[str, str]  # that has its class, and the class, for model_index.json
-    flat_stems: tuple[str, ...] = ()  # of its file in a flat folder, and its usual names in ComfyUI
-    comfy_folders: tuple[str, ...] = ()  # that ComfyUI keeps it in
-    model_types: tuple[str, ...]  # what `model_type` calls it when it is converted
+    stem: str = "diffusion_pytorch_model"  # the stem of its file in the official layout
+    library: tuple[str, str]  # (library, class) for model_index.json
+    flat_stems: tuple[str, ...] = ()  # stems of its file in a flat folder and in ComfyUI
+    comfy_folders: tuple[str, ...] = ()  # its folders in ComfyUI
+    model_types: tuple[str, ...]  # its names as a value of `model_type`, for conversion
 
     @property
     def option_help(self) -> str:
-        """What the option for its file says."""
+        """The help text of the option for its file."""
         return f"file or folder of the {self.title}, instead of the one in `model_dir`"
 
     def own_config(self, config: Config) -> ConfigT:
-        """`config`, found by this component's name, as the type that it has. Raises TypeError for another's."""
+        """`config` as this component's config type. Raises TypeError if it is a config of another component."""
         if not isinstance(config, type(self.official)):
             raise TypeError(f"{type(config).__name__} is no config of the {self.title}")
         return config
 
     def sizes_of(self, dialect: Dialect[ConfigT], tensors: Tensors) -> ConfigT:
-        """A config with the sizes that the shapes of `tensors` show; the official one if they show none."""
+        """A config with the sizes that the shapes of `tensors` show, or the official config if they show no sizes."""
         try:
             return self.sizes(dialect, tensors)
         except (ConfigError, IndexError, ZeroDivisionError):
             return self.official
 
 
-AnyComponent: TypeAlias = "Component[Any]"  # in tables, which hold components of different configs
+AnyComponent: TypeAlias = "Component[Any]"  # for tables, which hold components with different config types
 
 
 def count_numbered(tensors: Tensors, pattern: str, default: int) -> int:
-    """How many numbers, from 0, `pattern` matches in its group in the names of `tensors`; `default` if none."""
+    """How many things are numbered in the names of `tensors`; the group of `pattern` matches a number, from 0.
+
+    `default` if no name matches.
+    """
     numbers = {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
     return min(max(numbers) + 1, len(tensors)) if numbers else default

@@ -1,10 +1,9 @@
-"""One network's weights from any file that can be read to .npz or safetensors, a tensor at a time.
+"""Converts the weights of one network from any readable file to .npz or safetensors, a tensor at a time.
 
-    open_source     finds, identifies and checks the weights; their data is not read yet
-    write_model     names, casts, quantizes and writes them; memory holds one tensor
+    open_source     finds, identifies and checks the weights; it does not read their data
+    write_model     renames, casts, quantizes and writes them; memory holds one tensor
 
-Between the two, other tensors under the same names may take the place of the source's, such as weights with a LoRA
-merged.
+Between the two you may replace tensors by others of the same names, such as weights with a LoRA merged into them.
 """
 
 from __future__ import annotations
@@ -41,26 +40,26 @@ from .hub import resolved
 from .identify import config_of, identify, official_weights
 from .registry import COMPONENTS
 
-_SLACK = 1 << 20  # bytes of headers
+_SLACK = 1 << 20  # bytes allowed for headers
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSource:
-    """A component's weights, checked and not yet read."""
+    """The weights of a component. They are checked, and their data is not read yet."""
 
     path: Path
     container: str
     dialect: str
     component: str
-    config: Config | None  # None if the file does not tell and its sizes are not the official ones
-    sizes: Config  # of the right sizes, whatever else
+    config: Config | None  # None if the file has none and its sizes are not the official ones
+    sizes: Config  # its sizes are right; its other values may be the official ones
     tensors: dict[str, Tensor]  # by official name
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be written. Raises ConfigError for what cannot be."""
+    """The file or files to write, and their form. Raises ConfigError if the choices do not fit together."""
 
     path: Path
     component: str
@@ -100,26 +99,26 @@ class Target:
 
     @property
     def official(self) -> bool:
-        """Whether names stay as they are."""
+        """Whether the official names are kept."""
         return COMPONENTS[self.component].namings[self.naming] is OFFICIAL
 
     @property
     def file(self) -> Path:
-        """Where the weights go if they are one file."""
+        """The path of the weights if they are written as one file."""
         return self.path / f"{COMPONENTS[self.component].stem}.safetensors" if self.is_folder else self.path
 
     def existing(self) -> list[Path]:
-        """Files that a finished conversion replaces: the output, and what is there of a sharded one."""
+        """Existing files that the conversion would replace: the output, or the files of a sharded output."""
         config = self.file.with_name(CONFIG_FILE)
         return shards.written_before(self.file) + ([config] if self.is_folder and config.exists() else [])
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did."""
+    """The result of a conversion, in numbers."""
 
     files: list[Path]
-    read: Counter[str]  # bytes in the source by dtype
+    read: Counter[str]  # bytes in the source, by dtype
     written: Counter[str]
     tensors: int = 0
     overflowed: int = 0  # values that were finite and became infinite
@@ -128,9 +127,9 @@ class ConversionReport:
 
 
 def open_source(path: Path, component: str) -> CheckpointSource:
-    """The weights of `component` in `path`: a file, a folder of shards, a whole model's folder, or a model's name.
+    """The weights of `component` in `path`: a file, a folder of shards, the folder of a model, or the name of a model.
 
-    Raises FormatError, ConfigError or WeightError; a file of another component is told what it looks like.
+    Raises FormatError, ConfigError or WeightError. If it is another component's, the error says what it looks like.
     """
     path, entry = resolved(path), COMPONENTS[component]
     if path.is_dir() and (path / "model_index.json").is_file():
@@ -139,7 +138,7 @@ def open_source(path: Path, component: str) -> CheckpointSource:
     identity = identify(file.tensors, component)
     config: Config | None = config_of(file, entry, file.path.parent)
     tensors = official_weights(file, entry, config, identity)
-    assert identity is not None  # official_weights has refused it otherwise
+    assert identity is not None  # else official_weights has raised
     if config is None and identity.sizes == entry.official:
         config = identity.sizes
     return CheckpointSource(
@@ -160,10 +159,10 @@ def write_model(
     record: Json | None = None,
     progress: Progress = lambda done, total: None,
 ) -> ConversionReport:
-    """Writes the weights of `source`, or `tensors` under the same names in their stead, as `target` says.
+    """Writes the weights of `source` as `target` says. `tensors`, of the same names, replace those of `source`.
 
-    `record` adds to what the file says of itself. The output is whole or not there; what was there before is replaced
-    at the end. Raises ConfigError if the disk has too little room.
+    record: fields to add to the record in the file. The output becomes complete or does not appear. Existing files are
+    replaced at the end. Raises ConfigError if the disk has too little room.
     """
     tensors = source.tensors if tensors is None else tensors
     report = ConversionReport([], bytes_by_dtype(tensors.values()), Counter())
@@ -193,7 +192,7 @@ def write_model(
 
 
 def _stored(source: CheckpointSource, target: Target, tensors: Tensors, report: ConversionReport) -> dict[str, Tensor]:
-    """The tensors as they go into the file."""
+    """The tensors in the form and order in which the file stores them."""
     how = target.quantization
     kept = {
         name: tensor
@@ -209,7 +208,7 @@ def _stored(source: CheckpointSource, target: Target, tensors: Tensors, report: 
 
 
 def _counted(name: str, tensor: Tensor, dtype: str | None, report: ConversionReport) -> Tensor:
-    """`tensor` in another dtype; reading it counts what does not survive."""
+    """`tensor` in another dtype. When it is read, `report` counts values that overflow or are NaN."""
     changed = tensor.cast(dtype)
     if changed.dtype == tensor.dtype:
         return tensor
@@ -230,7 +229,7 @@ def _counted(name: str, tensor: Tensor, dtype: str | None, report: ConversionRep
 
 
 def _record_of(source: CheckpointSource, target: Target, tensors: Tensors, more: Json) -> JsonObject:
-    """What the file says of itself."""
+    """The record that the file holds about itself."""
     quantization = target.quantization
     if not quantization and target.official and not target.dtype:
         quantization = next((t.quantization for t in tensors.values() if isinstance(t, QuantizedTensor)), None)

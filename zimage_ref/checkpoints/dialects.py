@@ -1,7 +1,7 @@
-"""How a program names and lays out the weights of a network, and the way there and back.
+"""Dialects: how a program names and lays out the weights of a network, and how to convert in both directions.
 
-A dialect is one function: from an official name to the place that the dialect keeps it in. Both directions follow.
-The dialects themselves stand beside the network that they are of: `transformer`, `text_encoder`, `vae`.
+A dialect is one function from an official name to a Placement. Reading and writing both follow from it.
+The dialects of a network are in its own file: `transformer`, `text_encoder`, `vae`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _AnyConfig = TypeVar("_AnyConfig", contravariant=True)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a dialect keeps one official tensor."""
+    """Where and how a dialect stores one official tensor."""
 
     name: str
-    part: int = 0  # which block of rows of a fused matrix it is,
-    parts: int = 1  # of how many, all of one size
+    part: int = 0  # the index of its block of rows in a fused matrix
+    parts: int = 1  # the number of blocks of the fused matrix, all of one size
     transposed: bool = False  # stored as (in, out)
-    spatial: bool = False  # a matrix as a 1x1 convolution, (out, in, 1, 1)
+    spatial: bool = False  # a matrix stored as a 1x1 convolution, (out, in, 1, 1)
 
     @property
     def same(self) -> bool:
-        """Whether the data is the official tensor's."""
+        """Whether the stored data equals that of the official tensor."""
         return self == Placement(self.name)
 
     def stored(self, shape: Shape) -> Shape:
-        """The shape in the dialect of an official tensor of `shape`, or of `parts` of them fused."""
+        """The shape that the dialect stores for an official tensor of `shape`, with all `parts` if it is fused."""
         rows = (shape[0] * self.parts, *shape[1:]) if self.parts > 1 else shape
         return rows[::-1] if self.transposed else (*rows, 1, 1) if self.spatial else rows
 
@@ -48,7 +48,7 @@ class Placement:
         return (rows[0] // self.parts, *rows[1:]) if self.parts > 1 else rows
 
 
-# each tensor of a file, and the official tensors that it holds
+# name of a tensor in a file -> the official tensors that it holds
 Contents = Mapping[str, Sequence[tuple[str, Placement]]]
 
 
@@ -60,7 +60,7 @@ class Dialect(Generic[_AnyConfig]):
     place: Callable[[str, Shape, _AnyConfig], Placement]  # official name, its shape, the network's config
 
     def contents(self, shapes: Shapes, config: _AnyConfig) -> Contents:
-        """What a file in this dialect holds of a model with parameters `shapes`."""
+        """The contents of a file in this dialect that holds a model with the parameters `shapes`."""
         contents: dict[str, list[tuple[str, Placement]]] = {}
         for name, shape in shapes.items():
             placement = self.place(name, shape, config)
@@ -68,21 +68,21 @@ class Dialect(Generic[_AnyConfig]):
         return contents
 
     def write(self, tensors: Tensors, config: _AnyConfig) -> dict[str, Tensor]:
-        """Official tensors as this dialect has them: a whole model's, or some, with all parts of each fused matrix."""
+        """Official tensors in this dialect: all of a model, or some of them. Fused matrices need all their parts."""
         contents = self.contents({name: tensor.shape for name, tensor in tensors.items()}, config)
         return {name: _joined([(tensors[part], how) for part, how in group]) for name, group in contents.items()}
 
     def official_shape(self, tensors: Tensors, name: str, rank: int, config: _AnyConfig) -> Shape:
-        """The official shape, of `rank` axes, of one tensor in a file. Raises ConfigError if the file tells none."""
+        """The official shape, of `rank` axes, of one tensor in a file. Raises ConfigError if there is none."""
         placement = self.place(name, (0,) * rank, config)
         tensor = tensors.get(placement.name)
         if tensor is None or len(tensor.shape) != len(placement.stored((0,) * rank)) or 0 in tensor.shape:
-            raise ConfigError(f"{placement.name} tells no size")
+            raise ConfigError(f"{placement.name} does not show its size")
         return placement.official(tensor.shape)
 
 
 def extract(stored: Tensor, placement: Placement, shape: Shape) -> Tensor:
-    """The official tensor of `shape` that `stored` holds."""
+    """The official tensor of `shape` inside the stored tensor `stored`."""
     if placement.same:
         return stored
 
@@ -94,7 +94,7 @@ def extract(stored: Tensor, placement: Placement, shape: Shape) -> Tensor:
 
 
 def _joined(parts: Sequence[tuple[Tensor, Placement]]) -> Tensor:
-    """The tensor of a file that holds the official ones in `parts`."""
+    """The tensor that a file stores for the official tensors in `parts`."""
     first, placement = parts[0]
     if placement.same:
         return first
@@ -108,7 +108,7 @@ def _joined(parts: Sequence[tuple[Tensor, Placement]]) -> Tensor:
 
 
 def renamed(name: str, rules: Mapping[str, str]) -> str:
-    """`name` after every rule, a regular expression and its replacement, in their order."""
+    """`name` after all `rules` in order. A rule is a regular expression and its replacement."""
     for pattern, replacement in rules.items():
         name = re.sub(pattern, replacement, name)
     return name

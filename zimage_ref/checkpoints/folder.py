@@ -1,11 +1,11 @@
-"""Finding the parts of Z-Image: in one folder of any known layout, or named one by one.
+"""Finds the parts of a Z-Image model: in one folder of a known layout, or in files that you name one by one.
 
     official    transformer/ text_encoder/ vae/ tokenizer/ scheduler/, each with its config, as on Hugging Face
     flat        z_image_turbo_bf16.npz, qwen3_4b_text_encoder.npz, ae.npz, tokenizer.json, of the original Rust tool
     ComfyUI     diffusion_models/ text_encoders/ vae/, one safetensors file each; it keeps no tokenizer
 
-A part takes its config from the record in its file, else from the JSON beside it or in the official sub-folder, else
-it is the official one.
+The config of a part comes from the record in its file, else from the JSON beside it or in the official sub-folder.
+If there is neither, it is the official config.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer.json", "qwen3-tokenizer.jso
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A whole model: every config, and every tensor of its networks, checked by header but not yet read.
+    """A whole model: its configs, and the tensors of its networks. Headers are checked; data is not read yet.
 
-    `configs` and `weights` are by name of the component; an optional one that is not there is in neither.
+    The keys of `configs` and `weights` are names of components. A missing optional component is in neither.
     """
 
     path: Path
@@ -57,8 +57,8 @@ class ModelFolder:
     def open(cls, path: Path, parts: Mapping[str, Path | None] | None = None) -> ModelFolder:
         """Finds and checks all parts of the model in `path`, a folder or, with the extra `hub`, a repository's id.
 
-        `parts` names files or folders that stand in for what `path` holds, by the names of `registry.part_options`.
-        Raises ConfigError or FormatError naming every place that was looked at, WeightError if shapes do not fit.
+        parts: files or folders to use instead of those in `path`, by the names of `registry.part_options`.
+        Raises ConfigError or FormatError naming all places that were searched, WeightError if shapes do not fit.
         """
         path = local_folder(path)
         places = find_parts(path, parts)
@@ -74,7 +74,7 @@ class ModelFolder:
         return model
 
     def config(self, component: Component[ConfigT]) -> ConfigT:
-        """The config of `component`. Raises KeyError if it is optional and not there."""
+        """The config of `component`. Raises KeyError if the component is optional and missing."""
         return component.own_config(self.configs[component.name])
 
     @property
@@ -94,11 +94,11 @@ class ModelFolder:
 
     @property
     def size_multiple(self) -> int:
-        """Width and height in pixels are multiples of this."""
+        """Width and height of a picture in pixels must be multiples of this."""
         return size_multiple(self.transformer, self.vae)
 
     def _check_widths(self) -> None:
-        """Raises ConfigError if one network does not take what another makes."""
+        """Raises ConfigError if the output of one network does not fit the input of another."""
         if self.transformer.cap_feat_dim != self.text_encoder.hidden_size:
             raise ConfigError(
                 f"{self.path}: the transformer takes captions of width {self.transformer.cap_feat_dim}, "
@@ -112,9 +112,9 @@ class ModelFolder:
 
 
 def find_parts(folder: Path, parts: Mapping[str, Path | None] | None = None) -> dict[str, Path]:
-    """The file of each component that is there, and of the tokenizer.
+    """The file of the tokenizer and of each component that exists.
 
-    Raises FormatError naming all places that were looked at, unless the component that is missing is optional.
+    Raises FormatError naming all places that were searched if one is missing and not optional.
     """
     given = {name: Path(path) for name, path in (parts or {}).items() if path is not None}
     for name, path in given.items():
@@ -132,7 +132,7 @@ def find_parts(folder: Path, parts: Mapping[str, Path | None] | None = None) -> 
 
 
 def find_component(folder: Path, component: AnyComponent) -> Path:
-    """As `component_file`. Raises FormatError naming all places that were looked at if there is none."""
+    """As `component_file`. If there is no such file, raises FormatError naming all places that were searched."""
     file = component_file(folder, component)
     if file is None:
         raise _absent(folder, component)
@@ -140,7 +140,7 @@ def find_component(folder: Path, component: AnyComponent) -> Path:
 
 
 def component_file(folder: Path, component: AnyComponent) -> Path | None:
-    """The file of `component` in a model's folder of any layout; None if there is none."""
+    """The file of `component` in the folder of a model, in any layout. None if there is none."""
     official = folder / component.name
     if _holds_weights(official):
         return find_weights(official)
@@ -168,7 +168,10 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
-    """The tokenizer's file: `given`, or in that folder, else in the model's. Raises FormatError if there is none."""
+    """The file of the tokenizer: `given`, or inside the folder `given`; without `given`, inside `folder`.
+
+    Raises FormatError if there is none.
+    """
     if given is not None and given.is_file():
         return given
     place = given or folder
@@ -187,7 +190,7 @@ def _used(file: Checkpoint, component: AnyComponent, config: Config) -> dict[str
 
 
 def scheduler_config(folder: Path) -> SchedulerConfig:
-    """The sampling schedule of a model's folder; Turbo's if it has none."""
+    """The config of the scheduler in the folder of a model; Turbo's if the folder has none."""
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return OFFICIAL_SCHEDULER

@@ -8,7 +8,7 @@ from pathlib import Path
 from zimage_ref.errors import ConfigError
 from zimage_ref.extras import optional_import
 
-TINY = "tiny"  # names the model inside this package, unless a folder has that name
+TINY = "tiny"  # the name of the model inside this package, unless a folder has this name
 BUILT_IN = Path(__file__).parents[1] / "tiny" / "weights"
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -16,15 +16,15 @@ _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
 def resolved(path: Path) -> Path:
-    """`path`, or the folder of the model that it names if there is no such path. Raises as `local_folder` does."""
+    """`path` if it exists, else the folder of the model with that name. Raises as `local_folder` does."""
     return local_folder(path) if _is_name(path) else path
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder of `model`: itself, that of the built-in model, or where the repository of that id is cached.
+    """The folder of `model`: a folder itself, the built-in model, or the cache of the repository with this id.
 
-    What is missing of a repository is downloaded.
-    Raises ConfigError if there is none, BackendError if the id needs a package that is not installed.
+    Missing files of a repository are downloaded.
+    Raises ConfigError if there is no such model, BackendError if a repository needs a package that is not installed.
     """
     path = Path(model)
     if path.is_dir():

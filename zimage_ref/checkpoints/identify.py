@@ -1,7 +1,7 @@
-"""Which component and dialect a checkpoint is, its config, and its weights by official name.
+"""Identifies the component and the dialect of a checkpoint; gives its config and its weights by official name.
 
-A file is judged by the names in it, never by its own name: the component and dialect whose names it shares most are
-what it is, and then every tensor must be there, known, and of the right shape.
+The names of the tensors decide, never the name of the file. The checkpoint is of the component and dialect that share
+most of these names. Then every tensor must be there, be known, and have the right shape.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .registry import COMPONENTS
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file is, judged by its names; `sizes` is a config whose sizes are read off the shapes in it."""
+    """The identity of a file, found by the names of its tensors. `sizes` is a config with the sizes of its shapes."""
 
     component: str
     dialect: Dialect[Config]
     sizes: Config
-    prefix: str  # what was before the names
+    prefix: str  # the text before each name in the file
 
     def __str__(self) -> str:
         prefix = f", prefix {self.prefix}" if self.prefix else ""
@@ -39,9 +39,9 @@ class Identity:
 
 
 def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:
-    """The component and dialect of whose names `tensors` hold the largest share; None if a quarter at most.
+    """The component and the dialect with the largest share of names among `tensors`. None if it is a quarter or less.
 
-    In a file of several components it is `wanted`, if that is one of them.
+    If a file holds several components and `wanted` is one of them, it is `wanted`.
     """
     best, share = None, 0.25
     for name in sorted(COMPONENTS, key=lambda name: name != wanted):
@@ -61,10 +61,10 @@ def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:
 def official_weights(
     file: Checkpoint, component: AnyComponent, config: Config | None = None, identity: Identity | None = None
 ) -> dict[str, Tensor]:
-    """Every tensor of `component` that `file` holds, by official name, in the official order.
+    """The tensors of `component` in `file` by official name, in the official order.
 
-    `config`: what the shapes must fit; None to take the sizes from the file itself. Raises WeightError for tensors
-    that are missing, unknown, there twice, or of a wrong shape or dtype, and for a file of another component.
+    config: the shapes must fit it. None: the sizes come from the file itself. Raises WeightError if a tensor is
+    missing, unknown, there twice, or has a wrong shape or dtype, and if the file is of another component.
     """
     identity = identity or identify(file.tensors, component.name)
     if identity is None or identity.component != component.name:
@@ -91,7 +91,7 @@ def _contents(component: Component[ConfigT], dialect: Dialect[ConfigT], config: 
 
 
 def require(tensors: Tensors, expected: Shapes, needed: set[str], ignored: Iterable[str], path: Path) -> None:
-    """Raises WeightError, listing every kind of misfit, unless the tensors are those expected."""
+    """Raises WeightError unless the tensors are the expected ones. The error lists every kind of difference."""
     faults = {
         "missing": [name for name in expected if name in needed and name not in tensors],
         "unknown": [name for name in tensors if name not in expected and name not in ignored],
@@ -112,7 +112,7 @@ def require(tensors: Tensors, expected: Shapes, needed: set[str], ignored: Itera
 
 
 def looks_like(tensors: Tensors, identity: Identity | None = None) -> str:
-    """What a file seems to be, in words."""
+    """A description, for people, of what a file seems to hold."""
     identity = identity or identify(tensors)
     if is_lora(tensors):
         return "a LoRA"
@@ -122,9 +122,9 @@ def looks_like(tensors: Tensors, identity: Identity | None = None) -> str:
 
 
 def config_of(file: Checkpoint, component: Component[ConfigT], folder: Path | None = None) -> ConfigT | None:
-    """The config of `file`: in its own record, else as JSON beside it or in `folder`; None if it is nowhere.
+    """The config of `file`: from its record, else from JSON beside it or in `folder`. None if there is none.
 
-    Raises ConfigError or FormatError if what is there cannot be read.
+    Raises ConfigError or FormatError if there is one that cannot be read.
     """
     kind = type(component.official)
     own = file.record.get("config")
@@ -143,15 +143,15 @@ def config_of(file: Checkpoint, component: Component[ConfigT], folder: Path | No
 
 
 def _is_of(path: Path, component: AnyComponent) -> bool:
-    """Whether the config.json beside a file is that component's: folders of single files hold foreign ones."""
+    """Whether the config.json at `path` is of `component`. In a folder of single files it may be of another model."""
     return component.config_key in read_json(path, ConfigError) or path.parent.name == component.name
 
 
 def _own(tensors: Tensors, component: AnyComponent, path: Path | None = None) -> tuple[dict[str, Tensor], str]:
     """The tensors of `component` without their prefix, and the prefix.
 
-    In a file of several components those of the others are left out; otherwise a foreign name stays, to be refused.
-    Raises WeightError naming `path`, if it is given, for a name that is there with and without the prefix.
+    If a file holds several components, the tensors of the others are left out. Otherwise unknown names stay, so that
+    they are refused later. If `path` is given, raises WeightError naming it for a name with and without the prefix.
     """
     known = sorted(((prefix, c) for c in COMPONENTS.values() for prefix in c.prefixes), key=lambda p: -len(p[0]))
     owners = {name: next(((p, c) for p, c in known if name.startswith(p)), ("", component)) for name in tensors}

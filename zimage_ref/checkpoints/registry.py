@@ -1,4 +1,4 @@
-"""The table of components, and what follows from it. Nothing else lists them."""
+"""The one table of components, and the lists that follow from it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .vae import VAE
 _ENTRIES: tuple[AnyComponent, ...] = (TRANSFORMER, TEXT_ENCODER, VAE)
 COMPONENTS = {component.name: component for component in _ENTRIES}
 
-TOKENIZER = "tokenizer"  # the part of a model that is no network
+TOKENIZER = "tokenizer"  # the one part of a model that is not a network
 
 
 def part_options() -> dict[str, str]:
-    """Every part of a model that a file may be given for, and the help of its option."""
+    """Every part of a model that you can give a file for -> the help text of its option."""
     options = {name: component.option_help for name, component in COMPONENTS.items()}
     return options | {TOKENIZER: "tokenizer.json, or its folder, instead of the one in `model_dir`"}
 
 
 def model_types() -> dict[str, str]:
-    """Component by what `model_type` may call it."""
+    """Each value of `model_type` -> the name of its component."""
     return {alias: name for name, component in COMPONENTS.items() for alias in component.model_types}

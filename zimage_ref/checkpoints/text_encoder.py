@@ -1,8 +1,8 @@
-"""The text encoder, Qwen3, in files.
+"""The text encoder, Qwen3: its dialects and its Component.
 
     hf          the official names, with or without `model.` before them
     burn        the original Rust tool: Linear weights (in, out), gamma for norms
-    llama.cpp   GGUF files; the converter leaves the rows of q and k in place, unlike Llama's
+    llama.cpp   GGUF files; the rows of q and k keep their order (the converter permutes them for Llama only)
 
 Sources: transformers' modeling_qwen3.py; burn's nn modules; gguf-py's tensor_mapping.py.
 """
@@ -77,7 +77,7 @@ TEXT_ENCODER = Component(
     dialects=(Dialect("hf", _hf), Dialect("burn", _burn), Dialect("llama.cpp", _llama_cpp)),
     namings={"diffusers": OFFICIAL, "comfy": OFFICIAL},
     prefixes=("text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "model."),
-    ignored=("lm_head.weight", "output.weight", "rope_freqs.weight"),  # the embedding again, and a table
+    ignored=("lm_head.weight", "output.weight", "rope_freqs.weight"),  # two copies of the embedding, and a table
     stem="model",
     library=("transformers", "Qwen3Model"),
     flat_stems=("qwen3_4b_text_encoder", "qwen_3_4b"),

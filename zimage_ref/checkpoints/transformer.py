@@ -1,9 +1,9 @@
-"""The diffusion transformer in files.
+"""The diffusion transformer: its dialects and its Component.
 
     diffusers      the official names: `model.parameters`
-    comfy          ComfyUI's single file: q, k and v are one matrix, no patch size in the names
+    comfy          ComfyUI's single file: q, k and v are one matrix, names have no patch size
     burn           the original Rust tool: comfy's names, Linear weights (in, out), gamma for norms
-    burn of 2025   the same with the patch size in the names
+    burn of 2025   the same, with the patch size in the names
 
 Sources: convert_z_image_transformer_checkpoint_to_diffusers in diffusers' single_file_utils.py; burn's nn modules.
 """

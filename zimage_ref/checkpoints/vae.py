@@ -1,7 +1,7 @@
-"""The autoencoder in files.
+"""The autoencoder: its dialects and its Component.
 
     diffusers   the official names: `model.parameters`
-    ldm         as CompVis named it: up blocks counted from the other end, attention as 1x1 convolutions
+    ldm         CompVis's names: up blocks counted from the other end, attention as 1x1 convolutions
     burn        the original Rust tool: LDM's names, gamma and beta for norms
 
 Sources: convert_ldm_vae_checkpoint in diffusers' single_file_utils.py; burn's nn modules.

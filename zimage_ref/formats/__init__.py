@@ -1,4 +1,4 @@
-"""Knows: what the bytes of a file mean: tensors, JSON, safetensors, npz, Burnpack, GGUF, quantized matrices.
+"""Knows: how files store data: tensors, JSON, safetensors, npz, Burnpack, GGUF, quantized matrices.
 May import: errors, extras.
 Must never know: what a tensor is for, or whose weights these are.
 """

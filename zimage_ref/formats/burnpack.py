@@ -1,9 +1,10 @@
-"""Burnpack (.bpk), the files of the original Rust tool, read only.
+"""Reads Burnpack (.bpk), the format of the original Rust tool. There is no writer.
 
     "NRUB", version u16, size u32, metadata in CBOR, then the tensors' data
 
-Data starts at the next multiple of 256, in files before December 2025 right after the metadata; the file's size tells
-which. Little endian throughout. Sources: burn-store's burnpack module; CBOR, RFC 8949.
+The data starts at the next multiple of 256. In files from before December 2025 it starts right after the metadata.
+The size of the file shows which of the two it is. All numbers are little endian.
+Sources: burn-store's burnpack module; CBOR, RFC 8949.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     if dtype is None:
         raise FormatError(f"{where} has dtype {tag!r}, which this program cannot read")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise FormatError(f"{where} has shape {shape!r} at {offsets!r}, which mean nothing")
+        raise FormatError(f"{where} has shape {shape!r} at {offsets!r}, which are not valid")
     start, end = offsets
     if end - start != prod(shape) * DTYPES[dtype].itemsize:
         raise FormatError(f"{where} has shape {tuple(shape)}, which does not fit its {end - start} bytes")
@@ -94,7 +95,10 @@ def _naturals(values: object) -> TypeGuard[list[int]]:
 
 
 class _Cbor:
-    """The part of CBOR that burn writes: items of definite length, nested a little. No item may outgrow the data."""
+    """A reader of the part of CBOR that burn writes: items of definite length, nested at most _MAX_DEPTH levels.
+
+    It refuses an item that is longer than the data.
+    """
 
     _MAX_DEPTH = 16
     _FLOATS: ClassVar[dict[int, str]] = {25: ">e", 26: ">f", 27: ">d"}
@@ -104,7 +108,7 @@ class _Cbor:
         self.path, self.data, self.position = path, data, 0
 
     def root(self) -> JsonObject:
-        """The map that is all of the data."""
+        """The one map that the data consists of."""
         value = self._item(0)
         if not isinstance(value, dict) or self.position != len(self.data):
             raise self._damaged("it is not one map")
@@ -126,7 +130,7 @@ class _Cbor:
             return self._take(argument)
         if major == 3:
             return self._text(argument)
-        if major == 4 and argument <= len(self.data) - self.position:  # an item takes a byte at least
+        if major == 4 and argument <= len(self.data) - self.position:  # an item takes at least one byte
             return [self._item(depth + 1) for _ in range(argument)]
         if major == 5 and 2 * argument <= len(self.data) - self.position:
             return self._map(argument, depth)

@@ -1,4 +1,4 @@
-"""Weights on disk: one file or a sharded set, its container told by content, its tensors read when they are used."""
+"""Weights on disk: one file or a sharded set. The content shows the container; tensors are read when you use them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .tensors import Tensor
 
 WRITABLE = (".npz", ".safetensors")  # suffixes, in order of preference
 READABLE = (*WRITABLE, ".bpk", ".gguf")
-RECORD_KEY = "zimage"  # of our record in safetensors' metadata
+RECORD_KEY = "zimage"  # the key of our record in the metadata of a safetensors file
 
-Read = Callable[[Path], tuple[dict[str, Tensor], JsonObject]]  # tensors, and the metadata as it is stored
+Read = Callable[[Path], tuple[dict[str, Tensor], JsonObject]]  # returns the tensors and the metadata as stored
 
 _READERS: dict[bytes, tuple[str, Read]] = {
     b"PK\x03\x04": ("npz", npz.read),
@@ -36,11 +36,11 @@ class Checkpoint:
     container: str  # "npz", "safetensors", "burnpack" or "gguf"
     tensors: dict[str, Tensor]  # a quantized layer is one QuantizedTensor
     metadata: Json  # as stored: the npz record, safetensors' __metadata__, ...
-    record: Json = field(default_factory=dict)  # what our own writer says: model_type, config, quantization, source
+    record: Json = field(default_factory=dict)  # written by this program: model_type, config, quantization, source
 
     @property
     def parameters(self) -> int:
-        """Elements in all tensors."""
+        """The number of elements in all tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
     @classmethod
@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 def _reader(path: Path) -> tuple[str, Read]:
-    """The container of the file `path`, and what reads it."""
+    """The container of the file `path`, and the function that reads it."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)

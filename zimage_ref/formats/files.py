@@ -1,4 +1,4 @@
-"""Files: written so that they are whole or absent, and read by mapping the part that is needed."""
+"""Writes files so that they are either complete or absent, and checks paths before work starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BLOCK = 1 << 20  # bytes read at a time
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and vanishes if the block raises.
+    """Opens a binary file that becomes `path` when the block ends. If the block raises, the file is deleted.
 
-    It is written under a temporary name in the same folder, synced to disk and renamed over `path`. Folders that had
-    to be made for it vanish with it.
+    The file is written under a temporary name in the same folder, synced to disk and renamed to `path`. If the block
+    raises, folders that were created for the file are deleted too.
     """
     made = [folder for folder in path.parents if not folder.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,14 +35,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == str(temporary):
             error.filename = str(path)
         temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # another file of the same run may be in there by now
+        with suppress(OSError):  # another file of the same run may be in the folder now
             for folder in made:
                 folder.rmdir()
         raise
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of the file `path` in hexadecimal, read a block at a time. Raises FormatError if it cannot be read."""
+    """The SHA-256 of the file `path` in hexadecimal. Raises FormatError if the file cannot be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ConfigError if no file `path` can be written: call it before hours of work."""
+    """Raises ConfigError if you cannot write a file to `path`. Call it before a long computation."""
     home = existing_parent(path)
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder: name a file")
@@ -65,17 +65,17 @@ def check_writable(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The innermost folder of `path` that is there."""
+    """The innermost parent folder of `path` that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether `error` says that there is no room left, on the disk or in the user's share of it."""
+    """Whether `error` says that the disk, or the user's quota on it, is full."""
     return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Deletes what `atomic_write` left under `folder` when its process was killed."""
+    """Deletes temporary files under `folder` that `atomic_write` left because its process was killed."""
     for temporary in folder.glob(pattern):
         owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
         if owner.isdecimal() and not _alive(int(owner)):
@@ -89,6 +89,6 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # the process exists and belongs to another user
         return True
     return True

@@ -1,7 +1,8 @@
-"""GGUF files, read only: the transformer in ComfyUI's names, Qwen3 in llama.cpp's.
+"""Reads GGUF files: the transformer in ComfyUI's names, Qwen3 in llama.cpp's. There is no writer.
 
-The header is read here, with bounds that a damaged file cannot break; quantized tensors become float32 through the
-`gguf` package (extra `gguf`), a block of rows at a time. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The header is read here, with bounds, so that a damaged file cannot take all memory. The package `gguf` (extra `gguf`)
+dequantizes tensors to float32, a block of rows at a time.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .tensors import DTYPES, Array, Tensor, row_blocks
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-_HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
+_HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
 _ALIGNMENT = 32  # of the data, unless general.alignment says otherwise
 _MAX_DIMENSIONS = 8
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")  # by value type
@@ -115,12 +116,12 @@ def _block_format(package: ModuleType, kind: int, where: str) -> tuple[int, int,
 
 
 def _original_shapes(path: Path, tensors: dict[str, Tensor], metadata: Json) -> dict[str, Tensor]:
-    """The tensors with shapes as ComfyUI-GGUF recorded those that ggml cannot hold."""
+    """The tensors, each with its original shape. ComfyUI-GGUF records the shapes that ggml cannot store."""
     for key, shape in metadata.items():
         name = key.removeprefix("comfy.gguf.orig_shape.")
         if name != key and name in tensors:
             if not isinstance(shape, list) or not all(type(n) is int for n in shape):
-                raise FormatError(f"{path}: {key} is {shape!r}, which is no shape")
+                raise FormatError(f"{path}: {key} is {shape!r}, which is not a shape")
             if prod(shape) != tensors[name].size or min(shape, default=1) < 0:
                 raise FormatError(f"{path}: {key} is {shape!r}, which {tensors[name].shape} does not fit")
             tensors[name] = tensors[name].view(tuple(shape), _reshape(shape))
@@ -132,7 +133,7 @@ def _reshape(shape: list[int]) -> Callable[[Array], Array]:
 
 
 class _Header:
-    """A position in a file; nothing read from it may be longer than what is left."""
+    """A position in the header of a file. It refuses to read beyond the end of the file."""
 
     _KEPT = 64  # metadata lists longer than this (vocabularies) are skipped
 
@@ -145,7 +146,7 @@ class _Header:
         return struct.unpack(code, self._take(struct.calcsize(code)))
 
     def text(self) -> str:
-        """A string with its length before it."""
+        """A string, stored after its length."""
         (length,) = self.unpack("<Q")
         try:
             return self._take(length).decode()
@@ -153,7 +154,7 @@ class _Header:
             raise FormatError(f"{self.file.path}: its header is damaged: a text is not UTF-8") from error
 
     def value(self, kind: int, nested: bool = False) -> object:
-        """A metadata value; None for a list too long to keep."""
+        """A metadata value. None stands for a list that is too long to keep."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY and not nested:
@@ -168,7 +169,7 @@ class _Header:
 
     def _skip(self, element: int, count: int) -> None:
         if element == _STRING:
-            for _ in range(count):  # ends with the file at the latest
+            for _ in range(count):  # a wrong count ends with an error at the end of the file
                 (length,) = self.unpack("<Q")
                 self._advance(length)
         elif element < len(_SCALARS) and _SCALARS[element]:

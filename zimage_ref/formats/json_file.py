@@ -1,4 +1,4 @@
-"""JSON files: objects that are read, and files that are written whole or not at all."""
+"""Reads JSON files that hold one object. Writes JSON files completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ JsonObject: TypeAlias = dict[str, Any]
 
 
 def read_json(path: Path, error: type[ZImageError] = FormatError) -> JsonObject:
-    """The JSON object in `path`. Raises `error`, the one that the caller promises, if there is none."""
+    """The JSON object in `path`. Raises `error`, the class that the caller documents, if there is no such object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
         raise error(f"{path}: cannot be read as JSON: {reason(cause)}") from cause
     if not isinstance(data, dict):
-        raise error(f"{path}: holds a JSON {type(data).__name__} where an object belongs")
+        raise error(f"{path}: holds a JSON {type(data).__name__}, not an object")
     return data
 
 
 def json_bytes(data: object) -> bytes:
-    """The content of a JSON file, for people to read too."""
+    """The content of a JSON file, indented so that people can read it."""
     return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def write_json(path: Path, data: object) -> None:
-    """Writes `data` to `path`, whole or not at all."""
+    """Writes `data` to `path`, completely or not at all."""
     with atomic_write(path) as file:
         file.write(json_bytes(data))

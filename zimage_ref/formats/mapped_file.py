@@ -1,4 +1,4 @@
-"""A file mapped into memory: its arrays are views, and pages that are not looked at are not read."""
+"""A file mapped into memory. Its arrays are views; the system reads only the pages that you use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from .tensors import Array, DType
 
 
 class MappedFile:
-    """A file held open, of which arrays are mapped when they are asked for.
+    """An open file. `array` maps a part of it into memory.
 
-    Only arrays in use keep pages in memory: going through a file of any size takes the memory of one tensor.
+    Only arrays in use keep pages in memory. So reading a whole file, one tensor after the other, takes the memory of
+    one tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +49,7 @@ class MappedFile:
         return np.ndarray(shape, dtype, mapped, offset - start, order=order)
 
     def bytes(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset`, fewer if the file ends before."""
+        """Up to `count` bytes from `offset`, fewer if the file ends earlier."""
         count = max(0, min(count, self.size - offset))
         return self.array(offset, (count,), np.dtype("u1")).tobytes()
 

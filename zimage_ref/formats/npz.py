@@ -1,8 +1,8 @@
-"""Our native file: an .npz that `np.load` and `mx.load` read, laid out so that it can be memory-mapped.
+"""The project's own format: an .npz that `np.load` and `mx.load` read, and that can be memory-mapped.
 
-Members are stored, not compressed, and each array's data starts at a multiple of 64 bytes (the .npy header is padded
-with spaces). bfloat16 is '<V2', as MLX writes it. What an npz has no room for (format version, model type, config)
-is one JSON object in the comment of the zip archive, which NumPy and MLX ignore. Equal input gives equal bytes.
+Members are stored, not compressed. Each array's data starts at a multiple of 64 bytes; spaces pad the .npy header.
+bfloat16 is '<V2', as MLX writes it. The comment of the zip archive holds one JSON object, the record: format version,
+model type and config. NumPy and MLX ignore the comment. Equal input gives equal bytes.
 Sources: NEP 1 (the .npy format), PKWARE's APPNOTE (zip local headers).
 """
 
@@ -28,7 +28,7 @@ from .tensors import BFLOAT16, DTYPES, Tensor, Tensors, write_data
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
-_ZIP64_FROM = 1 << 30  # members this large get the wider size fields
+_ZIP64_FROM = 1 << 30  # bytes: members from this size on get 64-bit size fields
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # signature, 5 shorts, crc and sizes, lengths of name and extra
 _MAX_NPY_HEADER = 1 << 16
 _MAX_COMMENT = (1 << 16) - 1
@@ -43,7 +43,7 @@ _UTF8_NAME, _ENCRYPTED = 0x800, 0x1  # flags of a zip member
 def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors of `path` in the order they are stored, and the record in its comment ({} for foreign files).
 
-    Reads headers only; data is mapped. Raises FormatError for anything but a valid npz of stored, known dtypes.
+    Reads headers only; data is mapped. Raises FormatError unless the file is a valid, uncompressed npz of known dtypes.
     """
     members, comment = _directory(path)
     file = MappedFile(path)
@@ -61,7 +61,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
 
 
 def verify(path: Path) -> list[str]:
-    """Members of `path` whose data differs from the checksum in the archive; reads the whole file."""
+    """The members of `path` whose data differs from the checksum in the archive. Reads the whole file."""
     file = MappedFile(path)
     return [m.filename for m in _directory(path)[0] if _checksum(file, m) != m.CRC]
 
@@ -82,7 +82,7 @@ def _directory(path: Path) -> tuple[list[zipfile.ZipInfo], bytes]:
 
 
 def _data_start(file: MappedFile, member: zipfile.ZipInfo) -> int:
-    """Where the member's bytes begin, after a local header that must agree with the directory."""
+    """The byte at which the member's data begins. Raises FormatError if its local header and the directory differ."""
     where = f"{file.path}: {member.filename!r}"
     if not member.filename.endswith(".npy"):
         raise FormatError(f"{where} is not an .npy member: this is not an npz of arrays")
@@ -110,9 +110,9 @@ def _array_in(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     length = int.from_bytes(head[8:prefix], "little")
     match = _NPY_HEADER.fullmatch(head, prefix, prefix + length) if prefix + length <= len(head) else None
     if match is None:
-        raise FormatError(f"{where} has a header that no plain array has")
+        raise FormatError(f"{where} has a header that is not one of a plain array")
     descr = match[1].decode("latin-1")
-    if descr not in _DESCRS:  # also refuses pickled objects
+    if descr not in _DESCRS:  # this refuses pickled objects too
         raise FormatError(f"{where} has dtype {descr}, which this program cannot read")
     shape, dtype = tuple(int(n) for n in match[3].replace(b",", b" ").split()), _DESCRS[descr]
     if prod(shape) * dtype.itemsize + prefix + length != member.file_size:
@@ -143,7 +143,10 @@ def write(
     record: Json | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes `tensors` to `path`, one at a time, calling `progress` with bytes as they go; whole or not at all."""
+    """Writes `tensors` to `path`, one at a time. The file becomes complete or does not appear.
+
+    progress: is called with the number of bytes after each write.
+    """
     with atomic_write(path) as file:
         write_to(file, tensors, record, progress)
 
@@ -154,13 +157,13 @@ def write_to(
     record: Json | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """`write` for a file that is open. Raises ConfigError for a record that a zip comment cannot hold."""
+    """As `write`, to a file that is open. Raises ConfigError if the record is too long for a zip comment."""
     comment = json.dumps({"format_version": FORMAT_VERSION, **(record or {})}, separators=(",", ":")).encode()
     if len(comment) > _MAX_COMMENT:
         raise ConfigError(f"a record of {len(comment)} bytes does not fit the comment of an npz ({_MAX_COMMENT})")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, tensor in tensors.items():
-            member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980: the same bytes whenever it is written
+            member = zipfile.ZipInfo(f"{name}.npy")  # the date is always 1980, so that equal input gives equal bytes
             large = tensor.nbytes >= _ZIP64_FROM
             extra = 20 if large else 0
             data_start = file.tell() + _LOCAL_HEADER.size + len(member.filename.encode()) + extra
@@ -171,7 +174,7 @@ def write_to(
 
 
 def npy_header(tensor: Tensor, position: int) -> bytes:
-    """A version 1.0 .npy header that ends at a multiple of ALIGNMENT when written at `position` of the file."""
+    """A version 1.0 .npy header that ends at a multiple of ALIGNMENT if it is written at `position` in the file."""
     descr = "<V2" if tensor.dtype == BFLOAT16 else tensor.dtype.str
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
     prefix = 10  # magic, version and the length of the text

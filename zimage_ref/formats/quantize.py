@@ -1,10 +1,11 @@
-"""Affine quantization in MLX's layout: 4 or 8 bits a weight, a scale and a bias for each group of a row.
+"""Affine quantization in MLX's layout: 4 or 8 bits for each weight, one scale and one bias for each group of a row.
 
-    w = scale * q + bias          q: unsigned, packed into uint32 from the lowest bits up
+    w = scale * q + bias          q: unsigned, packed into uint32, the first in the lowest bits
 
-A quantized Linear layer is three tensors: X.weight (out, in * bits / 32) uint32, X.scales and X.biases (out, in /
-group).
-Bit for bit what `mx.quantize` and `mx.dequantize` compute on a CPU. Source: mlx/backend/cpu/quantized.cpp.
+A quantized Linear layer is three tensors: X.weight (out, in * bits / 32) uint32, X.scales and X.biases
+(out, in / group).
+The results are bit for bit those of `mx.quantize` and `mx.dequantize` on a CPU.
+Source: mlx/backend/cpu/quantized.cpp.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from .tensors import DTYPE_NAMES, FLOATS, Array, Tensor, cast, float_dtype, row_
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
-GROUP_SIZE = 64  # default, as MLX's
+GROUP_SIZE = 64  # the default, the same as in MLX
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a file is quantized. Raises ConfigError for what MLX does not offer."""
+    """How a file is quantized. Raises ConfigError for bits or group sizes that MLX does not offer."""
 
     bits: int
     group_size: int = GROUP_SIZE
@@ -40,16 +41,16 @@ class Quantization:
                 raise ConfigError(f"quantization: {name} {value!r} must be one of {', '.join(map(str, known))}")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether `shape` is that of a matrix whose rows are whole groups."""
+        """Whether a tensor of `shape` can be quantized: a matrix whose rows divide into whole groups."""
         return len(shape) == 2 and shape[1] % self.group_size == 0
 
     def to_json(self) -> JsonObject:
-        """For a file's record."""
+        """As JSON, for the record of a file."""
         return {"mode": "affine", "bits": self.bits, "group_size": self.group_size}
 
     @classmethod
     def from_json(cls, data: object, source: Path) -> Quantization:
-        """From a file's record. Raises FormatError naming `source`."""
+        """Reads it from the record of a file. Raises FormatError naming `source`."""
         if not isinstance(data, dict) or data.get("mode", "affine") != "affine":
             raise FormatError(f"{source}: its record has a quantization this program does not know: {data!r}")
         try:
@@ -60,7 +61,7 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor(Tensor):
-    """A matrix stored quantized; shape and dtype are those of the weights that `read` makes of it."""
+    """A matrix that is stored quantized. `shape` and `dtype` are those of the dequantized weights, as `read` gives."""
 
     packed: Tensor
     scales: Tensor
@@ -69,7 +70,7 @@ class QuantizedTensor(Tensor):
 
     @classmethod
     def of_parts(cls, packed: Tensor, scales: Tensor, biases: Tensor, how: Quantization) -> QuantizedTensor:
-        """The tensor of which these three are stored."""
+        """The tensor that is stored as these three parts."""
 
         def read() -> Array:
             return dequantized(packed.read(), scales.read(), biases.read(), how)
@@ -80,11 +81,11 @@ class QuantizedTensor(Tensor):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """What is stored, by the last part of its name."""
+        """The stored tensors by the last part of their names: weight, scales, biases."""
         return {"weight": self.packed, "scales": self.scales, "biases": self.biases}
 
     def cast(self, name: str | None) -> Tensor:
-        """With scales and biases, and therefore weights, in another float dtype."""
+        """The same tensor with scales and biases in another float dtype. The dequantized weights get it too."""
         return self.of_parts(self.packed, self.scales.cast(name), self.biases.cast(name), self.quantization)
 
     def plain(self, name: str | None = None) -> Tensor:
@@ -94,7 +95,10 @@ class QuantizedTensor(Tensor):
 
 
 def fold(tensors: Mapping[str, Tensor], record: Json, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file with each quantized layer's three as one. Raises FormatError if they do not fit."""
+    """The tensors of a file, with the three of each quantized layer as one QuantizedTensor.
+
+    Raises FormatError if the three do not fit each other.
+    """
     if "quantization" not in record:
         return dict(tensors)
     how = Quantization.from_json(record["quantization"], path)
@@ -124,7 +128,7 @@ def fold(tensors: Mapping[str, Tensor], record: Json, path: Path) -> dict[str, T
 
 
 def unfold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file stores them: three for each quantized one."""
+    """The inverse of `fold`: the tensors as a file stores them, three for each quantized one."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, QuantizedTensor):
@@ -135,9 +139,9 @@ def unfold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def quantized(tensor: Tensor, how: Quantization, keep: bool = False) -> QuantizedTensor:
-    """`tensor` (out, in), to be quantized when it is read; scales and biases get its dtype.
+    """`tensor` (out, in) as one that is quantized when you read it. Scales and biases get its dtype.
 
-    The three parts, read one after the other, are computed once; with `keep` they stay in memory from then on.
+    All three parts are computed when you read the first. Each is kept until you read it; with `keep`, for ever.
     """
     rows, columns = tensor.shape
     memory: dict[str, Array] = {}
@@ -173,7 +177,7 @@ def _quantize(weight: Array, how: Quantization) -> tuple[Array, Array, Array]:
     below = np.abs(low) > np.abs(high)
     step = np.maximum((high - low) / levels, np.float32(1e-7))
     step = np.where(below, step, -step)
-    edge = np.where(below, low, high)  # the value of largest magnitude, which is to be met exactly
+    edge = np.where(below, low, high)  # the value of largest magnitude: it is stored exactly
     level = np.rint(edge / step)
     step = np.where(level != 0, edge / np.where(level != 0, level, 1), step)
     bias = np.where(level == 0, np.float32(0), edge)
@@ -184,7 +188,7 @@ def _quantize(weight: Array, how: Quantization) -> tuple[Array, Array, Array]:
 
 
 def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) -> Array:
-    """The weights (out, in), in the dtype of `scales`; product and sum are each rounded to it."""
+    """The weights (out, in) in the dtype of `scales`. The product and the sum are each rounded to this dtype."""
     dtype = scales.dtype
     wide = dtype if DTYPE_NAMES[dtype] in ("f32", "f64") else float_dtype("f32")
     weight = np.empty((len(packed), scales.shape[1] * how.group_size), dtype)
@@ -200,7 +204,7 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
 
 
 def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
-    """Bytes that the tensors take in a file, by dtype or quantized format."""
+    """The bytes that the tensors take in a file, by dtype or quantized format."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
@@ -209,5 +213,5 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
 
 
 def without_quantization(tensors: Mapping[str, Tensor], dtype: str | None = None) -> dict[str, Tensor]:
-    """The tensors, quantized ones to be dequantized in the dtype `dtype` when they are read."""
+    """The tensors without QuantizedTensors: each of those is dequantized, in the dtype `dtype`, when you read it."""
     return {n: t.plain(dtype) if isinstance(t, QuantizedTensor) else t for n, t in tensors.items()}

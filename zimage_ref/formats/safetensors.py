@@ -1,7 +1,7 @@
-"""safetensors files: tensors mapped from disk, and a writer that streams them.
+"""safetensors files: a reader that maps tensors from disk, and a writer that streams them.
 
-The format is an 8-byte little-endian header length, a JSON header, then the data. The safetensors library judges
-whether a header is valid; what it does not expose (offsets, bfloat16 without torch) is read here.
+The format is an 8-byte little-endian header length, a JSON header, then the data. The safetensors library checks the
+header. This file reads what the library does not offer: offsets, and bfloat16 without torch.
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises FormatError for anything that is not a whole, valid safetensors file of known dtypes.
     """
     try:
-        with safe_open(path, framework="np"):  # validates lengths, offsets and overlaps
+        with safe_open(path, framework="np"):  # this checks lengths, offsets and overlaps
             pass
     except (OSError, SafetensorError, ValueError) as error:
         raise FormatError(f"{path}: not a valid safetensors file: {error}") from error
@@ -61,7 +61,10 @@ def write(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes `tensors` to `path`, one at a time, calling `progress` with bytes as they go; whole or not at all."""
+    """Writes `tensors` to `path`, one at a time. The file becomes complete or does not appear.
+
+    progress: is called with the number of bytes after each write.
+    """
     with atomic_write(path) as file:
         write_to(file, tensors, metadata, progress)
 
@@ -72,7 +75,7 @@ def write_to(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """`write` for a file that is open."""
+    """As `write`, to a file that is open."""
     ordered = _aligned_order(tensors)
     file.write(header_of(dict(ordered), metadata))
     for _, tensor in ordered:
@@ -80,7 +83,7 @@ def write_to(
 
 
 def header_of(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
-    """What a file begins with, before the data of `tensors` in this order."""
+    """The first bytes of a file that holds `tensors` in this order: the length of the header, and the header."""
     header: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
@@ -96,7 +99,7 @@ def header_of(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> by
 
 
 def _aligned_order(tensors: Tensors) -> list[tuple[str, Tensor]]:
-    """The tensors as they come if that puts each at a multiple of its item's size, else the widest items first."""
+    """The tensors in an order that puts each at a multiple of its item size: their own, else the widest items first."""
     offset = 0
     for tensor in tensors.values():
         if offset % tensor.dtype.itemsize:

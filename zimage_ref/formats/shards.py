@@ -1,4 +1,4 @@
-"""Sharded sets: tensors in several safetensors files, and an index.json that says which tensor is in which.
+"""Sharded sets: tensors in several safetensors files, and an index.json that says which file holds which tensor.
 
     x.safetensors.index.json    {"metadata": {"total_size": bytes, ...}, "weight_map": {tensor: file}}
     x-00001-of-00002.safetensors, ...
@@ -25,7 +25,7 @@ INDEX_SUFFIX = ".index.json"
 def read(index: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """All tensors of a sharded set, and the index's metadata.
 
-    Raises FormatError unless the index and the shards agree exactly.
+    Raises FormatError unless the index and the shards list exactly the same tensors.
     """
     data = read_json(index)
     weight_map, metadata = data.get("weight_map"), data.get("metadata", {})
@@ -55,9 +55,9 @@ def write(
     beside: Mapping[str, object] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> list[Path]:
-    """Writes `tensors` to `file`, or to shards of at most `limit` bytes if they are more. Returns what was written.
+    """Writes `tensors` to `file`, or to several shards if they take more than `limit` bytes. Returns the paths.
 
-    beside: JSON files to write into the same folder, by name. All files get their names after all are written.
+    beside: JSON files to write into the same folder, by name. All files get their final names after all are written.
     """
     shards = _split(tensors, limit)
     names = [file.name]
@@ -70,7 +70,7 @@ def write(
         weight_map = {name: home for home, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": total | texts, "weight_map": weight_map}
         documents = {file.name + INDEX_SUFFIX: index, **documents}
-    with ExitStack() as stack:  # files get their names in reverse: the index, which is what readers look for, last
+    with ExitStack() as stack:  # files get their names in reverse order: the index, which readers open first, is last
         for name, data in documents.items():
             stack.enter_context(atomic_write(file.with_name(name))).write(json_bytes(data))
         outputs = [stack.enter_context(atomic_write(file.with_name(name))) for name in names]
@@ -80,13 +80,13 @@ def write(
 
 
 def written_before(file: Path) -> list[Path]:
-    """What `write` has left of an earlier `file`: itself, its index and its shards, as far as they are there."""
+    """The files that an earlier `write` to `file` made and that exist: the file, its index and its shards."""
     parts = [file, file.with_name(file.name + INDEX_SUFFIX), *file.parent.glob(f"{file.stem}-*-of-*.safetensors")]
     return [path for path in parts if path.exists()]
 
 
 def _split(tensors: Tensors, limit: int | None) -> list[dict[str, Tensor]]:
-    """The tensors in order, in as few runs of at most `limit` bytes as that allows; a larger tensor is alone."""
+    """The tensors, in order, in shards of at most `limit` bytes. A larger tensor gets a shard of its own."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def _split(tensors: Tensors, limit: int | None) -> list[dict[str, Tensor]]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that `text` means: a number with B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB (of 1024).
+    """The bytes that `text` means: a number with B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB (powers of 1024).
 
     Raises ConfigError for anything else.
     """

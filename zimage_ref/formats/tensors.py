@@ -1,7 +1,7 @@
-"""A tensor in a file, and what its bytes mean.
+"""A tensor in a file: its shape, its dtype and how to read it.
 
-NumPy has no bfloat16. In this project an array of dtype '|V2' *is* bfloat16, as in the .npz files that MLX writes:
-two opaque bytes, the upper half of a float32. Only this file knows how to turn it into numbers and back.
+NumPy has no bfloat16. In this project an array of dtype '|V2' *is* bfloat16, as in the .npz files that MLX writes.
+Each value is two bytes, the upper half of a float32. Only this file converts them to numbers and back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zimage_ref.errors import ConfigError
 
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = np.dtype[Any]
-Rows: TypeAlias = slice | tuple[()]  # an index of the first axis; () of an array without axes
+Rows: TypeAlias = slice | tuple[()]  # an index into the first axis; () for an array without axes
 
 BFLOAT16 = np.dtype("V2")
 
@@ -44,15 +44,15 @@ FLOATS = ("f64", "f32", "f16", "bf16")
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape and dtype of a tensor, known before its data is touched; `read()` gives the data.
+    """The shape and dtype of a tensor, known before its data is read. `read()` gives the data.
 
-    What `read` returns may be a read-only view of a memory-mapped file.
+    The array that `read` returns may be a read-only view of a memory-mapped file.
     """
 
     shape: tuple[int, ...]
     dtype: DType
     read: Callable[[], Array]
-    storage: str = ""  # what the file holds if that is not `dtype`, such as a quantized format
+    storage: str = ""  # the file's own format if it is not `dtype`, such as a quantized one
 
     @property
     def stored_as(self) -> str:
@@ -61,21 +61,21 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data in the stored dtype."""
+        """The bytes of data in `dtype`."""
         return self.size * self.dtype.itemsize
 
     @classmethod
     def of(cls, array: Array) -> Tensor:
-        """An array in memory, seen as a stored tensor."""
+        """An array in memory as a Tensor."""
         return cls(array.shape, array.dtype, lambda: array)
 
     def cast(self, name: str | None) -> Tensor:
-        """The same tensor in the float dtype `name` (f32, f16, bf16, f64); None, or integers: unchanged."""
+        """The same tensor in the float dtype `name` (f32, f16, bf16, f64). Integers, and any if None, do not change."""
         if name is None:
             return self
         dtype = float_dtype(name)
@@ -84,7 +84,7 @@ class Tensor:
         return Tensor(self.shape, dtype, lambda: cast(self.read(), dtype))
 
     def view(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Tensor:
-        """A tensor of `shape` that `change` makes of this one's data when it is read."""
+        """A tensor of `shape`. When you read it, `change` makes its data from this tensor's data."""
         return Tensor(shape, self.dtype, lambda: change(self.read()))
 
 
@@ -99,7 +99,7 @@ def float_dtype(name: str) -> DType:
 
 
 _CHUNK = 1 << 20  # bytes
-_BLOCK = 1 << 18  # elements converted at a time: temporaries stay small, and in the cache
+_BLOCK = 1 << 18  # elements converted at a time, so that temporary arrays fit in the processor's cache
 
 
 def cast(array: Array, dtype: DType) -> Array:
@@ -113,7 +113,7 @@ def cast(array: Array, dtype: DType) -> Array:
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[Rows]:
-    """Indices of the first axis that together cover an array of `shape` in blocks of bounded size."""
+    """Slices of the first axis that divide an array of `shape` into blocks of about _BLOCK elements."""
     if not shape:
         return iter(((),))
     step = max(1, _BLOCK * shape[0] // max(1, prod(shape)))
@@ -132,7 +132,7 @@ def count_nonfinite(array: Array) -> tuple[int, int]:
 
 
 def write_data(tensor: Tensor, write: Callable[[memoryview], int], progress: Callable[[int], None]) -> None:
-    """Hands the bytes of `tensor` in C order to `write`, a cache's worth at a time, and their number to `progress`."""
+    """Gives the bytes of `tensor`, in C order, to `write`, _CHUNK bytes at a time, and their number to `progress`."""
     flat = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
     for start in range(0, len(flat), _CHUNK):
         progress(write(flat[start : start + _CHUNK]))
@@ -146,7 +146,7 @@ def _cast(array: Array, dtype: DType) -> Array:
         return (bits << 16).view("<f4").reshape(array.shape).astype(dtype, copy=False)
     if dtype == BFLOAT16:
         return _round_to_bfloat16(array)
-    with np.errstate(over="ignore"):  # float16 overflows to infinity, as every other tool's does
+    with np.errstate(over="ignore"):  # large values become infinity in float16, as in other tools
         return array.astype(dtype)
 
 
@@ -154,5 +154,5 @@ def _round_to_bfloat16(array: Array) -> Array:
     values = np.ascontiguousarray(array, dtype="<f4")
     bits = values.view("<u4")
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    rounded = np.where(np.isnan(values), (bits >> 16) | 0x0040, rounded)  # rounding could turn NaN into infinity
+    rounded = np.where(np.isnan(values), (bits >> 16) | 0x0040, rounded)  # else rounding could turn NaN into infinity
     return rounded.astype("<u2").view(BFLOAT16).reshape(array.shape)

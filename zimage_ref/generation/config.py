@@ -1,4 +1,4 @@
-"""What a user can ask of a picture: each option once, with its default, type, help text and bounds."""
+"""The options of a picture. Each is defined once, with its default, type, help text and bounds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MAX_AREA = 2048 * 2048  # pixels
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is made of options that are left to the model."""
+    """The values of options that the model decides."""
 
     steps: int
     guidance: float
-    preview_steps: int  # while training: nearly the same picture, sooner
+    preview_steps: int  # during training: the picture is nearly the same, and sooner there
 
 
 TURBO = Defaults(steps=8, guidance=0.0, preview_steps=8)  # README of Tongyi-MAI/Z-Image
@@ -38,15 +38,15 @@ IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0  # defaults of diffusers' img2img and i
 
 
 def by_model(name: str) -> str:
-    """The default `name` of both models, in words."""
+    """The defaults of the option `name` for both models, in words."""
     return f"{getattr(TURBO, name):g} for Turbo, {getattr(BASE, name):g} for the base model"
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What one picture should be. None is a choice left to the model or to the picture given; see `jobs`.
+    """The options of one picture. None: the model or the given picture decides; see `jobs`.
 
-    Raises ConfigError for values out of bounds, and for options of a picture to start from if there is none.
+    Raises ConfigError for values out of bounds, and for options that need `init_image` if there is none.
     """
 
     prompt: str = required("what the picture shows")
@@ -101,7 +101,7 @@ class GenerateConfig:
                     raise ConfigError(f"`{name}` needs `init_image`")
 
     def check_guidance(self) -> None:
-        """Raises ConfigError if an option is given that does nothing without `guidance`, which is 0 or None."""
+        """Raises ConfigError if you set an option that needs guidance while `guidance` is 0 or None."""
         idle = {
             "negative_prompt": bool(self.negative_prompt),
             "cfg_normalization": bool(self.cfg_normalization),
@@ -113,9 +113,9 @@ class GenerateConfig:
 
 
 def config_of(options: Mapping[str, Any]) -> GenerateConfig:
-    """The config with the fields `options`, as a caller named them.
+    """The config with the fields `options`.
 
-    Raises ConfigError for values out of bounds, TypeError for a name that is no field.
+    Raises ConfigError for values out of bounds, TypeError for a name that is not a field.
     """
     return GenerateConfig(**options)
 
@@ -128,7 +128,7 @@ def check_side(name: str, side: int) -> None:
 
 
 def check_area(width: int, height: int) -> None:
-    """Raises ConfigError for a picture larger than the model was made for."""
+    """Raises ConfigError if width times height is above MAX_AREA."""
     if width * height > MAX_AREA:
         raise ConfigError(
             f"{width} x {height} is more than 2048 x 2048 pixels: {' x '.join(map(str, shrunk(width, height)))} fits"
@@ -136,11 +136,11 @@ def check_area(width: int, height: int) -> None:
 
 
 def shrunk(width: float, height: float) -> tuple[int, int]:
-    """The size of the shape width : height, no larger than asked nor than MAX_AREA, in multiples of SIDE_MULTIPLE."""
+    """The largest size of the shape width : height, at most as asked and at most MAX_AREA, in whole SIDE_MULTIPLEs."""
     scale = min(1.0, math.sqrt(MAX_AREA / (width * height)))
     sides = (round(side * scale / SIDE_MULTIPLE) * SIDE_MULTIPLE for side in (width, height))
     w, h = (max(SIDE_MULTIPLE, side) for side in sides)
-    while w * h > MAX_AREA:  # both were rounded up
+    while w * h > MAX_AREA:  # rounding up both sides can exceed it
         w, h = (w - SIDE_MULTIPLE, h) if w >= h else (w, h - SIDE_MULTIPLE)
     return w, h
 
@@ -148,5 +148,5 @@ def shrunk(width: float, height: float) -> tuple[int, int]:
 def _check_text(name: str, text: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line in another encoding
+    except UnicodeEncodeError as error:  # the command line was in another encoding
         raise ConfigError(f"`{name}` is not valid Unicode: {error.reason}") from error

@@ -1,4 +1,4 @@
-"""The loop from noise to latents: a sampler, guidance and what must be kept of a picture, around one network.
+"""The loop from noise to latents around one network: a sampler, guidance, and the kept part of a masked picture.
 
 Source: pipeline_z_image.py, pipeline_z_image_img2img.py and pipeline_z_image_inpaint.py of diffusers.
 """
@@ -28,7 +28,7 @@ class DenoisingStep(Generic[ArrayT]):
     total: int
     sigma: float  # after the step
     x: ArrayT  # (B, C, h, w) latents
-    x_0: ArrayT  # (B, C, h, w) latents of the picture predicted from where the step began
+    x_0: ArrayT  # (B, C, h, w) latents of the picture, predicted at the beginning of the step
 
 
 def denoised(
@@ -37,10 +37,10 @@ def denoised(
     captions: Mapping[str, ArrayT],
     start: ArrayT | None,
 ) -> Iterator[DenoisingStep[ArrayT]]:
-    """Yields the steps of a batch of requests that batch with each other.
+    """Yields the steps of `batch`, requests that can be denoised together (see `Request.batches_with`).
 
-    captions: features (T, cap_feat_dim) by text. start: latents (1, C, h, w) of the picture that all of them start
-    from, None if there is none.
+    captions: features (T, cap_feat_dim) by text. start: latents (1, C, h, w) of the picture that all requests start
+    from; None if there is none.
     """
     first, noise = batch[0], engine.to_backend(np.stack([request.noise for request in batch]))  # (B, C, h, w)
     x = noise if start is None else add_noise(start, noise, first.sigmas[0])
@@ -64,7 +64,7 @@ def denoised(
 def plain_steps(
     engine: Engine[ArrayT, ConditioningT], x: ArrayT, captions: Sequence[ArrayT], steps: int, guidance: float
 ) -> Iterator[ArrayT]:
-    """Yields the latents (B, C, h, w) after each Euler step from noise x (B, C, h, w), as `Pipeline.denoise`."""
+    """Yields the latents (B, C, h, w) after each Euler step from the noise x (B, C, h, w). See `Pipeline.denoise`."""
     h, w = x.shape[2:]
     schedule = sigmas(steps, engine.folder.scheduler, h * w // engine.folder.transformer.patch_size**2)
     predict = predictor(engine, captions[: len(x)], captions[len(x) :], Guidance(guidance), (h, w))
@@ -79,9 +79,10 @@ def predictor(
     guidance: Guidance,
     size: tuple[int, int],
 ) -> Predict[ArrayT]:
-    """The network's guided raw output for a batch of latents of `size` (h, w).
+    """A function that gives the network's guided raw output for a batch of latents of `size` (h, w).
 
-    positive, negative: features (T_i, cap_feat_dim) of a caption each; as many negative as positive ones, or none.
+    positive, negative: features (T_i, cap_feat_dim), one array for each caption. There are as many negative captions as
+    positive ones, or none.
     """
 
     @functools.cache

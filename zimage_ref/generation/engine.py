@@ -1,4 +1,4 @@
-"""What an engine supplies: the three networks of a model, in its own arrays. NumPy and MLX each have one.
+"""The interface of an engine: the three networks of a model, with the engine's own arrays. NumPy and MLX implement it.
 
 `Pipeline` makes pictures with an engine. For the letters in shapes see `zimage_ref`.
 """
@@ -23,10 +23,10 @@ ConditioningT = TypeVar("ConditioningT")
 
 
 class Engine(ABC, Generic[ArrayT, ConditioningT]):
-    """The networks of one model. ArrayT is the engine's own kind of array, ConditioningT what its transformer needs."""
+    """The networks of one model. ArrayT: the engine's arrays. ConditioningT: the conditioning of its transformer."""
 
     backend: ClassVar[str]  # its name
-    dtypes: ClassVar[tuple[str, ...]]  # precisions that it offers
+    dtypes: ClassVar[tuple[str, ...]]  # names of the precisions that it offers
 
     def __init__(
         self,
@@ -36,16 +36,16 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
     ) -> None:
-        """dtype: one of `dtypes`, None for the engine's default. lean: hold one network in memory at a time.
+        """dtype: one of `dtypes`, or None for the engine's default. lean: keep only one network in memory at a time.
 
-        quantize: bits (4 or 8) that the big matrices of transformer and text encoder are quantized to as they load.
-        parts: files that `folder` was opened with instead of its own, for the record.
-        Raises ConfigError for an unknown dtype, and if tokenizer and text encoder do not belong together.
+        quantize: 4 or 8 bits for the large matrices of transformer and text encoder; they are quantized on loading.
+        parts: files that were used instead of those in `folder`, for the record.
+        Raises ConfigError for an unknown dtype, and if the tokenizer does not belong to the text encoder.
         """
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
         self.folder, self._lean = folder, lean
-        self.precision = dtype or self.default_dtype()  # that the networks compute in, by name
+        self.precision = dtype or self.default_dtype()  # the name of the dtype that the networks compute in
         self.parts = {name: path for name, path in (parts or {}).items() if path is not None}
         self.quantization = Quantization(quantize) if quantize else None
         self.tokenizer = Tokenizer(folder.tokenizer)
@@ -57,11 +57,11 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
     @property
     def lean(self) -> bool:
-        """Whether memory holds one network at a time."""
+        """Whether only one network is in memory at a time."""
         return self._lean
 
     def set_lean(self, lean: bool) -> None:
-        """Changes `lean`. A transformer that was loaded to run the other way is freed."""
+        """Changes `lean`. If a transformer is loaded for the other mode, it is freed."""
         if lean != self._lean:
             self.release("transformer")
             self._lean = lean
@@ -69,14 +69,14 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @classmethod
     @abstractmethod
     def default_dtype(cls) -> str:
-        """The one of `dtypes` that is best on this machine."""
+        """The best of `dtypes` for this machine."""
 
     @abstractmethod
     def footprint(self, lean: bool) -> Footprint:
-        """How the engine uses memory, `lean` or not."""
+        """The memory for activations that the engine takes, with `lean` or without."""
 
     def memory_limit(self) -> int | None:
-        """Bytes of memory that the engine can work in, None if nothing says."""
+        """The bytes of memory that the engine may use. None if they are not known."""
         return physical_memory()
 
     @abstractmethod
@@ -85,19 +85,19 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
     @abstractmethod
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
-        """Replaces the LoRAs in use by `loras` and their scales; () for none. The base is not loaded again."""
+        """Uses `loras`, (LoRA, scale), instead of the earlier ones. () means no LoRA. The base is not loaded again."""
 
     @abstractmethod
     def release(self, *components: str) -> None:
-        """Frees the memory of text_encoder, transformer or vae; each is loaded anew when next used."""
+        """Frees the memory of text_encoder, transformer or vae. Each is loaded again on its next use."""
 
     @abstractmethod
     def condition(self, captions: Sequence[ArrayT], h: int, w: int) -> ConditioningT:
-        """All that `predict` needs besides latents and time, made once for all steps.
+        """The inputs of `predict` besides latents and time. They are computed once for all steps.
 
-        captions: B features (T_i, cap_feat_dim), as of `encode_prompt`. h, w: of the latents.
-        The result holds the refined caption tokens (B, T, D), rotations of the L image tokens and of all S tokens, and
-        masks (B, 1, 1, S) if captions differ in length; T is that of the longest caption, padded.
+        captions: B arrays of features (T_i, cap_feat_dim) from `encode_prompt`. h, w: the size of the latents.
+        The result holds the refined caption tokens (B, T, D), the rotations of the L image tokens and of all S tokens,
+        and masks (B, 1, 1, S) if captions differ in length. T is the padded length of the longest caption.
         """
 
     @abstractmethod
@@ -109,11 +109,11 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
     @abstractmethod
     def to_backend(self, array: Array) -> ArrayT:
-        """A NumPy array as the engine's own, to hold the state of sampling. The shape stays."""
+        """A NumPy array as an array of the engine, for the state of sampling. The shape does not change."""
 
     @abstractmethod
     def settle(self, array: ArrayT) -> ArrayT:
-        """The array, computed: a lazy engine does its work here."""
+        """The array, fully computed. An engine with lazy arrays evaluates it here."""
 
     @abstractmethod
     def encode(self, pixels: Array) -> ArrayT:
@@ -121,4 +121,4 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
     @abstractmethod
     def decode(self, x: ArrayT) -> Array:
-        """Latents (1, C, h, w) -> pixels (3, H, W), about [-1, 1]."""
+        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]."""

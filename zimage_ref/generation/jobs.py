@@ -1,7 +1,7 @@
-"""From what was asked for to what will be done: every choice made, every picture read, before any weights are.
+"""Turns the options of pictures into requests: all choices are made and all pictures are read before any weights.
 
-What a user leaves open is decided by the checkpoint's scheduler (steps, guidance, shift: it tells Turbo from the base
-model) and by the picture to start from (size).
+Two things decide options that you leave out. The checkpoint's scheduler decides steps, guidance and shift, because it
+shows whether the model is Turbo or the base model. The picture to start from decides the size.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from .samplers import Guidance
 class Request:
     """One picture to make."""
 
-    config: GenerateConfig  # everything decided: None only if there is no picture to start from
+    config: GenerateConfig  # all options decided; None remains only if there is no picture to start from
     width: int  # pixels
     height: int
-    sigmas: tuple[float, ...]  # from where it starts down to 0
+    sigmas: tuple[float, ...]  # from the first noise level down to 0
     guidance: Guidance
     noise: Array  # (C, h, w) float32
-    picture: Picture | None  # to start from, at the size of the result
-    mask: Array | None  # (height, width) boolean, True is painted anew
+    picture: Picture | None  # the picture to start from, at the size of the result
+    mask: Array | None  # (height, width) boolean, True: to be painted anew
 
     def latent_mask(self, h: int, w: int) -> Array | None:
-        """The mask on latents, (h, w) float32: 1 wherever a pixel of the cell is to be painted anew."""
+        """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted anew, else 0."""
         if self.mask is None:
             return None
         rows, columns = (side // cells for side, cells in zip(self.mask.shape, (h, w), strict=True))
         return np.asarray(self.mask.reshape(h, rows, w, columns).any(axis=(1, 3)), np.float32)
 
     def batches_with(self, other: Request) -> bool:
-        """Whether both can be denoised in one batch: they differ in words and noise alone."""
+        """Whether both can be denoised in one batch: only their prompts and their noise may differ."""
         return _wordless(self.config) == _wordless(other.config)
 
 
 def configs_for(
     prompt: str | Sequence[str], seed: int | Sequence[int], options: Mapping[str, object]
 ) -> list[GenerateConfig]:
-    """A config for each prompt, picture i with seed + i; with a list of seeds, for each prompt with each seed.
+    """A config for each prompt; config i has the seed `seed` + i. With a list of seeds: for each prompt and each seed.
 
     options: the other fields of GenerateConfig, by name. Raises ConfigError for values out of bounds.
     """
@@ -73,15 +73,15 @@ def configs_for(
 
 
 def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> list[Request]:
-    """What to do for each of `configs` with the model in `folder`.
+    """The request for each of `configs`, with the model in `folder`.
 
-    Raises ConfigError for what does not fit the model or itself, DatasetError for a picture that cannot be read.
+    Raises ConfigError if options do not fit the model or each other, DatasetError if a picture cannot be read.
     """
     if not configs:
         raise ConfigError("at least one prompt is needed")
     requests: list[Request] = []
     for i, config in enumerate(configs):
-        if i and _wordless(config) == _wordless(configs[i - 1]):  # pictures are read, and later encoded, once
+        if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
             own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
             requests.append(replace(last, config=own, noise=starting_noise(config.seed, last.noise.shape)))
@@ -91,7 +91,7 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
 
 
 def in_batches(requests: Sequence[Request], size: int) -> Iterator[range]:
-    """The places of the requests, from 0, in order: ranges of at most `size` that can be denoised together."""
+    """Batches of requests as ranges of their indices, from 0, in order. A batch has at most `size` requests."""
     start = 0
     for place in range(1, len(requests) + 1):
         full = place - start == size
@@ -105,7 +105,7 @@ def _wordless(config: GenerateConfig) -> GenerateConfig:
 
 
 def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:
-    """Width and height: as asked, else in the shape of `picture`, else the default."""
+    """Width and height: as asked, else from the shape of `picture`, else the default."""
     width, height = config.width, config.height
     if picture is None:
         return width or DEFAULT_SIDE, height or DEFAULT_SIDE
@@ -139,7 +139,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
 
 
 def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConfig:
-    """`config` with steps, guidance and strength. Raises ConfigError if the whole does not fit together."""
+    """`config` with steps, guidance and strength decided. Raises ConfigError if options do not fit each other."""
     defaults, strength = TURBO if is_turbo(scheduler) else BASE, config.strength
     if strength is None and config.init_image is not None:
         strength = IMAGE_STRENGTH if config.mask is None else MASK_STRENGTH

@@ -1,4 +1,4 @@
-"""The LoRA files that a pipeline uses: read once, checked against its transformer, hashed once."""
+"""The LoRA files of a pipeline. Each is read once, checked against the transformer, and hashed once."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from zimage_ref.model.parameters import transformer_parameters
 
 from .provenance import RecordedLoRA, digest
 
-NamedLoRA = str | Path | LoRAFile  # a file, a folder that holds one, or what was read from it
-LoRASource = NamedLoRA | tuple[NamedLoRA, float]  # a LoRA at scale 1, or with its scale
+NamedLoRA = str | Path | LoRAFile  # a file, a folder that holds one, or a LoRA that was read already
+LoRASource = NamedLoRA | tuple[NamedLoRA, float]  # a LoRA at scale 1, or a pair of LoRA and scale
 
 
 @dataclass(frozen=True)
 class LoRAContent:
-    """What was in a LoRA file when it was read."""
+    """The content of a LoRA file at the time when it was read."""
 
     path: Path  # as the user named it
     file: LoRAFile
-    stamp: tuple[object, ...] = ()  # is another one once the file was written anew
+    stamp: tuple[object, ...] = ()  # differs after the file has been written again
 
     @cached_property
     def sha256(self) -> str:
-        """The file's `digest`, taken when it is first asked for."""
+        """The `digest` of the file, computed on first use."""
         return digest(self.path)
 
 
 @dataclass(frozen=True)
 class LoadedLoRA:
-    """A LoRA in use, and how much of it."""
+    """A LoRA in use and its scale."""
 
     content: LoRAContent
     scale: float
 
     @property
     def recorded(self) -> RecordedLoRA:
-        """What a record says of it."""
+        """The LoRA in the form that goes into a record."""
         return RecordedLoRA(self.content.path, self.scale, self.content.sha256)
 
 
@@ -58,19 +58,19 @@ def with_scale(source: LoRASource) -> tuple[NamedLoRA, float]:
 
 
 class LoRACache:
-    """Reads LoRA files for one transformer. A file of the call before is not read again unless it has changed.
+    """Reads LoRA files for one transformer. A file of the previous call is read again only if it has changed.
 
-    So a pipeline that is called again and again with the same paths is as fast as with none to read.
+    So you can call a pipeline many times with the same paths and lose no time.
     """
 
     def __init__(self, transformer: TransformerConfig) -> None:
         self._shapes = transformer_parameters(transformer)
-        self._contents: list[LoRAContent] = []  # of the last call
+        self._contents: list[LoRAContent] = []  # those of the last call
 
     def read(self, sources: Sequence[LoRASource]) -> list[LoadedLoRA]:
         """The LoRAs of `sources`, checked against the transformer's layers.
 
-        A LoRAFile among them is taken as it is, so it must have been read for this transformer.
+        A LoRAFile is used without a check, so it must have been read for this transformer.
         Raises FormatError, WeightError or ConfigError.
         """
         found: list[LoadedLoRA] = []
@@ -91,7 +91,7 @@ class LoRACache:
 
 
 def _stamp(path: Path) -> tuple[object, ...]:
-    """What differs once a LoRA file, or the file beside it that holds its alpha, was written anew."""
+    """A value that differs after the LoRA file, or the file beside it with its alpha, has been written again."""
     weights = find_weights(path) if path.is_dir() else path
     stats = [file.stat() for file in (weights, *companions(weights)) if file.exists()]
     return path, weights, *((stat.st_mtime_ns, stat.st_size) for stat in stats)

@@ -1,7 +1,7 @@
-"""Prompt to picture with any engine: what the NumPy and the MLX pipeline have in common.
+"""Prompt to picture with any engine. The NumPy pipeline and the MLX pipeline share this code.
 
-    plan        options -> requests: everything decided and checked, before any weights are read
-    generate    requests -> pictures: all prompts encoded, then all latents denoised, then all pictures decoded
+    plan        options -> requests: decides and checks everything before any weights are read
+    generate    requests -> pictures: encodes all prompts, then denoises all latents, then decodes all pictures
 
 Source: pipeline_z_image.py of diffusers.
 """
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 Output = Literal["pil", "array", "latents"]
 StageProgress = Callable[[str, int, int], None]  # stage (encode, denoise, decode), units done, units in all
-Watch = Callable[[range, DenoisingStep[ArrayT]], None]  # places of a batch's requests, from 0, and its step
+Watch = Callable[[range, DenoisingStep[ArrayT]], None]  # indices of a batch's requests, from 0, and its step
 Item = TypeVar("Item")
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """No progress."""
+    """Does nothing."""
 
 
 class Pipeline(Engine[ArrayT, ConditioningT]):
-    """A Z-Image model that makes pictures. An engine's methods do the arithmetic; the others plan, call them and count.
+    """A Z-Image model that makes pictures. The methods of the engine compute; the methods here plan and call them.
 
-    Pictures come out as `output` says: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w)
+    `output` selects the form of pictures: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w)
     float32.
     """
 
     @cached_property
     def lora_cache(self) -> LoRACache:
-        """The LoRA files that were read for this model."""
+        """The LoRA files that were read for this pipeline."""
         return LoRACache(self.folder.transformer)
 
     @classmethod
@@ -64,11 +64,11 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
     ) -> Self:
-        """Opens the model in `model_dir`, any layout of `checkpoints.folder`, checking every name and shape.
+        """Opens the model in `model_dir`, in any layout of `checkpoints.folder`, and checks all names and shapes.
 
-        quantize: 4 or 8 bits, done while loading; what the files hold quantized stays as it is. `parts` names files
-        that stand in for those of the folder, by transformer, text_encoder, vae, tokenizer.
-        Weights are read when they are first used. Raises ConfigError, FormatError or WeightError.
+        quantize: 4 or 8 bits, applied on loading. Weights that are stored quantized do not change.
+        parts: files to use instead of those in the folder, by transformer, text_encoder, vae, tokenizer.
+        Weights are read on their first use. Raises ConfigError, FormatError or WeightError.
         """
         return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts)
 
@@ -114,10 +114,10 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
     ) -> Sequence[Picture | Array]:
         """A picture for each prompt.
 
-        Picture i starts from seed + i; a list of seeds makes each prompt with each. `options` are the other fields of
-        GenerateConfig. At most `batch_size` are denoised together, which costs memory and changes no picture. `loras`
-        are files, or pairs of file and scale. `latents` is the starting noise (N, C, h, w), instead of the seeds'.
-        `progress` is called as each unit of a stage is done.
+        seed: picture i gets the seed `seed` + i. With a list of seeds, each prompt is made with each seed.
+        batch_size: the most pictures to denoise together. It costs memory and changes no picture.
+        loras: files, or pairs of file and scale. latents: starting noise (N, C, h, w) instead of that of the seeds.
+        progress: is called after each unit of a stage. options: the other fields of GenerateConfig.
         Raises ConfigError for options out of bounds, DatasetError for an unreadable picture, FormatError or WeightError
         for LoRA files that do not fit.
         """
@@ -134,7 +134,10 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         progress: StageProgress = ignore_progress,
         **options: object,
     ) -> Iterator[DenoisingStep[ArrayT]]:
-        """Yields each step of making one picture, and may be left at any; `picture` shows it. Options as of a call."""
+        """Yields the steps of making one picture. You may stop after any step; `picture` turns its latents into one.
+
+        Arguments: see `__call__`.
+        """
         requests = self.plan([config_of({"prompt": prompt, **options})], latents)
         adapters = self.read_loras(loras)
         captions, (start,) = self._prepared(requests, progress)
@@ -154,11 +157,11 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         return to_picture(to_unit(self.decode(x)))
 
     def read_loras(self, loras: Sequence[LoRASource]) -> list[tuple[LoRAFile, float]]:
-        """The LoRA files of `loras` with their scales, as `LoRACache.read`."""
+        """The LoRA files of `loras` with their scales. See `LoRACache.read`."""
         return [(lora.content.file, lora.scale) for lora in self.lora_cache.read(loras)]
 
     def plan(self, configs: Sequence[GenerateConfig], latents: ArrayT | Array | None = None) -> list[Request]:
-        """What there is to do for `configs`, as `plan_requests`; `latents` (N, C, h, w) replaces the seeds' noise."""
+        """The requests for `configs`; see `plan_requests`. latents: (N, C, h, w), instead of the noise of the seeds."""
         requests = plan_requests(configs, self.folder)
         if latents is None:
             return requests
@@ -201,10 +204,10 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         progress: StageProgress = ignore_progress,
         watch: Watch[ArrayT] = lambda places, step: None,
     ) -> Iterator[tuple[Request, Picture | Array]]:
-        """Yields each request with what was made of it, in their order, as it is decoded.
+        """Yields each request and its picture, in order. Each comes as soon as it is decoded.
 
-        All prompts are encoded, then all latents denoised, then all pictures decoded: each network is loaded once.
-        `watch` is shown every step of every batch. Raises as a call does, before any weights are read.
+        All prompts are encoded, then all latents denoised, then all pictures decoded, so each network is loaded once.
+        watch: is called with every step of every batch. Raises the errors of `__call__`, before any weights are read.
         """
         if output not in get_args(Output):
             raise ConfigError(f"output {output!r} must be one of {', '.join(get_args(Output))}")
@@ -231,7 +234,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self._done_with("vae")
 
     def memory(self, requests: Sequence[Request], batch_size: int, lean: bool | None = None) -> list[Stage]:
-        """An estimate of the memory that each stage of making `requests` takes. lean: None is as it is set now."""
+        """The estimated memory of each stage of making `requests`. lean: None means the current setting."""
         one_at_a_time = self.lean if lean is None else lean
         model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(one_at_a_time)
         batch = min(batch_size, len(requests))
@@ -244,8 +247,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
     def _prepared(
         self, requests: Sequence[Request], progress: StageProgress
     ) -> tuple[dict[str, ArrayT], list[ArrayT | None]]:
-        """Features of every text, and for each request the latents of its picture to start from, each made once."""
-        if self.lean:  # what an interrupted run left
+        """The features of every text, and for each request the latents of the picture that it starts from."""
+        if self.lean:  # an interrupted run may have left it loaded
             self.release("transformer", "vae")
         guided = [request for request in requests if request.guidance.scale]
         texts = dict.fromkeys([r.config.prompt for r in requests] + [r.config.negative_prompt for r in guided])
@@ -254,13 +257,13 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         return captions, self._starts(requests)
 
     def _starts(self, requests: Sequence[Request]) -> list[ArrayT | None]:
-        """For each request the latents (1, C, h, w) of its picture to start from; those of one picture share them."""
+        """The latents (1, C, h, w) of the picture that each request starts from, or None. A picture is encoded once."""
         starts: list[ArrayT | None] = []
         before: Picture | None = None
         for request in requests:
             if request.picture is None:
                 starts.append(None)
-            elif request.picture is before:  # `plan_requests` reads a picture once
+            elif request.picture is before:  # `plan_requests` reads a file once, so equal pictures are one object
                 starts.append(starts[-1])
             else:
                 starts.append(self.settle(self.encode(to_array(request.picture)[None])))
@@ -281,11 +284,11 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         return to_picture(pixels) if output == "pil" else pixels
 
 
-AnyPipeline = Pipeline[Any, Any]  # of whatever engine
+AnyPipeline = Pipeline[Any, Any]  # a pipeline of any engine
 
 
 def _counted(items: Sequence[Item], stage: str, progress: StageProgress) -> Iterable[Item]:
-    """The items, telling `progress` after the work on each."""
+    """Yields the items, and calls `progress` after the work on each."""
     for i, item in enumerate(items):
         yield item
         progress(stage, i + 1, len(items))

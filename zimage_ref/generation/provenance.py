@@ -1,7 +1,8 @@
-"""What a picture was made from: the record that goes into it, and the way back from there.
+"""Records how a picture was made, and reads the record again to repeat the picture.
 
-Files are named as the user named them, and known again by what they hold: a LoRA or a picture by its SHA-256, a model
-by that of the first bytes of every tensor, which takes a moment; reading all of it would take a minute.
+A record holds the paths that the user gave, and digests that show later whether a file has changed. The digest of a
+LoRA or a picture is its SHA-256. The digest of a model is that of the first elements of every tensor: this takes a
+moment, while reading the whole model would take a minute.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from zimage_ref.pictures.metadata import read_record
 
 from .config import GenerateConfig, config_of
 
-_DIGITS = 16  # of a SHA-256
+_DIGITS = 16  # the digits of a SHA-256 that a record holds
 _PICTURES = ("init_image", "mask")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RecordedLoRA:
-    """A LoRA as a record names it."""
+    """A LoRA as it is in a record."""
 
     path: Path  # as the user named it
     scale: float
@@ -38,16 +39,16 @@ class RecordedLoRA:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model is opened, and how. None and absent parts are left to the engine and to the model's folder."""
+    """The model to open, and how. For None and missing parts, the engine and the folder of the model decide."""
 
-    model: str | Path | None = None  # folder, or a repository's id
+    model: str | Path | None = None  # a folder, or the id of a repository
     backend: str | None = None
     dtype: str | None = None
     quantize: int | None = None
-    parts: Mapping[str, Path] = field(default_factory=dict)  # files that stand in for those of the folder
+    parts: Mapping[str, Path] = field(default_factory=dict)  # files to use instead of those in the folder
 
     def otherwise(self, recorded: ModelChoice, dtypes: Sequence[str]) -> ModelChoice:
-        """This choice, and what it leaves open as it was `recorded`, a dtype only if the engine's `dtypes` have it."""
+        """This choice, with its open fields from `recorded`. A recorded dtype counts only if it is in `dtypes`."""
         return ModelChoice(
             model=self.model or recorded.model,
             backend=self.backend or recorded.backend,
@@ -57,22 +58,22 @@ class ModelChoice:
         )
 
     def facts(self) -> dict[str, object]:
-        """What a record says of it, without the model."""
+        """The fields of a record for this choice, except the model."""
         parts = {name: str(self.parts[name]) for name in part_options() if name in self.parts}
         return {"backend": self.backend, "dtype": self.dtype, "quantize": self.quantize, **parts}
 
 
 class Recorder:
-    """Writes down how pictures of one model and its LoRAs were made. No file is hashed twice."""
+    """Makes the records of pictures from one model and its LoRAs. It hashes each file once."""
 
     def __init__(self, facts: Mapping[str, object], loras: Sequence[RecordedLoRA] = ()) -> None:
-        """facts: of `identity`, `ModelChoice.facts` and the like; None is left out."""
+        """facts: those of `identity`, `ModelChoice.facts` and the like. Values that are None are left out."""
         self._facts = {name: fact for name, fact in facts.items() if fact is not None}
         self._loras = [{"file": str(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras]
-        self._digests: dict[Path, str] = {}  # of pictures
+        self._digests: dict[Path, str] = {}  # digests of pictures
 
     def record(self, config: GenerateConfig) -> dict[str, object]:
-        """All that made a picture, as flat JSON. Raises FormatError for a picture that cannot be read any more."""
+        """The record of a picture, as flat JSON. Raises FormatError if an input picture cannot be read."""
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files = {name: values.pop(name) for name in _PICTURES}
         made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
@@ -88,28 +89,31 @@ class Recorder:
 
 
 def identity(model: ModelFolder) -> dict[str, str]:
-    """Where a model is, and what tells its weights from another's: their names, shapes and first numbers."""
+    """The folder of a model, and its fingerprint from names, shapes and first elements of its tensors."""
     return {"model": str(model.path), "model_fingerprint": model_fingerprint(model)[:_DIGITS]}
 
 
 def digest(path: Path) -> str:
-    """The beginning of the SHA-256 of a file, or of the one in a folder. Raises FormatError if it cannot be read."""
+    """The first digits of the SHA-256 of a file. For a folder, of the weights in it.
+
+    Raises FormatError if the file cannot be read.
+    """
     return sha256(find_weights(path) if path.is_dir() else path)[:_DIGITS]
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """What a record says to do again."""
+    """The content of a record, to make its picture again."""
 
     options: dict[str, object]  # fields of GenerateConfig
     choice: ModelChoice
     loras: list[RecordedLoRA]
     hashes: dict[str, str]  # of model and pictures: model_fingerprint, init_image_sha256, mask_sha256
-    source: Path  # the picture
+    source: Path  # the picture that holds the record
 
     @classmethod
     def read(cls, path: Path) -> Repeat:
-        """What the picture `path` says. Raises ConfigError or FormatError if it does not say all."""
+        """Reads the record in the picture `path`. Raises ConfigError or FormatError if it is not complete."""
         return cls.of(read_record(path), path)
 
     @classmethod
@@ -140,13 +144,13 @@ class Repeat:
         return cls(options, choice, loras, hashes, source)
 
     def config(self, **changes: object) -> GenerateConfig:
-        """The picture's config with some fields changed. Raises ConfigError for values out of bounds."""
+        """The config of the picture with `changes`. Raises ConfigError for values out of bounds."""
         return config_of(self.options | changes)
 
     def changes(self, model: Mapping[str, str], loras: Iterable[RecordedLoRA]) -> list[str]:
-        """The files that are not those that the picture was made from. model: an `identity`. loras: those to be used.
+        """The files that differ from those that the picture was made from. model: an `identity`. loras: those in use.
 
-        Raises FormatError for a picture that cannot be read.
+        Raises FormatError if a picture cannot be read.
         """
         found = []
         if model["model_fingerprint"] != self.hashes.get("model_fingerprint"):
@@ -158,7 +162,7 @@ class Repeat:
 
 
 def _recorded_loras(loras: object) -> list[RecordedLoRA]:
-    """The LoRAs of a record. Raises KeyError, TypeError, ValueError or OverflowError if they are something else."""
+    """The LoRAs of a record. Raises KeyError, TypeError, ValueError or OverflowError if they have a wrong form."""
     if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
         raise TypeError("loras is not a list of objects")
     return [RecordedLoRA(Path(lora["file"]), float(lora["scale"]), str(lora["sha256"])) for lora in loras]

@@ -1,12 +1,12 @@
-"""A run for pictures: what is decided and kept around a pipeline, for a command line, a server or a script.
+"""A run that makes pictures with one pipeline, for a command line, a server or a script.
 
     run = GenerationRun(pipeline, RunSettings(batch_size=2), loras=["fox.safetensors"])
     requests = run.plan([GenerateConfig("a fox", seed=seed) for seed in range(4)], notify=log.warning)
     for made in run.make(requests):
         save_picture(made.picture, Path(f"{made.index}.png"), made.record)
 
-A run decides whether networks stay in memory, refuses what does not fit, warns of prompts that are cut, and writes down
-how each picture was made. It prints nothing: it returns values, raises errors and calls what it is given.
+A run decides whether networks stay in memory, refuses pictures that need too much of it, warns of prompts that are cut,
+and records how each picture was made. It prints nothing. It returns values, raises errors and calls your functions.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from .provenance import ModelChoice, Recorder, Repeat, identity
 
 _SHOWN = 60  # characters of a prompt in a notice
 Notify = Callable[[str], None]  # takes a line that the user should see
-Preview = Callable[[int, Picture], None]  # takes a request's place, from 0, and its picture under way
+Preview = Callable[[int, Picture], None]  # takes the index of a request, from 0, and its unfinished picture
 PipelineT = TypeVar("PipelineT", bound=AnyPipeline)
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is the same for all pictures of a run. Raises ConfigError for values out of bounds."""
+    """The settings for all pictures of a run. Raises ConfigError for values out of bounds."""
 
     batch_size: int = 1  # pictures denoised together; changes none of them
-    memory: str = MEMORY[0]  # one of MEMORY: one network at a time (lean), all (fast), or by `decide_memory_mode`
-    keep_model: bool = False  # more pictures will be asked for: networks stay in memory if they fit
-    force: bool = False  # go on if memory seems too small
-    preview_steps: int = 0  # steps from one preview to the next, 0 for none
-    metadata: bool = True  # make records
+    memory: str = MEMORY[0]  # lean: one network at a time; fast: all; auto: `decide_memory_mode` decides
+    keep_model: bool = False  # more pictures will follow, so networks stay in memory if they fit
+    force: bool = False  # go on even if memory seems too small
+    preview_steps: int = 0  # steps from one preview to the next; 0: no previews
+    metadata: bool = True  # whether to make records
 
     def __post_init__(self) -> None:
         one_of(self, "memory", MEMORY)
@@ -56,9 +56,9 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class MadePicture:
-    """A picture, and how it was made."""
+    """A picture and its record."""
 
-    index: int  # the place of its request, from 0
+    index: int  # the index of its request, from 0
     request: Request
     picture: Picture
     record: dict[str, object] | None  # for `save_picture`; None without `metadata`
@@ -67,21 +67,21 @@ class MadePicture:
 def decide_memory_mode(
     settings: RunSettings, all_networks: Sequence[Stage], limit: int | None
 ) -> Literal["lean", "fast"]:
-    """How a run uses memory: one network at a time (lean), or all (fast).
+    """The memory mode of a run: one network at a time (lean), or all (fast).
 
-    all_networks: the memory that fast takes. limit: bytes that there are, None if nothing says.
+    all_networks: the memory that fast takes. limit: the bytes that are there; None if they are not known.
     """
     if settings.memory == "auto":
-        if not settings.keep_model:  # then no network is needed twice
+        if not settings.keep_model:  # no network is used twice
             return "lean"
         return "fast" if limit is None or peak(all_networks).total <= limit else "lean"
     return "lean" if settings.memory == "lean" else "fast"
 
 
 def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelChoice | None = None) -> PipelineT:
-    """The model that is asked for, as a pipeline of `engine`; what `asked` leaves open is as it was `recorded`.
+    """Opens the model `asked` as a pipeline of `engine`. Choices that `asked` leaves open come from `recorded`.
 
-    Raises ConfigError if no model is named, and as `Pipeline.from_pretrained`.
+    Raises ConfigError if no model is named, and the errors of `Pipeline.from_pretrained`.
     """
     choice = asked.otherwise(recorded or ModelChoice(), engine.dtypes)
     if choice.model is None:
@@ -90,56 +90,56 @@ def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelCh
 
 
 class GenerationRun:
-    """Pictures from one pipeline, planned and made as often as asked.
+    """Plans and makes pictures with one pipeline, as often as you ask.
 
-    Between two pictures, other LoRAs can be used. A LoRA is read and hashed once; it is read anew if its file changes.
+    You can change the LoRAs between two pictures. A LoRA is read and hashed once, and again only if its file changes.
     """
 
     def __init__(
         self, pipeline: AnyPipeline, settings: RunSettings = RunSettings(), loras: Sequence[LoRASource] = ()
     ) -> None:
-        """loras: read when there is something to plan or to compare, not before."""
+        """loras: they are read when `plan` or `changes` first needs them."""
         self.pipeline, self.settings = pipeline, settings
         self.loras = [with_scale(source) for source in loras]
 
     @cached_property
     def facts(self) -> dict[str, object]:
-        """What every record of this run says of the model and the engine."""
+        """The fields for the model and the engine in every record of this run."""
         pipe = self.pipeline
         bits = pipe.quantization.bits if pipe.quantization else None
         opened = ModelChoice(pipe.folder.path, pipe.backend, pipe.precision, bits, pipe.parts)
         return {**opened.facts(), **identity(pipe.folder), "version": __version__}
 
     def read_loras(self) -> list[LoadedLoRA]:
-        """What the LoRAs in use hold. Raises FormatError, WeightError or ConfigError for one that cannot be used."""
+        """The LoRAs in use. Raises FormatError, WeightError or ConfigError if one cannot be used."""
         return self.pipeline.lora_cache.read(self.loras)
 
     def use_loras(self, loras: Sequence[LoRASource]) -> None:
-        """Uses other LoRAs from here on. Raises as `read_loras`, and then keeps those in use."""
+        """Uses other LoRAs from now on. If it raises (see `read_loras`), the earlier LoRAs stay in use."""
         self.pipeline.lora_cache.read(loras)
         self.loras = [with_scale(source) for source in loras]
 
     def changes(self, repeat: Repeat) -> list[str]:
-        """A notice for each file that is not the one that the picture of `repeat` was made from.
+        """A notice for each file that differs from the one that the picture of `repeat` was made from.
 
-        Raises FormatError for a file that cannot be read.
+        Raises FormatError if a file cannot be read.
         """
         model = {name: str(self.facts[name]) for name in ("model", "model_fingerprint")}
         changed = repeat.changes(model, [lora.recorded for lora in self.read_loras()])
         return [f"{path}: is not what {repeat.source} was made from: the picture will differ" for path in changed]
 
     def plan(self, configs: Sequence[GenerateConfig], notify: Notify = lambda notice: None) -> list[Request]:
-        """What to do for `configs`, checked as a whole before any weights are read.
+        """The requests for `configs`. All are checked before any weights are read.
 
-        notify: is told of prompts that are cut. Raises ConfigError for what does not fit together, the model or
-        memory, DatasetError for a picture that cannot be read, and as `read_loras`.
+        notify: is called with a notice for each prompt that is cut. Raises ConfigError if options do not fit each
+        other, the model or memory, DatasetError if a picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
         self.read_loras()
         for request in requests:
             request.config.check_guidance()
         for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
-            # Tokenized once more when it is encoded: 2 ms for the longest, so ids need not be kept until then
+            # The prompt is tokenized again when it is encoded. This takes at most 2 ms, so the ids are not kept
             tokens = self.pipeline.tokenizer.count(text)
             if tokens > MAX_TOKENS:
                 notify(f"prompt cut after {MAX_TOKENS} of {tokens} tokens: {text[:_SHOWN]}...")
@@ -149,7 +149,7 @@ class GenerationRun:
         return requests
 
     def memory_mode(self, requests: Sequence[Request]) -> Literal["lean", "fast"]:
-        """How `make` will use memory for `requests`; see `decide_memory_mode`."""
+        """The memory mode that `make` will use for `requests`; see `decide_memory_mode`."""
         return decide_memory_mode(self.settings, self._memory(requests, lean=False), self.pipeline.memory_limit())
 
     def make(
@@ -158,10 +158,10 @@ class GenerationRun:
         progress: StageProgress = ignore_progress,
         preview: Preview = lambda index, picture: None,
     ) -> Iterator[MadePicture]:
-        """Yields the picture of each request in turn, as it is decoded. Sets the pipeline's `lean` by `memory_mode`.
+        """Yields the picture of each request, in order, as soon as it is decoded. Sets `lean` as `memory_mode` says.
 
-        progress: as of `Pipeline.__call__`. preview: is shown each picture under way, every `preview_steps` steps.
-        Raises FormatError for a picture or LoRA that cannot be read any more.
+        progress: as in `Pipeline.__call__`. preview: takes each unfinished picture every `preview_steps` steps.
+        Raises FormatError if a picture or LoRA is no longer readable.
         """
         loras, pipe = self.read_loras(), self.pipeline
         records = self._records(requests, loras)
@@ -184,7 +184,7 @@ class GenerationRun:
             yield MadePicture(index, request, picture, records[index])
 
     def _records(self, requests: Sequence[Request], loras: Sequence[LoadedLoRA]) -> list[dict[str, object] | None]:
-        """The record of each request, made before the work: a file may change while it goes on."""
+        """The record of each request. They are made before the work, because a file may change during the work."""
         if not self.settings.metadata:
             return [None] * len(requests)
         recorder = Recorder(self.facts, [lora.recorded for lora in loras])

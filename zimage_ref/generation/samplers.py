@@ -1,12 +1,13 @@
-"""Samplers: from noise to a picture along a list of sigmas, whatever predicts it.
+"""Samplers: they go from noise to a picture along a list of sigmas, with any function that predicts.
 
     euler     x' = x + (sigma' - sigma) velocity                                    1 prediction a step, order 1
     heun      the same with the mean of the velocities at both ends                 2 predictions a step, order 2
-    dpm++2m   exact for a prediction of x_0 linear in log-SNR, from the last two    1 prediction a step, order 2
+    dpm++2m   exact if x_0 is linear in log-SNR; uses the last two predictions      1 prediction a step, order 2
 
+The functions take NumPy or MLX arrays. For signs and times see `model.flow`. To add a sampler, write a function and add
+an entry to `SAMPLERS`.
 Sources: FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler and DPMSolverMultistepScheduler (midpoint) of
-diffusers; DPM-Solver++, arXiv 2211.01095; guidance as in pipeline_z_image.py of diffusers. The functions take NumPy or
-MLX arrays alike. Signs and times: `model.flow`. A new sampler is one function and one entry in `SAMPLERS`.
+diffusers; DPM-Solver++, arXiv 2211.01095; guidance as in pipeline_z_image.py of diffusers.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.flow import euler_step, guided, model_time, predicted_picture
 
 Predict = Callable[[ArrayT, float], ArrayT]  # x (B, C, h, w) and its sigma -> the guided raw output, shaped as x
-Blend = Callable[[ArrayT, float], ArrayT]  # x and its new sigma -> x with what must be kept of a picture put back
+Blend = Callable[[ArrayT, float], ArrayT]  # x and its new sigma -> x with the kept part of a masked picture restored
 
 
 class Sampler(Protocol):
     """A function that follows a list of sigmas from noise to a picture.
 
-    x: (B, C, h, w) latents at the first sigma. sigmas: falling, the last is 0. predict: see `Predict`; a sampler calls
-    it once or more for each step. blend: see `Blend`; a sampler applies it to the result of each step.
-    Yields for each step its result and the picture x_0 that it predicted from where it began, both (B, C, h, w).
+    x: (B, C, h, w) latents at the first sigma. sigmas: in descending order, the last is 0.
+    predict: see `Predict`; a sampler calls it at least once in each step.
+    blend: see `Blend`; a sampler applies it to the result of each step.
+    Yields for each step its result, and the picture x_0 predicted at its beginning. Both are (B, C, h, w).
     """
 
     def __call__(
@@ -72,10 +74,10 @@ def dpmpp_2m(
     previous_width = math.inf
     for sigma, next_sigma in pairwise(sigmas):
         x_0 = predicted_picture(x, predict(x, sigma), sigma)
-        width = _log_snr(next_sigma) - _log_snr(sigma)  # infinite at both ends
+        width = _log_snr(next_sigma) - _log_snr(sigma)  # infinite in the first and the last step
         target = x_0
         if previous is not None and math.isfinite(width):
-            target = x_0 + width / (2 * previous_width) * (x_0 - previous)  # nothing of it after an infinite step
+            target = x_0 + width / (2 * previous_width) * (x_0 - previous)  # second term: 0 after an infinite step
         ratio = next_sigma / sigma
         x = blend(ratio * x + (1 - ratio) * target, next_sigma)
         previous, previous_width = x_0, width
@@ -94,11 +96,11 @@ SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpm++2m": dpmpp_2
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance with the two brakes of the official pipeline."""
+    """Classifier-free guidance with the two limits of the official pipeline."""
 
-    scale: float  # 0 is none
-    normalization: float = 0.0  # a guided prediction is at most this many times as long as the plain one; 0: no limit
-    truncation: float = 1.0  # from this model time on there is no guidance
+    scale: float  # 0: no guidance
+    normalization: float = 0.0  # the most that guidance may multiply a prediction's length by; 0: no limit
+    truncation: float = 1.0  # the model time after which there is no guidance
 
     def active(self, sigma: float) -> bool:
         """Whether the prediction at `sigma` is guided."""

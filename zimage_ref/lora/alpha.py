@@ -1,4 +1,4 @@
-"""Where the strength of a LoRA is kept if its file has no alpha keys: in metadata, or in a JSON file beside it.
+"""The strength of a LoRA whose file has no alpha keys: it is in the metadata or in a JSON file beside the LoRA.
 
 scale = alpha / rank          alpha / sqrt(rank) with PEFT's use_rslora
 """
@@ -18,23 +18,23 @@ from zimage_ref.formats.json_file import read_json
 from .parts import LARGEST, Scale
 
 PEFT_METADATA = "lora_adapter_metadata"
-_COMPONENT = "transformer."  # diffusers prefixes each of PEFT's keys with the model it belongs to
+_COMPONENT = "transformer."  # diffusers puts the name of the model before each of PEFT's keys
 
-FoundAlpha = tuple[str, Scale]  # what it was found in, for people; the scale of each module
+FoundAlpha = tuple[str, Scale]  # the place, in words; the scale of each module
 
 
 @dataclass(frozen=True)
 class AlphaSource:
-    """One place to keep the strength of a LoRA in."""
+    """One place that may hold the strength of a LoRA."""
 
-    find: Callable[[Path, Mapping[str, object]], FoundAlpha | None]  # of a LoRA's path and metadata; None: not there
-    beside: Callable[[Path], Path] | None = None  # the file beside a LoRA that it is in, if it is in one
+    find: Callable[[Path, Mapping[str, object]], FoundAlpha | None]  # takes a LoRA's path and metadata
+    beside: Callable[[Path], Path] | None = None  # gives the file beside a LoRA, if this place is such a file
 
 
 def alpha_of(path: Path, metadata: Mapping[str, object], sources: Sequence[AlphaSource]) -> FoundAlpha:
     """The strength of a LoRA without alpha keys, from the first of `sources` that has it.
 
-    Raises FormatError or ConfigError if it is there but says nothing sensible.
+    Raises FormatError or ConfigError if one has it in a form that cannot be understood.
     """
     for source in sources:
         if found := source.find(path, metadata):
@@ -49,7 +49,7 @@ def _one(module: str, rank: int) -> float:
 
 
 def sidecar(path: Path) -> Path:
-    """The file beside a LoRA in which z-image-train keeps rank, alpha and targets."""
+    """The file beside the LoRA `path` where z-image-train stores rank, alpha and targets."""
     return path.with_suffix(".lora.json")
 
 

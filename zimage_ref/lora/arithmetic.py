@@ -1,4 +1,4 @@
-"""The operations that updates are computed with. Each engine supplies them for its own arrays."""
+"""The operations that compute updates. Each engine supplies them for its own arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FloatDType = np.dtype[np.float32 | np.float64]
 
 
 class EngineArray(Protocol):
-    """An array of NumPy or MLX: the operators that both have. Shapes broadcast."""
+    """An array of NumPy or MLX, with the operators that both have. Shapes broadcast."""
 
     def __add__(self: _T, other: _T, /) -> _T: ...
     def __sub__(self: _T, other: _T, /) -> _T: ...
@@ -27,7 +27,10 @@ AnyArray = TypeVar("AnyArray", bound=EngineArray)
 
 
 class Arithmetic(Protocol[AnyArray]):
-    """What an engine offers besides the operators of its arrays. A kind that needs more adds it here and to both."""
+    """The operations of an engine besides the operators of its arrays.
+
+    If a kind of update needs another operation, add it here and to both engines.
+    """
 
     def array(self, values: Array, /) -> AnyArray:
         """`values` as the engine's own array, in the precision that it computes in."""
@@ -36,7 +39,7 @@ class Arithmetic(Protocol[AnyArray]):
         """The Kronecker product of two matrices."""
 
     def with_norms(self, matrix: AnyArray, norms: AnyArray, axis: int, /) -> AnyArray:
-        """`matrix`, with its vectors along `axis` scaled to the lengths `norms`. Vectors of zeros stay as they are."""
+        """`matrix` with its vectors along `axis` scaled to the lengths `norms`. Vectors of zeros do not change."""
 
 
 @dataclass(frozen=True)

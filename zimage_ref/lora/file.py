@@ -1,6 +1,7 @@
-"""LoRA files: any of `spellings` is read, whole or not at all; those that have a naming are written.
+"""Reads LoRA files in any of the `spellings`, and writes them in those that have a naming.
 
-Every tensor of a file is used or named in an error. Fused modules (qkv) become the official layers.
+Every tensor of a file is used, or the file is refused and the error names the tensor. Fused modules (qkv) become the
+official layers.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from .parts import Parts, Scale
 from .spellings import DEFAULT_NAMING, alpha_sources, grammar, software, spelled, spelling_of
 from .updates import BIAS, LoRA, Update
 
-Modules = dict[tuple[str, ...], Parts]  # official layers -> the tensors of the module that stands for them
+Modules = dict[tuple[str, ...], Parts]  # official layers -> the tensors of the module that holds them
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA, and how its file put it."""
+    """A LoRA, and facts about the file that it was read from."""
 
     path: Path
     updates: LoRA
     dialect: str  # such as "kohya (lora_unet_*.lora_down/up, fused qkv)"
     alpha_from: str  # where the strength was found
-    dtype: str  # that most of the numbers are stored in
+    dtype: str  # the dtype of most of the numbers in the file
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many updates there are of each kind, by its title."""
+        """The number of updates of each kind, by the title of the kind."""
         return dict(Counter(update.title for update in self.updates.values()))
 
     @property
@@ -57,7 +58,7 @@ class LoRAFile:
         return sorted({update.scale for update in self.updates.values()})
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of the file, by name."""
+        """Facts about the file for people, by name."""
         return {
             "dialect": self.dialect,
             "modules": ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()),
@@ -71,8 +72,8 @@ class LoRAFile:
 def read_lora(path: Path, parameters: Shapes | None = None) -> LoRAFile:
     """The LoRA in `path`, a file or a folder that holds one, for a transformer with `parameters` (None: any Z-Image).
 
-    Raises FormatError for what is not a file of tensors, WeightError naming each key that is unknown, or whose
-    layer, shape or other half is not there, ConfigError if the JSON that holds its alpha is unusable.
+    Raises FormatError if the file holds no tensors. Raises WeightError naming the keys that are unknown, do not fit the
+    transformer, or lack their other half. Raises ConfigError if the JSON that holds its alpha is not usable.
     """
     file = Checkpoint.open(path)
     keys = _parsed(file, parameters)
@@ -104,11 +105,11 @@ def write_lora(
     dtype: str | None = "bf16",
     with_sidecar: bool = True,
 ) -> None:
-    """Writes `lora` in one of `lora_namings`, as .safetensors or .npz, with a sidecar beside it (burn: always).
+    """Writes `lora` in one of `lora_namings`, as .safetensors or .npz. The burn naming always gets a sidecar.
 
-    `record` (rank, alpha, targets, base model, ...) goes into the metadata and the sidecar. An alpha is float32
-    whatever the `dtype`. Raises ConfigError for an unknown naming or suffix, WeightError for updates that the naming
-    has no keys for, or numbers that the dtype does not hold.
+    record: facts such as rank, alpha, targets and base model, for the metadata and the sidecar. Alphas are float32, in
+    any `dtype`. Raises ConfigError for an unknown naming or suffix. Raises WeightError if the naming has no keys for an
+    update, or the dtype cannot hold a number.
     """
     check_output(path)
     if not lora:
@@ -131,7 +132,7 @@ def write_lora(
 
 
 def check_output(path: Path) -> None:
-    """Raises ConfigError if no LoRA can be written to `path`."""
+    """Raises ConfigError if a LoRA cannot be written to `path`."""
     if path.suffix not in WRITABLE:
         raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(WRITABLE))}")
     check_writable(path)
@@ -145,14 +146,14 @@ def _cast(path: Path, name: str, array: Array, dtype: str) -> Array:
 
 
 def _alpha(file: Checkpoint, keys: Mapping[str, Key], prefix: str, style: str) -> FoundAlpha:
-    """Where alpha comes from, and the scale of modules that have no alpha key."""
+    """The place that alpha comes from, and the scale of modules without an alpha key."""
     if any(key.part == "alpha" for key in keys.values()):
         return "alpha keys", lambda module, rank: 1.0
     return alpha_of(file.path, file.metadata, alpha_sources(prefix, style))
 
 
 def _updates(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None) -> LoRA:
-    """What one module changes, by layer."""
+    """The updates that one module makes, by layer."""
     found: LoRA = {}
     if "bias" in parts:
         name = layers[0] + BIAS
@@ -170,7 +171,7 @@ def _updates(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None) -
 
 
 def _parsed(file: Checkpoint, parameters: Shapes | None) -> dict[str, Key]:
-    """Every key of the file, understood."""
+    """The meaning of every key of the file. Raises WeightError if a key is unknown."""
     names = (name.split(".")[1] for name in parameters or () if name.startswith("all_x_embedder."))
     patch_key = next(names, OFFICIAL_PATCH_KEY)
     known_keys = grammar(patch_key)
@@ -192,7 +193,7 @@ def _parsed(file: Checkpoint, parameters: Shapes | None) -> dict[str, Key]:
 
 
 def _modules(file: Checkpoint, keys: Mapping[str, Key], default_scale: Scale) -> Modules:
-    """The tensors by module. What is there twice under two spellings must be the same."""
+    """The tensors by module. If a module is there twice, in two spellings, both must be equal."""
     found: dict[tuple[str, ...], dict[str, tuple[str, Tensor]]] = {}
     names: dict[tuple[str, ...], str] = {}
     for name, key in keys.items():
@@ -207,7 +208,10 @@ def _modules(file: Checkpoint, keys: Mapping[str, Key], default_scale: Scale) ->
 
 
 def _check_layers(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None) -> None:
-    """Every parameter that the module changes is one of the transformer's; a bias is that of a single layer."""
+    """Raises WeightError unless the transformer has every parameter that the module changes.
+
+    An update of a bias must be for a single layer that has a bias.
+    """
     if "bias" in parts and len(layers) > 1:
         raise parts.error(f"{parts.key('bias')} is for a layer without a bias")
     for kind in ("weight", "bias") if parameters is not None else ():

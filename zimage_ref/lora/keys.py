@@ -1,7 +1,7 @@
-"""The grammar of LoRA keys, <prefix><module><suffix>: any prefix, module and suffix that a spelling or a kind has.
+"""The grammar of LoRA keys, <prefix><module><suffix>. Spellings and kinds list the prefixes, modules and suffixes.
 
-A module is called as in the official checkpoint, as in ComfyUI's single file (fused qkv, `out`), or either with
-underscores for dots.
+A module has its name in the official checkpoint or its name in ComfyUI's single file (fused qkv, `out`). Either may
+have underscores instead of dots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .alpha import AlphaSource
 from .updates import LoRA, Update
 
 OFFICIAL_PATCH_KEY = "2-1"
-_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight$)\w+(\.weight)?$")  # PEFT's name of the adapter
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight$)\w+(\.weight)?$")  # PEFT's adapter name
 _GLOBAL_MODULES = {
     **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1")},
     "x_embedder": "all_x_embedder.{key}",
@@ -37,37 +37,37 @@ def _only_read(lora: LoRA, spelling: Spelling) -> Spelled:
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """How one tool writes LoRA keys. What is left out is as in the official checkpoint, or as the kind says."""
+    """How one tool writes LoRA keys. Modules and suffixes that it does not list are those of the checkpoint or kind."""
 
     software: str
-    prefixes: tuple[str, ...] = ()  # any of these is read, the first is written
-    style: str = ""  # what the suffixes below are called in the name of a dialect
-    suffixes: Mapping[str, str] = field(default_factory=dict)  # suffix -> part; the first of a part is written
-    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a block's module -> its layers, officially
-    separator: str = "."  # written for the dots of a module; read are both
-    alpha: AlphaSource | None = None  # of files without alpha keys
-    naming: str = ""  # how a user asks for it to be written; empty: it is only read
-    write: Callable[[LoRA, Spelling], Spelled] = _only_read  # one of `namings`, or its own
+    prefixes: tuple[str, ...] = ()  # all of these are read, the first is written
+    style: str = ""  # the name of the suffixes below, in the name of a dialect
+    suffixes: Mapping[str, str] = field(default_factory=dict)  # suffix -> part; the first suffix of a part is written
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a module of a block -> its official layers
+    separator: str = "."  # written instead of the dots of a module; reading accepts "." and "_"
+    alpha: AlphaSource | None = None  # the place of the alpha of files without alpha keys
+    naming: str = ""  # the name that a user gives to have it written; empty: it is only read
+    write: Callable[[LoRA, Spelling], Spelled] = _only_read  # a function of `namings`, or its own
     low_rank_only: bool = False  # whether `write` has no keys for other kinds
 
     def is_of(self, prefix: str, style: str) -> bool:
-        """Whether keys with this prefix and style are this tool's; without a style of its own, the prefix decides."""
+        """Whether keys with this prefix and style are of this tool. If it has no own style, the prefix decides."""
         return style == self.style if self.style else prefix in self.prefixes
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key, taken apart."""
+    """One key, split into its parts."""
 
     prefix: str
-    module: str  # with dots, as the file's tree calls it
+    module: str  # its name in the file, with dots
     layers: tuple[str, ...]  # official names: three for a fused qkv, else one
     style: str
     part: str
 
 
 class Grammar:
-    """All keys that there are, of a transformer whose patch size has the key `patch_key`."""
+    """All valid keys, for a transformer whose patch size has the key `patch_key`."""
 
     def __init__(
         self, spellings: Collection[Spelling], kinds: Iterable[type[Update]], patch_key: str = OFFICIAL_PATCH_KEY
@@ -84,11 +84,11 @@ class Grammar:
             self._block_modules = {**spelling.modules, **self._block_modules}
         known = "|".join(re.escape(suffix) for suffix in sorted(self._suffixes, key=len, reverse=True))
         self._split = re.compile(f"(.*?)({known})")
-        names = (*self._block_modules, *_GLOBAL_MODULES)  # of two with the same underscores the official one, the last
+        names = (*self._block_modules, *_GLOBAL_MODULES)  # official names last: they win over equal ones
         self._underscored = {name.replace(".", "_"): name for name in names}
 
     def parse(self, key: str) -> Key | None:
-        """What `key` means, or None if there is no such key."""
+        """The meaning of `key`. None if it is not a key of a Z-Image LoRA."""
         match = self._match(key)
         if not match:
             return None
@@ -98,14 +98,14 @@ class Grammar:
         return Key(prefix, *found, *self._suffixes[suffix]) if found else None
 
     def ends_like_lora(self, key: str) -> bool:
-        """Whether `key` ends as LoRA keys do, be it of a layer that Z-Image has or not."""
+        """Whether `key` ends like the key of a LoRA, of Z-Image or of another model."""
         return self._match(key) is not None
 
     def _match(self, key: str) -> re.Match[str] | None:
         return self._split.fullmatch(_ADAPTER.sub(r"\1\2", key))
 
     def _module(self, path: str) -> tuple[str, tuple[str, ...]] | None:
-        """The dotted name of a module and the official names of the layers it stands for."""
+        """The dotted name of a module, and the official names of the layers that it holds. None if it is unknown."""
         if block := _BLOCK.fullmatch(path):
             stack, index, rest = block.groups()
             rest = self._underscored.get(rest, rest)
@@ -122,7 +122,7 @@ class Grammar:
         return (path, (layer.format(key=self._patch_key),)) if layer else None
 
 
-# words of a foreign module path -> the model it belongs to
+# part of a module path of another model -> that model
 _OTHERS = {
     "double_blocks": "FLUX or HunyuanVideo", "single_blocks": "FLUX or HunyuanVideo", "lora_te": "a text encoder",
     "text_encoder": "a text encoder", "text_model": "a text encoder", "single_transformer_blocks": "FLUX",
@@ -134,5 +134,5 @@ _OTHERS = {
 
 
 def other_model(key: str) -> str:
-    """The model that a key of no Z-Image layer seems to belong to, or nothing."""
+    """The other model that `key` seems to belong to; "" if none is known."""
     return next((model for word, model in _OTHERS.items() if word in key), "")

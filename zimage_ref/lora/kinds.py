@@ -1,4 +1,4 @@
-"""The kinds of updates that LoRA files hold. To add one, write its class here and list it in KINDS.
+"""The kinds of updates in LoRA files. To add a kind, write its class here and list it in KINDS.
 
     LoRA               W' = W + s B A                       arXiv 2106.09685
     full difference    W' = W + s D                         also of a norm or a bias
@@ -6,8 +6,8 @@
     LoHa               W' = W + s (A1 B1) * (A2 B2)         arXiv 2108.06098
     DoRA               W' = m (W + d) / ||W + d||           d one of the above; arXiv 2402.09353
 
-s = alpha / rank. Suffixes are those of LyCORIS, kohya and ComfyUI, except for LoRA's, which each tool spells in its
-own way: see `spellings`.
+s = alpha / rank. Suffixes are those of LyCORIS, kohya and ComfyUI. The suffixes of LoRA differ from tool to tool: see
+`spellings`.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Dense(Plain):
 
     @classmethod
     def of_parts(cls, parts: Parts) -> Dense:
-        """Of D, which has no alpha."""
+        """Made from D, which has no alpha."""
         if "alpha" in parts:
             raise parts.error(f"{parts.key('alpha')} belongs to no low-rank matrices: a full difference has no alpha")
         return cls(parts.array("D", ndim=None))
 
     def tensors(self) -> dict[str, Array]:
-        """D, with the scale in it."""
+        """D, multiplied by the scale."""
         return {"D": self.folded().D}
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the parameter."""
+        """The shape of the parameter."""
         return self.D.shape
 
     def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
@@ -90,9 +90,9 @@ class Kronecker(Plain):
 
     @classmethod
     def of_parts(cls, parts: Parts) -> Kronecker:
-        """Of W1 and W2, each whole or as a product of two. alpha counts only beside a product."""
+        """Made from W1 and W2. Each is stored whole or as a product of two; alpha counts only with a product."""
         scale, matrices = 1.0, {}
-        for name in ("W1", "W2"):  # if both are products, the rank is W2's
+        for name in ("W1", "W2"):  # if both are products, the rank is that of W2
             if name in parts:
                 matrices[name] = parts.array(name)
             else:
@@ -102,7 +102,7 @@ class Kronecker(Plain):
         return cls(matrices["W1"], matrices["W2"], scale=scale)
 
     def tensors(self) -> dict[str, Array]:
-        """W1 and W2 with the scale in W1. Some rows are no such product: they become a full difference."""
+        """W1, multiplied by the scale, and W2. Rows that are no Kronecker product become a full difference."""
         if self.stop is not None:
             return {"D": np.kron(self.folded().W1, self.W2)[self.start : self.stop]}
         return {"W1": self.folded().W1, "W2": self.W2}
@@ -119,11 +119,11 @@ class Kronecker(Plain):
         return product[self.start : self.stop]
 
     def folded(self) -> Kronecker:
-        """With the scale in W1."""
+        """W1 multiplied by the scale."""
         return replace(self, W1=self.W1 * np.float32(self.scale), scale=1.0)
 
     def rows(self, start: int, stop: int) -> Kronecker:
-        """Rows of W1 if W2 stays whole, else those of the product."""
+        """Rows of W1 if the slice consists of whole copies of W2, else rows of the product."""
         start, stop, height = self.start + start, self.start + stop, len(self.W2)
         if start % height or stop % height:
             return replace(self, start=start, stop=stop)
@@ -146,7 +146,7 @@ class Hadamard(Plain):
 
     @classmethod
     def of_parts(cls, parts: Parts) -> Hadamard:
-        """Of the four factors."""
+        """Made from the four factors."""
         (A1, B1), (A2, B2) = parts.factors("H1a", "H1b"), parts.factors("H2a", "H2b")
         if (len(A1), B1.shape[1]) != (len(A2), B2.shape[1]):
             keys = " and ".join(listing(parts.key(f"H{n}{x}") for x in "ab") for n in "12")
@@ -165,7 +165,7 @@ class Hadamard(Plain):
 
     @property
     def rank(self) -> int:
-        """Of each of the two products."""
+        """The rank of each of the two products."""
         return len(self.B1)
 
     def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
@@ -174,7 +174,7 @@ class Hadamard(Plain):
         return (A1 @ B1) * (A2 @ B2)
 
     def folded(self) -> Hadamard:
-        """With the scale in A1."""
+        """A1 multiplied by the scale."""
         return replace(self, A1=self.A1 * np.float32(self.scale), scale=1.0)
 
     def rows(self, start: int, stop: int) -> Hadamard:
@@ -187,7 +187,7 @@ class DoRA(Update):
     """m (W + d) / ||W + d|| - W. The norm runs over the axis along which m has length 1."""
 
     title = "DoRA"
-    suffixes: ClassVar[Mapping[str, str]] = {  # LyCORIS's and PEFT's
+    suffixes: ClassVar[Mapping[str, str]] = {  # those of LyCORIS and PEFT
         ".dora_scale": "magnitude", ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
     }  # fmt: skip
 
@@ -196,12 +196,12 @@ class DoRA(Update):
 
     @classmethod
     def recognises(cls, parts: AbstractSet[str]) -> bool:
-        """Whether there is a magnitude, and the rest is complete."""
+        """Whether there is a magnitude, and the other parts are a complete update of another kind."""
         return "magnitude" in parts and _kind_of(parts - {"magnitude"}) is not None
 
     @classmethod
     def of_parts(cls, parts: Parts) -> DoRA:
-        """Of a magnitude (out, 1), (1, in) or, as PEFT writes it, (out,), and of another kind's parts."""
+        """Made from the parts of another kind and a magnitude (out, 1), (1, in) or, as PEFT writes it, (out,)."""
         inner = update_of(parts.without("magnitude"))
         plain = inner.plain if inner else None
         if plain is None:
@@ -218,7 +218,7 @@ class DoRA(Update):
         return cls(plain, magnitude)
 
     def tensors(self) -> dict[str, Array]:
-        """The magnitude, after the parts of the update inside."""
+        """The parts of the update inside, then the magnitude."""
         return {**self.update.tensors(), "magnitude": self.magnitude}
 
     @property
@@ -243,15 +243,15 @@ class DoRA(Update):
         return arithmetic.with_norms(target, magnitude, axis) - weight
 
     def norm(self) -> float:
-        """Of the update inside: the rest depends on the weight."""
+        """The norm of the update inside. The norm of the whole depends on the weight."""
         return self.update.norm()
 
     def folded(self) -> DoRA:
-        """With the scale in the update inside."""
+        """The scale is multiplied into the update inside."""
         return replace(self, update=self.update.folded())
 
     def rows(self, start: int, stop: int) -> DoRA:
-        """See `Update`. Only a magnitude (out, 1) can be split."""
+        """See `Update`. Works only for a magnitude (out, 1)."""
         return DoRA(self.update.rows(start, stop), self.magnitude[start:stop])
 
 
@@ -259,9 +259,9 @@ KINDS: dict[str, type[Update]] = {kind.title: kind for kind in (LowRank, Dense, 
 
 
 def update_of(parts: Parts) -> Update | None:
-    """What the parts of a module, all but its bias, do to its weight; None if there is nothing but a bias.
+    """The update of a module's weight from its parts, without those of the bias. None if it has a bias only.
 
-    Raises WeightError if they are those of no kind, or do not fit each other.
+    Raises WeightError if no kind has these parts, or if they do not fit each other.
     """
     names = parts.tensors.keys() - {"bias"}
     if not names:
@@ -273,7 +273,7 @@ def update_of(parts: Parts) -> Update | None:
 
 
 def bias_of(parts: Parts) -> Dense:
-    """What the file adds to the module's bias."""
+    """The update of a module's bias."""
     return Dense(parts.array("bias", ndim=1))
 
 

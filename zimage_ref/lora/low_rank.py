@@ -1,4 +1,4 @@
-"""LoRA itself, W' = W + s B A: the kind that is trained here, and that engines keep beside a layer.
+"""LoRA itself, W' = W + s B A. Training makes this kind, and engines can apply it beside a layer.
 
 Source: arXiv 2106.09685.
 """
@@ -29,7 +29,7 @@ class LowRank(Plain):
 
     @classmethod
     def of_parts(cls, parts: Parts) -> LowRank:
-        """Of A and B."""
+        """Made from A and B."""
         B, A = parts.factors("B", "A")
         return cls(A, B, scale=parts.scale(len(A)))
 
@@ -44,7 +44,7 @@ class LowRank(Plain):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The number of rows of A."""
         return len(self.A)
 
     @property
@@ -57,19 +57,19 @@ class LowRank(Plain):
         return arithmetic.array(self.B) @ arithmetic.array(self.A)
 
     def norm(self) -> float:
-        """||B A||^2 = tr(B^T B A A^T), of matrices rank x rank instead of out x in."""
+        """||s B A||, by ||B A||^2 = tr(B^T B A A^T): its matrices are rank x rank instead of out x in."""
         square = float(np.sum((self.B.T @ self.B) * (self.A @ self.A.T), dtype=np.float64))
         return float(abs(self.scale) * max(square, 0.0) ** 0.5)
 
     def svd(self, rank: int) -> tuple[Array, Array, Array]:
-        """All triples, exactly."""
+        """All triples of singular values and vectors, exactly."""
         left, R = np.linalg.qr(self.B * np.float32(self.scale))
         right, L = np.linalg.qr(self.A.T)
         U, S, Vt = np.linalg.svd(R @ L.T)
         return left @ U, S, Vt @ right.T
 
     def folded(self) -> LowRank:
-        """With the scale in B."""
+        """B multiplied by the scale."""
         return replace(self, B=self.B * np.float32(self.scale), scale=1.0)
 
     def rows(self, start: int, stop: int) -> LowRank:
@@ -77,19 +77,22 @@ class LowRank(Plain):
         return replace(self, B=self.B[start:stop])
 
     def split(self, count: int) -> list[LowRank]:
-        """In equal shares of the rows, each with only those ranks that it uses."""
+        """The updates of `count` equal shares of the rows. Each keeps only the ranks that it uses."""
         chunks = super().split(count)
         return [chunk._trimmed() for chunk in _with_own_ranks(chunks) or chunks]
 
     def _trimmed(self) -> LowRank:
-        """Without the last ranks that are zero in A and B: z-image-train pads all modules to one rank."""
+        """The same without the last ranks if they are zero in A and B. z-image-train pads all modules to one rank."""
         used = np.flatnonzero(self.A.any(axis=1) | self.B.any(axis=0))
         rank = int(used[-1]) + 1 if len(used) else 1
         return replace(self, A=self.A[:rank], B=self.B[:, :rank]) if rank < self.rank else self
 
 
 def concatenated(updates: Sequence[tuple[Update, float]]) -> LowRank | None:
-    """The updates at their scales as one, whose rank is the sum of theirs; None if one of them is not low-rank."""
+    """The sum of the updates at their scales, as one update. Its rank is the sum of their ranks.
+
+    None if one of them is not low-rank.
+    """
     low_rank = [(pair, update.scale * scale) for update, scale in updates if (pair := update.low_rank) is not None]
     if len(low_rank) < len(updates):
         return None
@@ -98,7 +101,7 @@ def concatenated(updates: Sequence[tuple[Update, float]]) -> LowRank | None:
 
 
 def _with_own_ranks(chunks: list[LowRank]) -> list[LowRank]:
-    """The chunks, each with its own slice of the fused rank, if each uses only that slice; else nothing."""
+    """The chunks, each with its own slice of the fused rank; an empty list unless each uses only its slice."""
     count = len(chunks)
     if chunks[0].rank % count:
         return []

@@ -1,4 +1,4 @@
-"""LoRAs made into one LoRA, or into the checkpoint. In NumPy, float32."""
+"""Merges LoRAs into one LoRA or into a checkpoint. In NumPy, float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .updates import LoRA, Update, by_parameter, updated
 
 
 def merged(tensors: Tensors, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Tensor]:
-    """The checkpoint `tensors`, official names, with LoRAs baked in: each changed when it is read, in its own dtype."""
+    """The checkpoint `tensors` (official names) with the LoRAs merged in.
+
+    A tensor is changed when you read it, and keeps its dtype.
+    """
     return {**tensors, **{name: _merged(tensors[name], updates) for name, updates in by_parameter(loras).items()}}
 
 
@@ -29,11 +32,11 @@ def _merged(tensor: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
 
 
 def combined(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) -> LoRA:
-    """One LoRA that does what all of `loras` at their scales do together.
+    """The sum of `loras` at their scales, as one LoRA.
 
-    Low-rank updates are concatenated, exactly; with `rank`, each is then the best one of at most that rank (truncated
-    SVD). What is not low-rank becomes dense if it is added to something else. Raises WeightError for DoRA, which
-    depends on the base, in company or at a scale other than 1.
+    Low-rank updates are concatenated; the result is exact. With `rank`, each is then reduced to the best update of at
+    most that rank (truncated SVD). Updates of other kinds become dense if they are added to others.
+    Raises WeightError for DoRA with others or at a scale other than 1, because DoRA depends on the base weight.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"`rank` {rank} must be at least 1")
@@ -60,24 +63,24 @@ def _sum(name: str, updates: Sequence[tuple[Update, float]]) -> Update:
 def _needs_base(name: str, update: Update) -> WeightError:
     return WeightError(
         f"{name}: a {update.title} update depends on the base weight: it cannot be scaled, added or reduced without "
-        "the base; bake it into a checkpoint of the transformer with `merge_lora`"
+        "the base; merge it into a checkpoint of the transformer with `merge_lora`"
     )
 
 
 def reduced(name: str, update: Update, rank: int) -> Update:
-    """The nearest low-rank update of at most `rank`; norms' and biases' differences are left as they are."""
+    """The nearest low-rank update of at most `rank`. Updates of norms and biases do not change."""
     plain, low_rank = update.plain, update.low_rank
     if plain is None:
         raise _needs_base(name, update)
     if len(plain.shape) != 2 or (low_rank is not None and len(low_rank[0]) <= rank):
         return update
     U, S, Vt = plain.svd(min(rank, *plain.shape))
-    root = np.sqrt(S[:rank])  # half to each side: both fit in float16
+    root = np.sqrt(S[:rank])  # both factors get the root, so that both fit in float16
     return LowRank(root[:, None] * Vt[:rank], U[:, :rank] * root)
 
 
 def module_groups(lora: LoRA) -> Mapping[str, list[Update]]:
-    """The updates of the same module in different blocks together: layers.*.attention.to_q -> its updates."""
+    """The updates grouped by module over all blocks, such as layers.*.attention.to_q -> its updates."""
     groups: dict[str, list[Update]] = {}
     for name, update in lora.items():
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""LoRAs as the tensors of a file, in the ways that tools expect: one function for each place to keep alpha in."""
+"""Turns a LoRA into the tensors of a file. Tools expect alpha in different places: one function for each place."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _T = TypeVar("_T")
 
 
 def with_alpha_folded(lora: LoRA, spelling: Spelling) -> Spelled:
-    """alpha / rank is multiplied into the matrices: all is read at scale 1."""
+    """alpha / rank is multiplied into the matrices. Readers use the scale 1."""
     folded = {name: update.folded() for name, update in lora.items()}
     return _without_alpha(folded, spelling), {"alpha_folded": True}
 
 
 def with_alpha_keys(lora: LoRA, spelling: Spelling) -> Spelled:
-    """Each module has its alpha in a key of its own."""
+    """Each module has its own alpha key."""
     return {key: array for _, key, array in _keyed(lora, spelling)}, {"alpha_folded": False}
 
 
@@ -38,7 +38,7 @@ def _without_alpha(lora: Mapping[str, Update], spelling: Spelling) -> dict[str, 
 
 
 def _keyed(lora: Mapping[str, Update], spelling: Spelling) -> Iterator[tuple[str, str, Array]]:
-    """Each part of each update: which it is, its key and its numbers."""
+    """Each part of each update: (part, key, numbers)."""
     suffixes: dict[str, str] = {}
     for table in (spelling.suffixes, *(kind.suffixes for kind in KINDS.values()), {".alpha": "alpha"}):
         for suffix, part in table.items():
@@ -46,7 +46,7 @@ def _keyed(lora: Mapping[str, Update], spelling: Spelling) -> Iterator[tuple[str
     for name, update in lora.items():
         module = name.removesuffix(BIAS).replace(".", spelling.separator)
         for part, array in update.tensors().items():
-            part = "bias" if name.endswith(BIAS) else part  # a bias has one part, its full difference
+            part = "bias" if name.endswith(BIAS) else part  # the one part of a bias is its full difference
             yield part, f"{_prefix(spelling)}{module}{suffixes[part]}", array
 
 
@@ -55,7 +55,7 @@ def _prefix(spelling: Spelling) -> str:
 
 
 def with_peft_config(lora: LoRA, spelling: Spelling) -> Spelled:
-    """The alphas are in PEFT's config, which diffusers reads from the metadata."""
+    """The alphas are in PEFT's config in the metadata. diffusers reads them there."""
     factors = _low_rank(lora)
     ranks = {layer: update.rank for layer, update in factors.items()}
     alphas = {layer: _short(update.scale * update.rank) for layer, update in factors.items()}
@@ -70,12 +70,12 @@ def with_peft_config(lora: LoRA, spelling: Spelling) -> Spelled:
 
 
 def with_one_rank(lora: LoRA, spelling: Spelling) -> Spelled:
-    """z-image-train's way: modules are fused, all have one rank, and one alpha is in the sidecar."""
+    """The form of z-image-train: modules are fused, all have one rank, and the sidecar holds one alpha for all."""
     factors = _low_rank(lora)
     scales = {update.scale for update in factors.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
     modules = _fused({name: _rescaled(update, scale) for name, update in factors.items()}, spelling)
-    rank = max(update.rank for update in modules.values())  # the tool builds all modules with one rank
+    rank = max(update.rank for update in modules.values())  # the tool requires the same rank in all modules
     padded: dict[str, Update] = {}
     for module, update in modules.items():
         missing = rank - update.rank
@@ -90,7 +90,7 @@ def with_one_rank(lora: LoRA, spelling: Spelling) -> Spelled:
 
 
 def _fused(factors: Mapping[str, LowRank], spelling: Spelling) -> dict[str, LowRank]:
-    """By the tool's own modules: q, k and v as one. All updates are of one scale."""
+    """The updates by the tool's own modules, which hold q, k and v as one. All must have the same scale."""
     places: dict[str, tuple[str, tuple[str, ...]]] = {
         layer: (layer, (layer,)) for layers in LORA_TARGETS.values() for layer in layers
     }
@@ -108,7 +108,10 @@ def _fused(factors: Mapping[str, LowRank], spelling: Spelling) -> dict[str, LowR
 
 
 def _stacked(parts: list[LowRank | None]) -> LowRank:
-    """q, k and v in one: with one A if all three have the same, else block-diagonal; an absent one is zero."""
+    """q, k and v as one update. It has their common A if all three are equal, else B is block-diagonal.
+
+    A missing one is zero.
+    """
     there = [part for part in parts if part is not None]
     first, height = there[0], there[0].shape[0]
     if all(np.array_equal(part.A, first.A) for part in there):
@@ -125,14 +128,14 @@ def _stacked(parts: list[LowRank | None]) -> LowRank:
 
 
 def _rescaled(update: LowRank, scale: float) -> LowRank:
-    """The same update with its own scale replaced by `scale`."""
+    """The same update, written with the scale `scale`."""
     if update.scale == scale:
         return update
     return replace(update, B=update.B * np.float32(update.scale / scale), scale=scale)
 
 
 def _low_rank(lora: LoRA) -> dict[str, LowRank]:
-    """By layer, of a LoRA with no other updates."""
+    """The updates by layer, for a LoRA that has low-rank updates only."""
     return {name: LowRank(*pair, scale=update.scale) for name, update in lora.items() if (pair := update.low_rank)}
 
 
@@ -141,5 +144,5 @@ def _commonest(values: list[_T]) -> _T:
 
 
 def _short(number: float) -> float | int:
-    """An integer if it is one within rounding, as other tools write it."""
+    """`number` as an int if it is a whole number within rounding, as other tools write it."""
     return round(number) if abs(number - round(number)) < 1e-9 * max(1, abs(number)) else number

@@ -1,4 +1,4 @@
-"""The tensors of one module in a LoRA file, of which a kind of update is made: finite, of fitting shapes."""
+"""The tensors of one module in a LoRA file. Kinds of updates are built from them; shapes and numbers are checked."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from zimage_ref.errors import WeightError, listing
 from zimage_ref.formats.tensors import DTYPE_NAMES, DTYPES, FLOATS, Array, Tensor, cast
 
-LARGEST = 1e8  # no trained number comes near it, and squares of products of such numbers still fit in float32
-Scale = Callable[[str, int], float]  # module, rank -> alpha / rank of a module without an alpha of its own
+LARGEST = 1e8  # trained numbers are far smaller; squares of products of such numbers still fit in float32
+Scale = Callable[[str, int], float]  # module, rank -> alpha / rank for a module without its own alpha
 
 
 @dataclass(frozen=True)
@@ -22,38 +22,38 @@ class Parts:
     path: Path
     module: str
     tensors: Mapping[str, tuple[str, Tensor]]
-    layers: int  # that the module stands for: 3 if q, k and v are fused, else 1
+    layers: int  # the number of layers in the module: 3 if q, k and v are fused, else 1
     default_scale: Scale
 
     def __contains__(self, part: str) -> bool:
         return part in self.tensors
 
     def key(self, part: str) -> str:
-        """What the file calls the part."""
+        """The key of the part in the file."""
         return self.tensors[part][0]
 
     @property
     def keys(self) -> str:
-        """What the file calls all parts."""
+        """The keys of all parts in the file, for messages."""
         return listing(key for key, _ in self.tensors.values())
 
     def without(self, part: str) -> Parts:
-        """All other parts."""
+        """All parts except `part`."""
         return replace(self, tensors={name: found for name, found in self.tensors.items() if name != part})
 
     def error(self, fact: str) -> WeightError:
-        """An error about this file."""
+        """An error that names this file and `fact`."""
         return WeightError(f"{self.path}: {fact}")
 
     def array(self, part: str, ndim: int | None = 2) -> Array:
-        """The part in float32. Raises WeightError unless it has `ndim` axes (None: any) and finite numbers."""
+        """The part in float32. Raises WeightError unless it has `ndim` axes (None: any) and all numbers are finite."""
         key, tensor = self.tensors[part]
         if DTYPE_NAMES[tensor.dtype] not in FLOATS:
             raise self.error(f"{key} holds {DTYPE_NAMES[tensor.dtype]}, not floating point numbers")
         if ndim is not None and len(tensor.shape) != ndim:
             raise self.error(f"{key} has shape {tensor.shape}, which does not fit a Linear layer")
         values = cast(tensor.read(), DTYPES["f32"])
-        if not (np.abs(values) <= LARGEST).all():  # also if they are NaN
+        if not (np.abs(values) <= LARGEST).all():  # this catches NaN too
             raise self.error(
                 f"{key} holds numbers that are not finite, or beyond {LARGEST:g}: the file is damaged, "
                 "or its training failed"
@@ -70,11 +70,11 @@ class Parts:
         return one, other
 
     def scale(self, rank: int) -> float:
-        """alpha / rank: of the module's own alpha if it has one, else as the file says by other means."""
+        """alpha / rank. alpha is the module's own if it has one; else metadata or a JSON file give it."""
         return self._number("alpha") / rank if "alpha" in self else self.default_scale(self.module, rank)
 
     def _number(self, part: str) -> float:
         key, tensor = self.tensors[part]
         if tensor.size != 1:
-            raise self.error(f"{key} has shape {tensor.shape} where one number belongs")
+            raise self.error(f"{key} has shape {tensor.shape} instead of one number")
         return float(self.array(part, ndim=None).reshape(()))

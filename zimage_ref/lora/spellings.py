@@ -1,4 +1,4 @@
-"""How tools spell LoRA keys. To read or write another spelling, add one entry to SPELLINGS.
+"""How tools spell LoRA keys. To read or write another spelling, add one entry to SPELLINGS. All of these are read:
 
     diffusion_model.layers.0.attention.to_q.lora_A.weight       ComfyUI, ai-toolkit, mflux
     transformer.layers.0.attention.to_q.lora_B.weight           diffusers
@@ -9,7 +9,7 @@
     layers.0.attention.qkv.lora_a                               z-image-train
     lycoris_layers_0_attention_to_q.lokr_w1                     LyCORIS
 
-Written are four, by the names that `naming` and `lora_format` know them by:
+Four are written. Their names are values of `naming` and `lora_format`:
 
     comfy    diffusion_model.<layer>.lora_A.weight          alpha / rank multiplied into B
     peft     transformer.<layer>.lora_A.weight              alpha in the metadata `lora_adapter_metadata`
@@ -81,13 +81,13 @@ def grammar(patch_key: str = OFFICIAL_PATCH_KEY) -> Grammar:
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether any of the keys ends as LoRA keys do, be it of a layer that Z-Image has or not."""
+    """Whether any key ends like the key of a LoRA, of Z-Image or of another model."""
     known = grammar()
     return any(map(known.ends_like_lora, keys))
 
 
 def software(prefix: str, style: str) -> str:
-    """The tool whose keys have this prefix and style. A style that comes without a prefix is one tool's alone."""
+    """The tool whose keys have this prefix and style. Only one tool uses a style without a prefix."""
     known = SPELLINGS.values()
     by_style = (spelling for spelling in known if spelling.style == style and not spelling.prefixes)
     by_prefix = (spelling for spelling in known if prefix in spelling.prefixes)
@@ -95,7 +95,7 @@ def software(prefix: str, style: str) -> str:
 
 
 def alpha_sources(prefix: str, style: str) -> list[AlphaSource]:
-    """Where a file with keys of this prefix and style may have its alpha, if it has no alpha keys."""
+    """The places that may hold the alpha of a file without alpha keys, for keys of this prefix and style."""
     return [s.alpha for s in SPELLINGS.values() if s.alpha is not None and s.is_of(prefix, style)]
 
 
@@ -105,12 +105,12 @@ def companions(path: Path) -> list[Path]:
 
 
 def lora_namings() -> tuple[str, ...]:
-    """The spellings that can be written, as a user asks for them."""
+    """The namings: names of the spellings that can be written."""
     return tuple(spelling.naming for spelling in SPELLINGS.values() if spelling.naming)
 
 
 def spelling_of(naming: str) -> Spelling:
-    """The spelling that `naming` asks for. Raises ConfigError if there is none."""
+    """The spelling with the name `naming`. Raises ConfigError if there is none."""
     for spelling in SPELLINGS.values():
         if spelling.naming == naming and naming:
             return spelling
@@ -118,7 +118,7 @@ def spelling_of(naming: str) -> Spelling:
 
 
 def spelled(lora: LoRA, spelling: Spelling) -> Spelled:
-    """`lora` as the tensors of a file. Raises WeightError for updates that the spelling has no keys for."""
+    """`lora` as the tensors of a file. Raises WeightError if the spelling has no keys for an update."""
     others = [f"{name} ({update.title})" for name, update in lora.items() if update.low_rank is None]
     if others and spelling.low_rank_only:
         able = " or ".join(s.naming for s in SPELLINGS.values() if s.naming and not s.low_rank_only)

@@ -1,4 +1,4 @@
-"""What a LoRA changes: for each parameter of the transformer, one update. The kinds of updates are in `kinds`."""
+"""The changes that a LoRA makes: one update for each parameter. The kinds of updates are in `kinds`."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from zimage_ref.formats.tensors import Array
 from .arithmetic import AnyArray, Arithmetic, NumPyArithmetic
 from .parts import Parts
 
-BIAS = ".bias"  # ends the names of updates of biases
+BIAS = ".bias"  # the names of updates of biases end with it
 _FLOAT32 = np.dtype(np.float32)
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 4  # of the randomized SVD, arXiv 0909.4061
 _Kind = TypeVar("_Kind", bound="Update")
 
 
 class Update(ABC):
-    """What a LoRA does to one parameter of `shape`. A subclass is a kind, and knows all there is to know of it.
+    """The change that a LoRA makes to one parameter of `shape`. Each subclass is a kind and holds all facts about it.
 
-    `plain` and `low_rank` say what else it can be seen as; None: it cannot.
+    `plain` and `low_rank` give the same update in a simpler form, or None if it has no such form.
     """
 
-    title: ClassVar[str]  # what people call the kind
-    style: ClassVar[str] = ""  # what the kind's keys are called in the name of a dialect
-    suffixes: ClassVar[Mapping[str, str]] = {}  # how any tool ends the kind's keys -> part; the first is written
-    forms: ClassVar[tuple[AbstractSet[str], ...]] = ()  # each set of parts that is complete, alpha aside
+    title: ClassVar[str]  # the name of the kind, for people
+    style: ClassVar[str] = ""  # the name of its keys, in the name of a dialect
+    suffixes: ClassVar[Mapping[str, str]] = {}  # suffix of a key, in all tools -> part; the first of a part is written
+    forms: ClassVar[tuple[AbstractSet[str], ...]] = ()  # the complete sets of parts, without alpha
 
     @classmethod
     def recognises(cls, parts: AbstractSet[str]) -> bool:
-        """Whether `parts` of one module are those of this kind, complete."""
+        """Whether `parts` of one module are a complete update of this kind."""
         return parts - {"alpha"} in cls.forms
 
     @classmethod
     @abstractmethod
     def of_parts(cls, parts: Parts) -> Update:
-        """The update that a file's `parts`, which `recognises` accepts, make. Raises WeightError if they do not fit."""
+        """The update built from `parts` that `recognises` accepts. Raises WeightError if they do not fit each other."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Array]:
-        """The parts again, float32, for a file. With alpha, if the kind has one."""
+        """The parts in float32, to write into a file. alpha is among them if the kind has one."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """That of the parameter: (out, in) of a Linear layer's weight."""
+        """The shape of the parameter: (out, in) for the weight of a Linear layer."""
 
     @property
     @abstractmethod
@@ -58,45 +58,45 @@ class Update(ABC):
 
     @property
     def rank(self) -> int | None:
-        """The rank of its matrices, None if it has none."""
+        """The rank of its matrices. None if it has no rank."""
         return None
 
     @property
     def plain(self) -> Plain | None:
-        """The same update, as one that adds the same to any weight."""
+        """The same update as a Plain, which adds the same matrix to any weight. None if it depends on the weight."""
         return None
 
     @property
     def low_rank(self) -> tuple[Array, Array] | None:
-        """A (rank, in) and B (out, rank), if what it adds is scale * B A."""
+        """A (rank, in) and B (out, rank) if it adds scale * B A, else None."""
         return None
 
     @abstractmethod
     def added(self, weight: AnyArray, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
-        """What it adds to `weight` (out, in), in the precision of `arithmetic`."""
+        """The matrix that it adds to `weight` (out, in), in the precision of `arithmetic`."""
 
     @abstractmethod
     def norm(self) -> float:
-        """The Frobenius norm of what it adds; of DoRA, of what is inside."""
+        """The Frobenius norm of the matrix that it adds. For DoRA, the norm of the update inside."""
 
     @abstractmethod
     def folded(self: _Kind) -> _Kind:
-        """The same update at scale 1: the scale is multiplied into its numbers."""
+        """The same update with scale 1. The scale is multiplied into its numbers."""
 
     @abstractmethod
     def rows(self: _Kind, start: int, stop: int) -> _Kind:
-        """What it does to some rows of the weight."""
+        """The update of the rows from `start` to `stop` of the weight."""
 
     def split(self: _Kind, count: int) -> list[_Kind]:
-        """What it does to each of `count` equal shares of the rows: layers that a file has as one module."""
+        """The updates of `count` equal shares of the rows. Use it for layers that a file holds as one fused module."""
         share = self.shape[0] // count
         return [self.rows(i * share, (i + 1) * share) for i in range(count)]
 
     def same_product(self, other: Update) -> bool:
-        """Whether both are low-rank and have the same product B A, whatever their scales."""
+        """Whether both are low-rank and have the same product B A. Their scales may differ."""
         if self.low_rank is None or other.low_rank is None or self.shape != other.shape:
             return False
-        # A random vector tells two products apart without computing either
+        # Multiplying a random vector shows whether two products differ, without computing them
         x = np.random.default_rng(0).standard_normal((self.shape[1], 4)).astype(np.float32)
         one, two = (B @ (A @ x) for A, B in (self.low_rank, other.low_rank))
         return bool(np.allclose(one, two, rtol=1e-3, atol=1e-3 * float(np.abs(one).max(initial=0))))
@@ -115,7 +115,7 @@ class Plain(Update):
 
     @abstractmethod
     def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
-        """What is scaled and added, of `shape`."""
+        """The matrix, of `shape`, that is multiplied by the scale and added."""
 
     def added(self, weight: AnyArray, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
         """scale * matrix."""
@@ -126,7 +126,7 @@ class Plain(Update):
         return replace(self, scale=self.scale * factor)
 
     def dense(self) -> Array:
-        """What it adds, in float32."""
+        """The matrix that it adds, in float32."""
         return self.matrix(NumPyArithmetic(_FLOAT32)) * np.float32(self.scale)
 
     def norm(self) -> float:
@@ -134,7 +134,7 @@ class Plain(Update):
         return float(np.linalg.norm(self.dense()))
 
     def svd(self, rank: int) -> tuple[Array, Array, Array]:
-        """U (out, k), S (k,), Vt (k, in) of what it adds, with k >= `rank` leading triples: here randomized."""
+        """The SVD of the matrix that it adds: U (out, k), S (k,), Vt (k, in) with k >= `rank`. Here: randomized SVD."""
         matrix = self.dense()
         width = min(rank + _OVERSAMPLING, *matrix.shape)
         basis = np.random.default_rng(0).standard_normal((matrix.shape[1], width)).astype(np.float32)
@@ -144,7 +144,7 @@ class Plain(Update):
         return U, S, Vt @ basis.T
 
 
-LoRA = dict[str, Update]  # layer -> the update of its weight; layer + ".bias" -> that of its bias
+LoRA = dict[str, Update]  # layer -> the update of its weight; layer + ".bias" -> the update of its bias
 
 
 def updated(weight: AnyArray, updates: Sequence[tuple[Update, float]], arithmetic: Arithmetic[AnyArray]) -> AnyArray:
@@ -159,7 +159,7 @@ def updated(weight: AnyArray, updates: Sequence[tuple[Update, float]], arithmeti
 
 
 def by_parameter(loras: Sequence[tuple[LoRA, float]]) -> dict[str, list[tuple[Update, float]]]:
-    """Which updates each parameter gets, at which scale; a scale of 0 is left out."""
+    """Parameter -> its updates and their scales. LoRAs with scale 0 are left out."""
     found: dict[str, list[tuple[Update, float]]] = {}
     for lora, scale in loras:
         for name, update in lora.items() if scale else ():
@@ -168,5 +168,5 @@ def by_parameter(loras: Sequence[tuple[LoRA, float]]) -> dict[str, list[tuple[Up
 
 
 def parameter(name: str) -> str:
-    """The parameter that the update called `name` in a LoRA changes."""
+    """The parameter that is changed by the update with the key `name` in a LoRA."""
     return name if name.endswith(BIAS) else f"{name}.weight"

@@ -1,4 +1,4 @@
-"""Knows: what Z-Image is: configs, names and shapes of parameters, positions, the flow of time and noise, tokens.
+"""Knows: what Z-Image is: configs, names and shapes of parameters, positions, time and noise, tokens.
 May import: errors, formats.
 Must never know: how a file is found or named, or how a network is computed.
 """

@@ -1,6 +1,6 @@
-"""What the arrays of both engines have in common: the types of mathematics that is written once.
+"""Types for functions that work on the arrays of both engines, NumPy's and MLX's.
 
-NumPy's and MLX's arrays are both an `Arithmetic`; a function of `ArrayT` returns the kind of array that it was given.
+The arrays of both are an `Arithmetic`. A function that takes an `ArrayT` returns the same kind of array.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Number(Protocol):
-    """A float or an array of them. It can be scaled, and divided by its like."""
+    """A float or an array of floats. You can scale it, and divide it by another one."""
 
     def __radd__(self: T, other: float, /) -> T: ...
 
@@ -24,7 +24,7 @@ class Number(Protocol):
 
 
 class Arithmetic(Protocol):
-    """An array. Operations are elementwise and broadcast, and give an array of the same kind."""
+    """An array. Its operations are elementwise, broadcast, and give an array of the same kind."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class Arithmetic(Protocol):
     def __lt__(self: T, other: float, /) -> T: ...
 
     def sum(self: T, *, axis: Sequence[int], keepdims: bool) -> T:
-        """The sum over some axes, which stay with length 1 if `keepdims`."""
+        """The sum over some axes. With `keepdims` these axes stay, with length 1."""
 
 
 NumberT = TypeVar("NumberT", bound=Number)

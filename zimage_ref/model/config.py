@@ -1,8 +1,8 @@
-"""What a model is: its sizes and constants, read from the checkpoint's own JSON, never assumed.
+"""The sizes and constants of a model. They are read from the JSON of the checkpoint, never assumed.
 
-The three `OFFICIAL_*` presets are Tongyi-MAI/Z-Image-Turbo's files; they stand in if a single-file checkpoint
-has no config beside it, and its shapes must then match. A key that changes the mathematics and has a value this
-program does not implement is refused by name.
+The `OFFICIAL_*` presets are the configs of Tongyi-MAI/Z-Image-Turbo. They are used if a single-file checkpoint has no
+config beside it; its shapes must then match them. A config is refused, by the name of the key, if a key that changes
+the mathematics has a value that this program does not implement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from zimage_ref.formats.json_file import Json, JsonObject
 
 from .config_reader import Reader, check_values
 
-ADALN_DIM = 256  # width of the time embedding at most; official transformer_z_image.py, ADALN_EMBED_DIM
+ADALN_DIM = 256  # the largest width of the time embedding; official transformer_z_image.py, ADALN_EMBED_DIM
 TIME_HIDDEN_DIM = 1024  # inner width of t_embedder; the same file, mid_size
 TIME_FREQUENCIES = 256  # sinusoidal features of the time; the same file, frequency_embedding_size
 QK_NORM_EPS = 1e-5  # fixed in the official block, whatever norm_eps says
@@ -57,22 +57,22 @@ class TransformerConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Inner width of the feed-forward."""
+        """The inner width of the feed-forward."""
         return int(self.dim / 3 * 8)
 
     @property
     def adaln_dim(self) -> int:
-        """Width of the time embedding that modulates the blocks."""
+        """The width of the time embedding that modulates the blocks."""
         return min(self.dim, ADALN_DIM)
 
     @property
     def patch_dim(self) -> int:
-        """Values in one image token."""
+        """The number of values in one image token."""
         return self.patch_size**2 * self.in_channels
 
     @property
     def patch_key(self) -> str:
-        """The checkpoint's key for this patch size: spatial-temporal."""
+        """The key of this patch size in the checkpoint, "spatial-temporal", such as "2-1"."""
         return f"{self.patch_size}-1"
 
     @classmethod
@@ -94,7 +94,7 @@ class TransformerConfig:
         )
 
     def to_json(self) -> JsonObject:
-        """The official keys again."""
+        """The official keys and their values."""
         return {
             "_class_name": "ZImageTransformer2DModel",
             **{key: getattr(self, key) for key in _TRANSFORMER_KEYS},
@@ -115,7 +115,7 @@ _TRANSFORMER_KEYS = (
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Qwen3, of which the pipeline uses all layers but the last."""
+    """Qwen3. The pipeline uses all its layers except the last one."""
 
     vocab_size: int
     hidden_size: int
@@ -139,12 +139,12 @@ class TextEncoderConfig:
 
     @property
     def used_layers(self) -> int:
-        """Layers that hidden_states[-2] depends on."""
+        """The number of layers that hidden_states[-2] depends on."""
         return self.num_hidden_layers - 1
 
     @classmethod
     def from_json(cls, data: Json, source: str) -> TextEncoderConfig:
-        """Reads transformers' `config.json`, of version 4 (`rope_theta`) or 5 (`rope_parameters`)."""
+        """Reads the `config.json` of transformers, version 4 (`rope_theta`) or version 5 (`rope_parameters`)."""
         read = Reader(data, source)
         read.require("model_type", "qwen3")
         read.require("hidden_act", "silu")
@@ -158,7 +158,7 @@ class TextEncoderConfig:
         return cls(rope_theta=theta, **{key: read.value(key) for key in _TEXT_ENCODER_KEYS})
 
     def to_json(self) -> JsonObject:
-        """The official keys again, in the style of the published file (transformers 4)."""
+        """The official keys and values, in the form of the published file (transformers 4)."""
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -197,7 +197,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along one side: every level but the last halves the picture."""
+        """Pixels per latent along one side. Every level except the last halves the picture."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
@@ -218,7 +218,7 @@ class VAEConfig:
         return cls(block_out_channels=widths, **{key: read.value(key) for key in _VAE_KEYS})
 
     def to_json(self) -> JsonObject:
-        """The official keys again."""
+        """The official keys and their values."""
         levels = len(self.block_out_channels)
         return {
             "_class_name": "AutoencoderKL",
@@ -242,7 +242,7 @@ _VAE_KEYS = (
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """FlowMatchEulerDiscreteScheduler: how sigmas are spaced. Used by `flow`."""
+    """FlowMatchEulerDiscreteScheduler: the spacing of the sigmas. `flow` uses it."""
 
     shift: float
     use_dynamic_shifting: bool = False
@@ -261,7 +261,7 @@ class SchedulerConfig:
         return cls(shift=read.value("shift"), use_dynamic_shifting=bool(data.get("use_dynamic_shifting", False)))
 
     def to_json(self) -> JsonObject:
-        """The official keys again."""
+        """The official keys and their values."""
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **asdict(self)}
 
 
@@ -281,5 +281,5 @@ OFFICIAL_SCHEDULER = SchedulerConfig(shift=3.0)  # Turbo's; the base model's fil
 
 
 def size_multiple(transformer: TransformerConfig, vae: VAEConfig) -> int:
-    """Width and height of a picture, in pixels, are multiples of this: one image token's side."""
+    """The side of one image token in pixels. Width and height of a picture must be multiples of it."""
     return vae.factor * transformer.patch_size

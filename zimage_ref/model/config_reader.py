@@ -1,4 +1,4 @@
-"""How a config is read from JSON: strictly, key by key, and no value is taken that a model cannot have."""
+"""Reads a config from JSON strictly, key by key. It refuses values that no model can have."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import Json, JsonObject
 
-_TOO_LARGE = 1 << 31  # for a size
-_TOO_MANY = 1000  # layers: no config can ask for names without end
+_TOO_LARGE = 1 << 31  # sizes must be below this
+_TOO_MANY = 1000  # numbers of layers must be below this, so that a config cannot ask for endless names
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 class Config(Protocol):
-    """What every config offers: it is read from the JSON of a model's folder, and written to it."""
+    """The interface of every config: it is read from JSON in the folder of a model, and written there as JSON."""
 
     @classmethod
     def from_json(cls: type[AnyConfig], data: Json, source: str) -> AnyConfig:
-        """Reads the official keys. Raises ConfigError naming `source` for one that is missing or not supported."""
+        """Reads the official keys. Raises ConfigError naming `source` if a key is missing or not supported."""
 
     def to_json(self) -> JsonObject:
-        """The official keys again."""
+        """The official keys and their values."""
 
     def __hash__(self) -> int:
-        """Configs are compared by value, and are keys of caches."""
+        """Configs are compared by value and used as keys of caches."""
 
 
 def parse_config(kind: type[AnyConfig], data: Json, source: str) -> AnyConfig:
-    """The config of class `kind` in `data`. Raises ConfigError naming `source`, also for values of a wrong type."""
+    """The config of class `kind` in `data`. Raises ConfigError naming `source`, also for a value of a wrong type."""
     try:
         return kind.from_json(data, source)
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -38,9 +38,9 @@ def parse_config(kind: type[AnyConfig], data: Json, source: str) -> AnyConfig:
 
 
 def check_values(config: object, layers: Collection[str]) -> None:
-    """Raises ConfigError unless each field of a dataclass is what its annotation says.
+    """Raises ConfigError unless each field of the dataclass `config` has the type that its annotation says.
 
-    A float is finite, an int positive and no larger than a model can have.
+    A float must be finite. An int must be positive and below _TOO_LARGE, or below _TOO_MANY for a number of layers.
     layers: names of the fields that count layers.
     """
     for name, kind in get_type_hints(type(config)).items():
@@ -52,28 +52,28 @@ def check_values(config: object, layers: Collection[str]) -> None:
             limit = _TOO_MANY if name in layers else _TOO_LARGE
             good = len(values) <= _TOO_MANY and all(type(v) is int and 0 < v < limit for v in values)
         if not good:
-            raise ConfigError(f"{name} = {value!r} is no size or number that a model can have")
+            raise ConfigError(f"{name} = {value!r} is not a size or number that a model can have")
 
 
 class Reader:
-    """Strict access to a JSON object: a missing key, or a value that is not implemented, raises ConfigError."""
+    """Strict access to a JSON object. It raises ConfigError if a key is missing or has an unsupported value."""
 
     def __init__(self, data: Json, source: str) -> None:
         self.data, self.source = data, source
 
     def value(self, key: str) -> Any:
-        """The value of `key`, which must be there. It is of any type: see `check_values`."""
+        """The value of `key`, of any type: `check_values` checks it. Raises ConfigError if the key is missing."""
         if key not in self.data:
             raise ConfigError(f"{self.source}: the key {key!r} is missing")
         return self.data[key]
 
     def require(self, key: str, supported: object) -> None:
-        """The key must be there, with the one value that is supported."""
+        """Raises ConfigError unless the key is there and has the value `supported`."""
         actual = self.value(key)
         if actual != supported and (actual or supported):  # null, false and 0 all mean: not used
             raise ConfigError(f"{self.source}: {key} = {actual!r} is not supported, only {supported!r}")
 
     def require_if_there(self, key: str, supported: object) -> None:
-        """As `require`, for a key that may be left out, which means `supported`."""
+        """As `require`, for an optional key. A missing key means `supported`."""
         if key in self.data:
             self.require(key, supported)

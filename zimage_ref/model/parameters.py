@@ -1,7 +1,7 @@
-"""Parameter names and shapes of the three models, as the official checkpoints spell them.
+"""Names and shapes of the parameters of the three networks, as the official checkpoints spell them.
 
-A tensor is an entry of one of these tables or it is an error. Shapes are PyTorch's: Linear (out, in), Conv2d
-(out, in, kh, kw). Source: the published index files; counts and totals are checked in tests/model/test_parameters.py.
+A tensor that is not in these tables is an error. Shapes are PyTorch's: Linear (out, in), Conv2d (out, in, kh, kw).
+Source: the published index files. tests/model/test_parameters.py checks counts and totals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .config import (
 
 Shapes = dict[str, tuple[int, ...]]
 
-# The large Linear layers of a block, none of which has a bias, by the LoRA target that selects them
+# The large Linear layers of a block by the LoRA target that selects them. They have no bias
 LORA_TARGETS = {
     "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
     "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -108,7 +108,10 @@ def _text_layer(config: TextEncoderConfig) -> Shapes:
 
 
 def text_encoder_unused(config: TextEncoderConfig) -> set[str]:
-    """Parameters in the file that hidden_states[-2] does not depend on: the last layer and the final norm."""
+    """The parameters that the pipeline does not need, because hidden_states[-2] does not depend on them.
+
+    They are those of the last layer and the final norm.
+    """
     last = f"model.layers.{config.used_layers}."
     return {name for name in text_encoder_parameters(config) if name.startswith((last, "model.norm."))}
 
@@ -151,7 +154,7 @@ def check_targets(targets: Sequence[str]) -> None:
 
 
 def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]:
-    """Names of the Linear layers that `targets` (any of TARGETS) select, in running order.
+    """Names of the Linear layers that `targets` (any of TARGETS) select, in the order in which they run.
 
     `refiners` applies the other targets to the refiner blocks too; `all` selects every Linear layer of every block.
     Raises ConfigError for an unknown target, or when nothing is selected.
@@ -164,7 +167,7 @@ def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]
     if not suffixes:
         raise ConfigError(f"LoRA targets {', '.join(targets)} select no layer: add attention, feed-forward or adaln")
     blocks = [b for b in transformer_blocks(config) if b.startswith("layers.") or "refiners" in chosen]
-    known_layers = transformer_parameters(config)  # the context refiner is not modulated
+    known_layers = transformer_parameters(config)  # the context refiner has no modulation layer
     names = (f"{block}.{suffix}" for block in blocks for suffix in suffixes)
     return [name for name in names if f"{name}.weight" in known_layers]
 
@@ -205,7 +208,7 @@ def _mid(name: str, width: int) -> Shapes:
     }
 
 
-# Every module of a transformer's block that has parameters
+# Every module with parameters in a block of the transformer
 BLOCK_MODULES = tuple(dict.fromkeys(name.rpartition(".")[0] for name in _block(OFFICIAL_TRANSFORMER, modulated=True)))
 
 _LARGE_MATRICES = tuple(
@@ -217,8 +220,8 @@ _LARGE_MATRICES = tuple(
 
 
 def is_large_matrix(name: str) -> bool:
-    """Whether the parameter `name` is a large matrix of a block of the transformer or of a layer of the text encoder.
+    """Whether the parameter `name` is a large matrix in a block of the transformer or in a layer of the text encoder.
 
-    Modulation, embedders, norms and the final layer are not.
+    Parameters of modulation, embedders, norms and the final layer are not.
     """
     return name.endswith(_LARGE_MATRICES)

@@ -1,8 +1,9 @@
-"""Where a token stands: padded lengths and the three-axis position ids (frame, row, column) of RoPE.
+"""Positions of tokens: padded lengths, and the position ids of RoPE on three axes (frame, row, column).
 
-A caption of T tokens is padded to a multiple of 32 and counts 1, 2, 3 ... along the first axis, padding included. The
-picture follows it: every image token has first coordinate padded(T) + 1, then its row and column. Image padding
-stands at (0, 0, 0). Source: patchify_and_embed and _pad_with_ids in transformer_z_image.py of diffusers.
+A caption of T tokens is padded to a multiple of 32. Its tokens, padding included, have the positions 1, 2, 3 ... on the
+first axis. The picture follows: every image token has padded(T) + 1 on the first axis, then its row and its column.
+The padding of the image has the position (0, 0, 0).
+Source: patchify_and_embed and _pad_with_ids in transformer_z_image.py of diffusers.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def image_ids(rows: int, columns: int, caption_length: int) -> Array:
 
 
 def rope_angles(ids: Array, config: TransformerConfig) -> Array:
-    """Angles (n, K / 2) float32 by which RoPE turns each pair of a head's channels.
+    """Angles (n, K / 2) float32 by which RoPE rotates each pair of channels of a head, for ids (n, 3).
 
-    The angle is rounded to float32 before its cosine is taken, as the official tables are.
-    Raises ConfigError where a position lies beyond axes_lens.
+    The angle is rounded to float32 before its cosine is computed, as in the official tables.
+    Raises ConfigError if a position is beyond axes_lens.
     """
     parts = []
     for axis, (width, length) in enumerate(zip(config.axes_dims, config.axes_lens, strict=True)):

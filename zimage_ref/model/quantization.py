@@ -1,4 +1,4 @@
-"""Which parameters of the networks are quantized: the large matrices of blocks, if their rows are whole groups."""
+"""Decides which parameters are quantized: the large matrices of blocks, if their rows divide into whole groups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .parameters import is_large_matrix
 
 
 def covers(quantization: Quantization, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter `name`, by its official name, is quantized."""
+    """Whether the parameter with the official name `name` is to be quantized."""
     return is_large_matrix(name) and quantization.fits(shape)
 
 
 def quantize_all(tensors: Mapping[str, Tensor], quantization: Quantization, keep: bool = False) -> dict[str, Tensor]:
-    """The tensors of a model by official name, with those that are covered to be quantized when they are read.
+    """The tensors of a model by official name. Those that `covers` selects are quantized when you read them.
 
-    What is quantized already stays as it is. keep: the numbers stay in memory once they are computed.
+    A tensor that is quantized already does not change. keep: quantized numbers stay in memory after the first read.
     """
     return {
         name: quantized(tensor, quantization, keep)

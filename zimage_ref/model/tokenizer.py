@@ -1,7 +1,7 @@
 """Prompt text to token ids: Qwen's chat template around one user message, then the checkpoint's own tokenizer.
 
-Thinking is enabled in the official pipeline, which for this template means that nothing is appended after the
-assistant's header. Source: encode_prompt in pipeline_z_image.py of diffusers; chat_template of Qwen3-4B.
+The official pipeline enables thinking. With this template that means: no text follows the header of the assistant.
+Source: encode_prompt in pipeline_z_image.py of diffusers; chat_template of Qwen3-4B.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tokenizers
 from zimage_ref.errors import FormatError
 from zimage_ref.formats.tensors import Array
 
-MAX_TOKENS = 512  # longer prompts are cut, end first, template included, as in the official pipeline
+MAX_TOKENS = 512  # template included; the end of a longer prompt is cut off, as in the official pipeline
 _TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -27,10 +27,10 @@ class Tokenizer:
     """The tokenizer in a `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises FormatError where `path` is not a tokenizer with Qwen's chat tokens."""
+        """Raises FormatError unless `path` is a tokenizer with Qwen's chat tokens."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every fault
+        except Exception as error:  # the library raises plain Exception for every fault
             raise FormatError(f"{path}: not a tokenizer.json: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -40,11 +40,11 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids run from 0 to this, exclusive."""
+        """Token ids are from 0 up to this number, exclusive."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def count(self, prompt: str) -> int:
-        """Tokens of `prompt` in its template, before any cut."""
+        """The number of tokens of `prompt` in its template, before it is cut."""
         return len(self._tokenizer.encode(render(prompt), add_special_tokens=False).ids)
 
     def encode(self, prompt: str) -> Array:

@@ -1,4 +1,4 @@
-"""Knows: the three networks in NumPy, the oracle that MLX is compared with.
+"""Knows: the three networks in NumPy, the reference that tests compare MLX with.
 May import: formats, model, lora.
 Must never know: files on disk, pictures, and the loop that calls the networks.
 """

@@ -1,4 +1,4 @@
-"""The tensor operations of the three models, by their definitions, in whatever float dtype comes in."""
+"""The tensor operations of the three networks by their definitions, in the float dtype of the input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from zimage_ref.formats.tensors import Array
 
-_QUERY_CHUNK = 512  # rows of attention scores held at once: memory grows linearly with the sequence
+_QUERY_CHUNK = 512  # rows of attention scores in memory at once, so that memory grows linearly with the sequence
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -24,7 +24,7 @@ def silu(x: Array) -> Array:
 
 
 def softmax(x: Array) -> Array:
-    """Along the last axis, in place."""
+    """Softmax along the last axis, in place."""
     x -= x.max(axis=-1, keepdims=True)
     np.exp(x, out=x)
     x /= x.sum(axis=-1, keepdims=True)
@@ -44,7 +44,7 @@ def layer_norm(x: Array, eps: float) -> Array:
 
 
 def group_norm(x: Array, weight: Array, bias: Array, groups: int, eps: float) -> Array:
-    """x (B, C, h, w), normed over each of `groups` runs of channels."""
+    """x (B, C, h, w), normalized over each of `groups` groups of neighbouring channels."""
     B, C, h, w = x.shape
     y = layer_norm(x.reshape(B, groups, -1), eps).reshape(B, C, h, w)
     return y * weight[:, None, None] + bias[:, None, None]
@@ -53,12 +53,12 @@ def group_norm(x: Array, weight: Array, bias: Array, groups: int, eps: float) ->
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """softmax(q k^T / sqrt(K)) v for q (B, H, S, K) and k, v (B, H, T, K).
 
-    mask: boolean, broadcast to (B, H, S, T); a False key is not attended.
+    mask: boolean, broadcast to (B, H, S, T). A key with False is left out.
     """
     B, H, S, K = q.shape
     out, scale = np.empty_like(q), q.dtype.type(K**-0.5)
     allowed = None if mask is None else np.broadcast_to(mask, (B, H, S, k.shape[2]))
-    for b, h in np.ndindex(B, H):  # one head's scores at a time stay in the processor's cache
+    for b, h in np.ndindex(B, H):  # the scores of one head fit in the processor's cache
         for start in range(0, S, _QUERY_CHUNK):
             rows = (b, h, slice(start, start + _QUERY_CHUNK))
             scores = (q[rows] * scale) @ k[b, h].T  # (rows, T)
@@ -69,7 +69,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 
 def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
-    """x (B, C, h, w) by weight (O, C, kh, kw), without padding: one matrix product per tap of the kernel."""
+    """x (B, C, h, w) convolved with weight (O, C, kh, kw), without padding: one matrix product per kernel element."""
     B, C = x.shape[:2]
     outputs, _, kh, kw = weight.shape
     rows, columns = (x.shape[2] - kh) // stride + 1, (x.shape[3] - kw) // stride + 1
@@ -82,5 +82,5 @@ def conv2d(x: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
 
 
 def pad_hw(x: Array, top_left: int, bottom_right: int) -> Array:
-    """Zeros around the last two axes."""
+    """x with zeros added around its last two axes."""
     return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(top_left, bottom_right)] * 2)

@@ -1,7 +1,7 @@
 """Qwen3 as a text encoder: token ids to the hidden states before the last layer.
 
-Source: modeling_qwen3.py of transformers; `hidden_states[-2]` of the official pipeline is the output of the last
-layer but one, before any final norm.
+The official pipeline takes `hidden_states[-2]`: the output of the second-last layer, without the final norm.
+Source: modeling_qwen3.py of transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .weights import Weights
 
 
 class Attention:
-    """Causal self-attention with grouped keys and values, RMS-normed and rotated queries and keys."""
+    """Causal self-attention with grouped keys and values. Queries and keys are RMS-normalized and rotated."""
 
     def __init__(self, w: Weights, config: TextEncoderConfig) -> None:
         self.w, self.config = w, config
@@ -49,7 +49,7 @@ class MLP:
 
 
 class Layer:
-    """Pre-normed attention and feed-forward."""
+    """Attention and feed-forward, each after a norm."""
 
     def __init__(self, w: Weights, config: TextEncoderConfig) -> None:
         self.w, self.eps = w, config.rms_norm_eps
@@ -62,7 +62,7 @@ class Layer:
 
 
 class TextEncoder:
-    """All layers but the last."""
+    """All layers except the last one."""
 
     def __init__(self, config: TextEncoderConfig, weights: Weights) -> None:
         self.w = weights.at("model")

@@ -2,8 +2,8 @@
 
     raw = final( layers( [ noise_refiner(x) ; context_refiner(caption) ], t ) )
 
-Source: transformer_z_image.py of diffusers (ZImageTransformer2DModel); Z-Image, arXiv 2511.22699. For the letters in
-shape comments see `zimage_ref`. Which way time and noise run: `zimage_ref.model.flow`.
+For the letters in shape comments see `zimage_ref`. For the directions of time and noise see `zimage_ref.model.flow`.
+Source: transformer_z_image.py of diffusers (ZImageTransformer2DModel); Z-Image, arXiv 2511.22699.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .weights import Weights
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser needs besides the noisy latents and the time: the same for all steps of a picture."""
+    """The inputs of the denoiser besides noisy latents and time. They are the same for all steps of a picture."""
 
     caption: Array  # (B, T, D) refined caption tokens
     image_rotation: Array  # (B, L, K / 2) complex
-    rotation: Array  # (B, S, K / 2) complex, image then caption
-    mask: Array | None  # (B, 1, 1, S) boolean, False where a shorter caption was filled up; None: all True
+    rotation: Array  # (B, S, K / 2) complex: image, then caption
+    mask: Array | None  # (B, 1, 1, S) boolean, False for the filling after a shorter caption; None: all True
 
 
 class TimestepEmbedder:
@@ -41,7 +41,7 @@ class TimestepEmbedder:
     def __call__(self, t: Array) -> Array:
         half = TIME_FREQUENCIES // 2
         exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-        frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)  # rounded once, as torch's exp is
+        frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)  # rounded once, as in torch's exp
         angle = t.astype(np.float32)[:, None] * frequency  # (B, 128), in float32 as in the official code
         features = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1).astype(self.w.dtype)
         hidden = silu(linear(features, self.w["mlp.0.weight"], self.w["mlp.0.bias"]))
@@ -49,7 +49,7 @@ class TimestepEmbedder:
 
 
 class Attention:
-    """Self-attention with RMS-normed, rotated queries and keys."""
+    """Self-attention. Queries and keys are RMS-normalized and rotated."""
 
     def __init__(self, w: Weights, config: TransformerConfig) -> None:
         self.w, self.heads = w, config.n_heads
@@ -75,7 +75,7 @@ class FeedForward:
 
 
 class Block:
-    """Sandwich-normed attention and feed-forward; scaled and gated by the time if it is modulated."""
+    """Attention and feed-forward, each between two norms. If it is modulated, the time scales and gates both."""
 
     def __init__(self, w: Weights, config: TransformerConfig) -> None:
         self.w, self.eps = w, config.norm_eps
@@ -104,7 +104,7 @@ class Block:
 
 
 class FinalLayer:
-    """Layer norm, scaled by the time, then tokens to patches."""
+    """A layer norm, scaled by the time, then a Linear layer from tokens to patches."""
 
     def __init__(self, w: Weights) -> None:
         self.w = w
@@ -136,7 +136,10 @@ class Transformer:
         return self.denoise(x, t, self.condition(captions, x.shape[2], x.shape[3]))
 
     def condition(self, captions: Sequence[Array], h: int, w: int) -> Conditioning:
-        """All that does not depend on the time: caption tokens, rotations, mask, for latents of h x w."""
+        """The inputs that do not depend on the time: caption tokens, rotations and mask, for latents of h x w.
+
+        captions: B arrays (T_i, cap_feat_dim).
+        """
         config = self.config
         rows, columns = h // config.patch_size, w // config.patch_size
         lengths = [padded(len(c)) for c in captions]
@@ -162,7 +165,7 @@ class Transformer:
         return Conditioning(tokens, image_rotation, rotation, mask)
 
     def denoise(self, x: Array, t: Array, conditioning: Conditioning) -> Array:
-        """The raw output for conditioned latents; see `__call__`."""
+        """The raw output (B, C, h, w) for latents x and time t; see `__call__`."""
         B, _, h, w = x.shape
         tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
         adaln = self.t_embedder(t * self.config.t_scale)
@@ -182,7 +185,7 @@ class Transformer:
         return linear(normed, self.w["cap_embedder.1.weight"], self.w["cap_embedder.1.bias"])
 
     def embed_image(self, x: Array) -> Array:
-        """(B, C, h, w) -> (B, L, D): patches embedded, then filled up with x_pad_token."""
+        """(B, C, h, w) -> (B, L, D): the patches are embedded, then x_pad_token fills the sequence up."""
         B, C, h, w = x.shape
         p = self.config.patch_size
         patches = x.reshape(B, C, h // p, p, w // p, p).transpose(0, 2, 4, 3, 5, 1)  # (B, h/p, w/p, p, p, C)
@@ -194,19 +197,19 @@ class Transformer:
         return np.concatenate([tokens, fill], axis=1)
 
     def unpatchify(self, patches: Array, h: int, w: int) -> Array:
-        """(B, S, patch_dim) -> (B, C, h, w): the image's tokens come first, the rest is dropped."""
+        """(B, S, patch_dim) -> (B, C, h, w). The tokens of the image come first; the others are dropped."""
         p = self.config.patch_size
         rows, columns = h // p, w // p
         grid = patches[:, : rows * columns].reshape(-1, rows, columns, p, p, self.config.in_channels)
         return grid.transpose(0, 5, 1, 3, 2, 4).reshape(-1, self.config.in_channels, h, w)
 
     def rotation(self, angles: Array) -> Array:
-        """exp(i angle), in the complex dtype of the working precision."""
+        """exp(i angle), in the complex dtype that matches the working precision."""
         rotation: Array = np.exp(1j * angles.astype(self.w.dtype))
         return rotation
 
 
 def rotate(x: Array, rotation: Array) -> Array:
-    """RoPE on neighbouring channels: x (B, S, H, K) as complex pairs, turned by rotation (B, S, K / 2)."""
+    """RoPE on neighbouring channels: x (B, S, H, K), as complex pairs, is multiplied by rotation (B, S, K / 2)."""
     turned = np.ascontiguousarray(x).view(rotation.dtype) * rotation[:, :, None]
     return turned.view(x.dtype)

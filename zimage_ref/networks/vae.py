@@ -1,4 +1,4 @@
-"""The Flux autoencoder: pictures to 16-channel latents at an eighth of the size, and back.
+"""The Flux autoencoder: pictures to latents of 16 channels and an eighth of the size, and back.
 
     latents = (mean - shift_factor) * scaling_factor
 
@@ -17,7 +17,7 @@ NORM_EPS = 1e-6  # of every group norm; resnet_eps in the official code
 
 
 class Resnet:
-    """Two normed 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions, each after a norm, with a shortcut."""
 
     def __init__(self, w: Weights, config: VAEConfig) -> None:
         self.w, self.config = w, config
@@ -60,7 +60,7 @@ class MidBlock:
 
 
 class Encoder:
-    """Pictures to mean and log-variance of the latents."""
+    """Pictures to the mean and the log-variance of the latents."""
 
     def __init__(self, w: Weights, config: VAEConfig) -> None:
         self.w, self.config = w, config
@@ -73,7 +73,7 @@ class Encoder:
             block = self.w.at(f"down_blocks.{i}")
             for j in range(self.config.layers_per_block):
                 x = Resnet(block.at(f"resnets.{j}"), self.config)(x)
-            if i < self.levels - 1:  # padded on the right and below only
+            if i < self.levels - 1:  # pads only on the right and at the bottom
                 down = block.at("downsamplers.0.conv")
                 x = conv2d(pad_hw(x, 0, 1), down["weight"], down["bias"], stride=2)
         x = self.mid_block(x)
@@ -100,7 +100,7 @@ class Decoder:
 
 
 class VAE:
-    """Encoder and decoder, with the scaling between what they make and what the transformer sees."""
+    """Encoder and decoder. It scales between their latents and those of the transformer."""
 
     def __init__(self, config: VAEConfig, weights: Weights) -> None:
         self.config, self.w = config, weights
@@ -108,7 +108,7 @@ class VAE:
         self.decoder = Decoder(weights.at("decoder"), config)
 
     def encode(self, image: Array) -> Array:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mode of the posterior, shifted and scaled."""
+        """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mean of the posterior, shifted and scaled."""
         mean = self.encoder(image.astype(self.w.dtype))[:, : self.config.latent_channels]
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
@@ -118,7 +118,7 @@ class VAE:
 
 
 def conv3x3(w: Weights, name: str, x: Array) -> Array:
-    """The 3x3 convolution `name`, keeping the size."""
+    """The 3x3 convolution `name`. The size does not change."""
     return conv2d(pad_hw(x, 1, 1), w[f"{name}.weight"], w[f"{name}.bias"])
 
 

@@ -1,4 +1,4 @@
-"""A model's weights for NumPy: left on disk as stored, turned into numbers when used."""
+"""The weights of a model for NumPy. They stay on disk and are read when a layer uses them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from zimage_ref.lora.updates import LoRA, Update, by_parameter, updated
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Named weights under a prefix, in working precision, with LoRAs merged in as they are read.
+    """Named weights under a prefix, in working precision. LoRAs are merged when a weight is read.
 
-    Nothing is kept: each use reads (and upcasts) the mapped tensor anew, so that a 12 GB checkpoint needs the memory
-    of its largest layer. A tensor stored in the working dtype is used in place.
+    Weights are not kept: each use reads the mapped tensor and casts it again. So a 12 GB checkpoint needs the memory of
+    its largest layer. A tensor that is stored in the working dtype is used without a copy.
     """
 
     tensors: Tensors
     dtype: FloatDType
     prefix: str = ""
-    loras: dict[str, list[tuple[Update, float]]] = field(default_factory=dict)  # by parameter; one for all parts
+    loras: dict[str, list[tuple[Update, float]]] = field(default_factory=dict)  # by parameter; shared by all parts
 
     def at(self, prefix: str) -> Weights:
-        """The weights below `prefix`, for one part of the model."""
+        """The weights whose names begin with `prefix`, for one part of the model."""
         return replace(self, prefix=f"{self.prefix}{prefix}.")
 
     def __contains__(self, name: str) -> bool:
@@ -35,7 +35,7 @@ class Weights:
         return updated(weight, self.loras.get(self.prefix + name, ()), NumPyArithmetic(self.dtype))
 
     def rows(self, name: str, indices: Array) -> Array:
-        """Some rows of a matrix, without reading the others."""
+        """The rows `indices` of a matrix. The others are not read."""
         tensor = self.tensors[self.prefix + name]
         return cast(tensor.read()[indices], self.dtype)
 
@@ -43,6 +43,6 @@ class Weights:
         return self.tensors[self.prefix + name].cast(DTYPE_NAMES[self.dtype])
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
-        """From now on W + sum of scale * update; replaces the LoRAs of an earlier call, also in every part."""
+        """Gives W + sum of scale * update from now on, in every part too. Replaces the LoRAs of an earlier call."""
         self.loras.clear()
         self.loras.update(by_parameter(loras))

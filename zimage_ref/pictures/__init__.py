@@ -1,4 +1,4 @@
-"""Knows: pictures as files and arrays, and the record that a picture carries.
+"""Knows: pictures as files and arrays, and the record inside a picture file.
 May import: errors, formats.
-Must never know: what makes or trains on a picture.
+Must never know: which code makes a picture, or trains on it.
 """

@@ -1,4 +1,4 @@
-"""The formats of picture files, by the suffixes of their names. Knows no Pillow, so that asking is cheap."""
+"""The formats of picture files by suffix. This file does not import Pillow, so that it loads fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PICTURE_SUFFIXES = tuple(FORMATS)
 
 
 def check_suffix(path: Path) -> str:
-    """Pillow's name of the format that the suffix of `path` means. Raises DatasetError for an unknown one."""
+    """Pillow's name of the format that the suffix of `path` stands for. Raises DatasetError if it is unknown."""
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:

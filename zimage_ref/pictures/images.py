@@ -1,4 +1,4 @@
-"""Pictures in and out: the only file that knows Pillow's image operations."""
+"""Reads, scales, converts and writes pictures. The only file that uses Pillow's image operations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .formats import check_suffix
 from .metadata import Record, metadata
 
 Picture = Image.Image
-PictureSource = str | Path | Picture  # a picture, or the file that it is in
+PictureSource = str | Path | Picture  # a picture, or its file
 RGB = tuple[int, int, int]
 
 
 def read_picture(path: Path) -> Picture:
-    """The picture in `path`, upright (EXIF orientation applied), RGB, transparency laid over white.
+    """The picture in `path` as RGB, upright (EXIF orientation applied), with white behind transparent pixels.
 
-    Raises DatasetError naming the file where it cannot be read as a whole.
+    Raises DatasetError naming the file if it cannot be read completely.
     """
     try:
         with Image.open(path) as file:
@@ -35,12 +35,12 @@ def read_picture(path: Path) -> Picture:
 
 
 def to_rgb(source: PictureSource) -> Picture:
-    """The RGB picture that `source` is or names. Raises DatasetError as `read_picture` does."""
+    """`source`, a picture or a file, as an RGB picture. Raises DatasetError as `read_picture` does."""
     return _flat(source) if isinstance(source, Picture) else read_picture(Path(source))
 
 
 def _flat(picture: Picture) -> Picture:
-    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow would clip 16 bits to 255
+    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow would clip 16-bit values at 255
         picture = Image.fromarray((np.asarray(picture, np.uint32) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -49,17 +49,17 @@ def _flat(picture: Picture) -> Picture:
 
 
 def cover(picture: Picture, width: int, height: int) -> Picture:
-    """`picture` scaled to cover width x height (Lanczos), and cut around its centre: never stretched."""
+    """`picture` scaled (Lanczos) until it covers width x height, then cropped at its centre. It is never stretched."""
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def mirror(picture: Picture) -> Picture:
-    """`picture`, left and right exchanged."""
+    """`picture` with left and right exchanged."""
     return ImageOps.mirror(picture)
 
 
 def thumbnail(path: Path, side: int) -> bytes:
-    """The picture in `path` as a JPEG that fits a square of `side` pixels."""
+    """The picture in `path` as the bytes of a JPEG that fits into a square of `side` pixels."""
     picture, buffer = read_picture(path), io.BytesIO()
     picture.thumbnail((side, side))
     picture.save(buffer, "JPEG", quality=85)
@@ -70,7 +70,7 @@ FITS = ("crop", "pad", "stretch")
 
 
 def fit(picture: Picture, width: int, height: int, how: str) -> Picture:
-    """`picture` at width x height: cropped to the shape, padded with black, or stretched (one of FITS)."""
+    """`picture` at width x height. `how` is one of FITS: crop it to the shape, pad it with black, or stretch it."""
     if picture.size == (width, height):
         return picture
     if how == "pad":
@@ -81,12 +81,15 @@ def fit(picture: Picture, width: int, height: int, how: str) -> Picture:
 
 
 def read_mask(source: PictureSource) -> Picture:
-    """The mask in `source`, black and white: white where it is at least half bright. Raises DatasetError."""
+    """The mask in `source` in black and white: pixels of at least half brightness are white.
+
+    Raises DatasetError as `read_picture` does.
+    """
     return to_rgb(source).convert("L").point(lambda value: 255 * (value > 127))
 
 
 def fit_mask(mask: Picture, width: int, height: int, how: str) -> Array:
-    """(height, width) boolean, True where `mask` is white, moved as `fit` moves its picture; True where that pads."""
+    """`mask` as (height, width) boolean, True for white, fitted as `fit` fits its picture. Padding is True."""
     nearest = Image.Resampling.NEAREST
     if how == "pad":
         mask = ImageOps.pad(mask, (width, height), nearest, color=255)
@@ -98,7 +101,7 @@ def fit_mask(mask: Picture, width: int, height: int, how: str) -> Array:
 
 
 def half_blocks(picture: Picture, columns: int) -> list[list[tuple[RGB, RGB]]]:
-    """`picture` at `columns` x an even number of pixels, as lines of pairs: the upper and the lower half of a cell."""
+    """`picture`, `columns` pixels wide, as lines of cells of a terminal. A cell is two pixels, (upper, lower)."""
     rows = max(2, round(columns * picture.height / picture.width / 2) * 2)
     small = np.asarray(picture.convert("RGB").resize((columns, rows), Image.Resampling.BOX)).tolist()
     lines = zip(small[::2], small[1::2], strict=True)
@@ -106,32 +109,32 @@ def half_blocks(picture: Picture, columns: int) -> list[list[tuple[RGB, RGB]]]:
 
 
 def to_array(picture: Picture) -> Array:
-    """(3, H, W) float32 in [-1, 1]."""
+    """`picture` as (3, H, W) float32 in [-1, 1]."""
     pixels = np.asarray(picture, np.float32) / 127.5 - 1  # (H, W, 3)
     return pixels.transpose(2, 0, 1)  # (3, H, W)
 
 
 def to_unit(decoded: Array) -> Array:
-    """What the autoencoder decodes, (3, H, W) around [-1, 1], as (H, W, 3) float32 in 0..1."""
+    """An output of the autoencoder, (3, H, W) around [-1, 1], as (H, W, 3) float32 clipped to 0..1."""
     return np.clip(decoded.transpose(1, 2, 0) / 2 + 0.5, 0, 1).astype(np.float32)
 
 
 def to_picture(pixels: Array) -> Picture:
-    """(H, W, 3) in 0..1 as an 8-bit RGB picture, rounded to nearest."""
+    """`pixels`, (H, W, 3) in 0..1, as an 8-bit RGB picture, rounded to nearest."""
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def encoded(picture: Picture, format: str, record: Record | None = None) -> bytes:
-    """`picture` as a file of Pillow's `format`, with `record` in its metadata."""
+    """The bytes of `picture` in Pillow's `format`, with `record` in the metadata."""
     buffer = io.BytesIO()
     picture.save(buffer, format, quality=95, **(metadata(format, record) if record else {}))
     return buffer.getvalue()
 
 
 def save_picture(picture: Picture, path: Path, record: Record | None = None) -> None:
-    """Writes `picture`, and `record` into it, in the format that the suffix names.
+    """Writes `picture`, with `record` in its metadata, in the format that the suffix stands for.
 
-    Call `check_suffix` before hours of work.
+    Call `check_suffix` first if the picture takes long to make.
     """
     data = encoded(picture, check_suffix(path), record)
     with atomic_write(path) as file:

@@ -1,10 +1,10 @@
-"""How a picture was made, written into the picture: enough to make it again.
+"""The record in a picture file: how the picture was made, with all that is needed to make it again.
 
     PNG          text chunks "zimage" (JSON) and "parameters" (one line of text that other tools show)
     JPEG, WEBP   EXIF UserComment, the same JSON
 
-The record is a flat JSON object: the fields of GenerateConfig, and what `provenance` adds. Sources: PNG, ISO/IEC 15948,
-tEXt and iTXt; EXIF 2.3, tag 37510.
+The record is a flat JSON object: the fields of GenerateConfig, and the fields that `provenance` adds.
+Sources: PNG, ISO/IEC 15948, tEXt and iTXt; EXIF 2.3, tag 37510.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from zimage_ref.errors import FormatError, reason
 
 Record = Mapping[str, Any]
 KEY = "zimage"
-_UNICODE = b"UNICODE\0"  # how a UserComment says that UTF-16 follows
-_EXIF_LIMIT = 65_000  # bytes: a JPEG segment holds 65,533
+_UNICODE = b"UNICODE\0"  # a UserComment begins with this if UTF-16 follows
+_EXIF_LIMIT = 65_000  # bytes; a JPEG segment holds 65,533
 
 
 def metadata(format: str, record: Record) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def metadata(format: str, record: Record) -> dict[str, Any]:
             f"{len(text)} characters of metadata do not fit a {format}: write a PNG or give `no_metadata`"
         )
     exif = Image.Exif()
-    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}  # older Pillows write nothing that get_ifd gave
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}  # older Pillows ignore changes to what get_ifd gives
     return {"exif": exif}
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record in the picture `path`.
 
-    Raises FormatError where it is no picture, or holds no record of this program.
+    Raises FormatError if it is not a picture, or holds no record of this program.
     """
     try:
         with Image.open(path) as file:
@@ -62,7 +62,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def parameters(record: Record) -> str:
-    """The record in the one-line form that picture viewers of the field know."""
+    """The record in the text form that other programs for generated pictures show."""
     lines = [str(record.get("prompt", ""))]
     if record.get("negative_prompt"):
         lines.append(f"Negative prompt: {record['negative_prompt']}")

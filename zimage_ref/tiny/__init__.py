@@ -1,4 +1,4 @@
-"""Knows: the built-in model's world: drawings, captions, the judge of its pictures; its files are in weights/.
+"""Knows: the built-in model: its drawings and captions, the judge of its pictures, its files (weights/).
 May import: formats, model, pictures, checkpoints.
-Must never know: the real model's weights, and how either is trained.
+Must never know: the weights of the real model, and how either model is trained.
 """

@@ -1,4 +1,4 @@
-"""What the tiny model learns from: many drawings with captions, and captions as tokens of one length."""
+"""The training data of the tiny model: drawings with captions, and captions as tokens of one length."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from zimage_ref.model.tokenizer import Tokenizer
 
 from .drawings import SHAPES, articles, describe, draw, made_up_word, scenes
 
-STEPS, GUIDANCE = 8, 3.0  # at which the model is used; it is made to manage with so few steps
-TOKENS = SEQUENCE_MULTIPLE  # of every caption, filled up
-MADE_UP = 0.06  # of captions name a shape by a word that means nothing
-BARE = 0.06  # of captions leave the background unsaid
-_PART = 1000  # drawings of one stream of scenes, and of one call of a worker process
+STEPS, GUIDANCE = 8, 3.0  # the settings for using the model; it is trained to need only so few steps
+TOKENS = SEQUENCE_MULTIPLE  # the length of every caption, padded
+MADE_UP = 0.06  # the share of captions that name a shape by a word without a meaning
+BARE = 0.06  # the share of captions that do not name the background
+_PART = 1000  # drawings from one stream of random scenes, and in one call of a worker process
 
 
 def drawings(count: int, seed: int) -> tuple[Array, list[str]]:
@@ -49,7 +49,7 @@ def _part(seed: int, part: int, size: int) -> tuple[Array, list[str]]:
 
 
 def tokenized(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Array, Array]:
-    """Token ids (N + 1, TOKENS) int32 filled up with 0, and lengths (N + 1,), of "" and then the captions."""
+    """Token ids (N + 1, TOKENS) int32 filled up with 0, and lengths (N + 1,). The first is that of ""."""
     encoded = [tokenizer.encode(text) for text in ("", *captions)]
     lengths = np.array([len(e) for e in encoded], np.int32)
     ids = np.zeros((len(encoded), TOKENS), np.int32)

@@ -1,8 +1,8 @@
-"""Captioned pictures of coloured shapes: what the tiny model is trained and tested on. `judge` reads such pictures.
+"""Captioned pictures of coloured shapes, for training and testing the tiny model. `judge` reads such pictures.
 
-A scene is one to three shapes on a plain background. `draw` paints it, `describe` says it in words. One combination in
-ten of shape, colour and background is held out of training. Glyphs are shapes under made-up words that no training
-scene holds.
+A scene is one to three shapes on a plain background. `draw` paints it, `describe` puts it into words. One in ten
+combinations of shape, colour and background is held out of training. A glyph is a shape with a made-up name; no
+training scene holds a glyph.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ FORMS = (
     "a picture of {subject} on a {ground} background", "a drawing of {subject} on {ground}",
 )  # fmt: skip
 
-_APART = 32  # pixels from the middle to each of two shapes
-_JITTER = 5  # levels by which a colour varies from picture to picture
+_APART = 32  # pixels from the middle of the picture to each of two shapes
+_JITTER = 5  # colours vary by up to this many levels from picture to picture
 
 
 def _ellipse(radius: float) -> Array:
@@ -62,7 +62,7 @@ def _polygon(*points: tuple[float, float]) -> Array:
     return np.array(points)
 
 
-# name -> outlines within the unit circle or nearly so, y downwards: the first is filled, the others are holes in it
+# name -> outlines about within the unit circle, y downwards: the first is filled, the others are holes in it
 _Outlines = dict[str, list[Array]]
 SHAPES: _Outlines = {
     "circle": [_ellipse(0.95)],
@@ -94,7 +94,7 @@ class Thing:
 
     shape: str
     colour: str
-    x: float = SIDE / 2  # centre and radius in pixels
+    x: float = SIDE / 2  # the centre, in pixels
     y: float = SIDE / 2
     radius: float = SIZES[""]
 
@@ -109,12 +109,12 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether a combination in it is kept out of training."""
+        """Whether the scene has a combination that is held out of training."""
         return any(held_out(thing.shape, thing.colour, self.ground) for thing in self.things)
 
 
 def held_out(shape: str, colour: str, ground: str) -> bool:
-    """One combination in ten, such that every two of the three are seen together in others."""
+    """Whether the combination is held out. One in ten is, and training still shows every pair of the three."""
     return (
         shape in SHAPES
         and (list(SHAPES).index(shape) + 3 * list(COLOURS).index(colour) + 7 * list(COLOURS).index(ground)) % 10 == 0
@@ -122,7 +122,7 @@ def held_out(shape: str, colour: str, ground: str) -> bool:
 
 
 def scenes(rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
-    """Endless random scenes, all of them held out of training or none."""
+    """Endless random scenes. Either all of them are held out of training, or none of them."""
     while True:
         kind = (_single, _several, _pair)[np.searchsorted((0.5, 0.65), rng.uniform())]
         scene = kind(rng)
@@ -131,7 +131,7 @@ def scenes(rng: np.random.Generator, held_out: bool = False) -> Iterator[Scene]:
 
 
 def take(count: int, seed: int, held_out: bool = False) -> list[Scene]:
-    """The first `count` of the scenes of a seed."""
+    """The first `count` scenes of a seed."""
     return [scene for scene, _ in zip(scenes(np.random.default_rng(seed), held_out), range(count), strict=False)]
 
 
@@ -162,7 +162,7 @@ def made_up_word(rng: np.random.Generator) -> str:
 
 
 def draw(scene: Scene, rng: np.random.Generator, scale: int = 3) -> Image.Image:
-    """The scene as an RGB picture of SIDE x SIDE, its colours a little off the palette; edges smoothed by `scale`."""
+    """The scene as an RGB picture, SIDE x SIDE. Colours vary a little; `scale` smooths the edges."""
     ground = _shade(scene.ground, rng)
     picture = Image.new("RGB", (SIDE * scale, SIDE * scale), ground)
     pen = ImageDraw.Draw(picture)
@@ -175,7 +175,7 @@ def draw(scene: Scene, rng: np.random.Generator, scale: int = 3) -> Image.Image:
 
 
 def lesson(word: str) -> list[Scene]:
-    """Eight scenes from which to learn what `word`, a glyph's name, looks like; it has company in two of them."""
+    """Eight scenes that teach `word`, the name of a glyph. Two of them hold another shape too."""
     scenes = [_alone(word, colour, ground, size, place) for colour, ground, size, place in _ALONE]
     for (colour, ground), (other, its_colour), relation in _TOGETHER:
         dx, dy = RELATIONS[relation]
@@ -186,7 +186,7 @@ def lesson(word: str) -> list[Scene]:
 
 
 def examination(word: str) -> list[Scene]:
-    """Scenes with the glyph `word` in the middle of backgrounds that the lesson does not have."""
+    """Scenes with the glyph `word` in the middle, on backgrounds that the lesson does not have."""
     return [_alone(word, colour, ground) for colour, ground in _EXAMINATION]
 
 

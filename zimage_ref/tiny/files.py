@@ -1,4 +1,4 @@
-"""What lies around the weights of the tiny model: configs, a tokenizer made for its captions, and the index."""
+"""Writes the files of the tiny model: weights with configs, a tokenizer for its captions, the index and README.md."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.config_reader import Config
 
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_WORDS = (  # of Qwen's tokenizer: where a text is cut before bytes are joined to tokens
+_WORDS = (  # from Qwen's tokenizer: it splits a text before bytes are merged into tokens
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CHAT_TEMPLATE = (  # what Qwen's comes to for plain messages with thinking enabled
+_CHAT_TEMPLATE = (  # Qwen's template, reduced to plain messages with thinking enabled
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 _PIPELINE = {
     "_class_name": "ZImagePipeline",
-    "_diffusers_version": "0.36.0",  # the first with this pipeline
+    "_diffusers_version": "0.36.0",  # the first version with this pipeline
 }
-_LIBRARIES = {  # of the parts that are no networks
+_LIBRARIES = {  # for the parts that are not networks
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "tokenizer": ("transformers", "Qwen2Tokenizer"),
 }
@@ -37,8 +37,8 @@ _LIBRARIES = {  # of the parts that are no networks
 _CARD = """\
 # Tiny Z-Image
 
-A small Z-Image, trained from scratch by `python -m zimage_mlx.tiny` on pictures that `zimage_ref.drawings` draws: one
-to three coloured shapes on a plain background, 128 x 128, with captions such as "a small red circle left of a blue
+A small Z-Image, trained from scratch by `python -m zimage_mlx.tiny` on pictures that `zimage_ref.tiny.drawings` draws:
+one to three coloured shapes on a plain background, 128 x 128, with captions such as "a small red circle left of a blue
 square on a yellow background". It knows eight shapes and ten colours, and draws nothing else.
 
 It is a base model, not a distilled one: guidance 3 makes it follow captions more closely. 8 steps are enough for it.
@@ -53,14 +53,14 @@ whose combination of shape, colour and background was never seen, it drew exactl
 
 
 def write_card(folder: Path, pictures: int, latents: int, shares: Mapping[str, float]) -> None:
-    """README.md: how the model was made and what it can do."""
+    """Writes README.md: how the model was made, and what it can do."""
     lines = "\n".join(f"- {name}: {share:.1%}" for name, share in shares.items())
     with atomic_write(folder / "README.md") as file:
         file.write(_CARD.format(pictures=pictures, latents=latents, shares=lines).encode())
 
 
 def write_component(model: Path, name: str, config: Config, weights: Mapping[str, Array]) -> None:
-    """Config and bfloat16 weights of the component `name` in the folder of a model, in the official layout."""
+    """Writes config and bfloat16 weights of the component `name` into the folder `model`, in the official layout."""
     folder, file = model / name, f"{COMPONENTS[name].stem}.safetensors"
     tensors = {key: Tensor.of(weights[key]).cast("bf16") for key in sorted(weights)}
     safetensors.write(folder / file, tensors, {"format": "pt"})
@@ -68,7 +68,7 @@ def write_component(model: Path, name: str, config: Config, weights: Mapping[str
 
 
 def write_surroundings(folder: Path, captions: Sequence[str], vocab_size: int, scheduler: SchedulerConfig) -> None:
-    """All that is not a network: index, scheduler and tokenizer."""
+    """Writes the parts that are not networks: index, scheduler and tokenizer."""
     networks = {name: component.library for name, component in COMPONENTS.items() if not component.optional}
     write_json(folder / "model_index.json", _PIPELINE | dict(sorted((_LIBRARIES | networks).items())))
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_json())
@@ -76,7 +76,7 @@ def write_surroundings(folder: Path, captions: Sequence[str], vocab_size: int, s
 
 
 def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> None:
-    """A byte-level BPE tokenizer in which the words of `captions` are tokens, with Qwen's chat tokens and template."""
+    """Writes a byte-level BPE tokenizer with Qwen's chat tokens and template. Words of `captions` are tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
@@ -93,7 +93,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str], vocab_size: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True).encode())
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    tokenizer.model.save(str(folder))  # writes vocab.json and merges.txt
     write_json(
         folder / "tokenizer_config.json",
         {

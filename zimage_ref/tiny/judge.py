@@ -1,6 +1,6 @@
-"""A judge of pictures: reads shapes, colours and background off the pixels, so that a model's work can be counted.
+"""Reads shapes, colours and background from the pixels of a picture, to count how often a model draws its prompt.
 
-It knows what `drawings` can draw and nothing of how a picture was made.
+It knows the shapes and colours of `drawings`. It does not know how a picture was made.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from zimage_ref.pictures.images import Picture
 
 from .drawings import COLOURS, OUTLINES, Scene, Thing, draw
 
-_MASK = 32  # side at which outlines are compared
-_LARGEST = 0.5  # of the picture: more is not a shape on a background
+_MASK = 32  # outlines are compared at this side, in pixels
+_LARGEST = 0.5  # a shape covers at most this share of the picture
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture holds: the background's colour, and shape and colour of each patch that stands out from it."""
+    """The content of a picture: the colour of the background, and the shape and the colour of each patch on it."""
 
     ground: str
-    things: tuple[tuple[str, str], ...]  # (shape, colour); shape "" for one that is like none
+    things: tuple[tuple[str, str], ...]  # (shape, colour); the shape is "" if no known shape is similar
 
 
 def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
     """Reads a picture of SIDE x SIDE.
 
-    contrast: distance in RGB levels from which a pixel is not background; smallest: pixels from which a patch counts;
-    alike: intersection over union with a drawn shape from which a patch is one.
+    contrast: a pixel at least this far from the background, in RGB levels, belongs to a patch.
+    smallest: a patch has at least this many pixels.
+    alike: a patch has a shape if its intersection over union with the drawn shape is at least this.
     """
     pixels = np.asarray(picture.convert("RGB"), np.float32)  # (SIDE, SIDE, 3)
     sides = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
@@ -44,22 +45,22 @@ def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: fl
     sizes = np.bincount(labels.ravel())
     things = []
     for patch in (labels == i for i in np.flatnonzero(sizes >= smallest) if i):
-        core = patch & (distance >= np.median(distance[patch]))  # without the edge, in which colours mix
+        core = patch & (distance >= np.median(distance[patch]))  # without the edge, because colours mix there
         colour = np.median(pixels[core], axis=0)
-        # Across a blurred edge the colour changes into the background's: the outline is where it is halfway there
+        # A blurred edge changes gradually into the background. The outline is at half of that change
         inside = patch & (distance > np.linalg.norm(colour - ground) / 2)
         things.append((_shape(inside, alike), _nearest(colour)))
     return Seen(_nearest(ground), tuple(things))
 
 
 def shows(seen: Seen, scene: Scene) -> bool:
-    """Whether background and every thing of the scene, by shape and colour, are there, and nothing else."""
+    """Whether the picture shows the background and all things of the scene (shape and colour), and no other things."""
     wanted = sorted((thing.shape, thing.colour) for thing in scene.things)
     return seen.ground == scene.ground and sorted(seen.things) == wanted
 
 
 def share_shown(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> float:
-    """The share of pictures that show the scene of their place."""
+    """The share of pictures that show their scene: picture i should show scene i."""
     return sum(shows(look(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)) / len(scenes)
 
 
@@ -69,7 +70,10 @@ def _nearest(rgb: Array) -> str:
 
 
 def _patches(mask: Array) -> Array:
-    """Labels (SIDE, SIDE) of connected patches of a boolean mask, 0 outside: the largest index spreads in each."""
+    """Labels (SIDE, SIDE) of the connected patches in a boolean mask, 1 and up; 0 outside.
+
+    Each pixel begins with its own index. The largest index spreads through its patch until nothing changes.
+    """
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         spread = _along_rows(_along_rows(labels).T).T
@@ -79,7 +83,7 @@ def _patches(mask: Array) -> Array:
 
 
 def _along_rows(labels: Array) -> Array:
-    """Each label raised to the largest in its unbroken run of a row."""
+    """Each label replaced by the largest label in its unbroken run of a row."""
     begins = np.ones(labels.shape, bool)
     begins[:, 1:] = (labels[:, 1:] > 0) != (labels[:, :-1] > 0)
     first = np.flatnonzero(begins)
@@ -95,7 +99,7 @@ def _shape(patch: Array, alike: float) -> str:
 
 
 def _cut(patch: Array) -> Array:
-    """(_MASK, _MASK) boolean: the patch in a square around it, so that wide and tall stay what they are."""
+    """The square around the patch, as (_MASK, _MASK) boolean. The patch keeps its proportions."""
     rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
     box = patch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     side = max(box.shape)

@@ -1,9 +1,9 @@
-"""Which pictures make up which step: a function of seed and step alone, so that a run can stop and go on anywhere.
+"""Chooses the pictures of each step from seed and step alone, so that a run can stop and continue at any step.
 
-An epoch shows each item once. Items are shuffled and gathered into batches of one size, then the batches are shuffled.
-Items that are left over in a size make a smaller batch. A step takes `accumulation` batches, the last one of an epoch
-maybe fewer. What is random about an item in an epoch depends on the item and not on its batch, so another batch size
-changes no noise.
+An epoch shows each item once. Items are shuffled and put into batches of one size, then the batches are shuffled.
+The last items of a size make a smaller batch. A step takes `accumulation` batches; the last step of an epoch may take
+fewer. Random numbers of an item depend on the item and the epoch, not on the batch. So another batch size does not
+change the noise.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ORDER, DRAW, INITIAL, RANKS, HELD_OUT = range(5)  # purposes of random numbers
 
 
 def rng_for(seed: int, purpose: int, *indices: int) -> np.random.Generator:
-    """The random numbers for one purpose, and for one epoch, item or step of it."""
+    """The random numbers for one purpose. `indices` select an epoch, item or step."""
     return np.random.default_rng([seed, purpose, *indices])
 
 
 @dataclass(frozen=True)
 class Item:
-    """One showing of an example in each epoch."""
+    """An example as it is shown once in each epoch."""
 
     example: int
     size: Size
@@ -37,7 +37,7 @@ ItemBatch = list[int]  # indices of items, all of one size
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """All steps of a run: which items are in which batch of which step."""
+    """The order of a run: the batches of every step, and the items of every batch."""
 
     items: Sequence[Item]
     batch_size: int
@@ -46,18 +46,18 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of every epoch."""
+        """The number of steps in an epoch."""
         return -(-sum(-(-count // self.batch_size) for count in self.sizes().values()) // self.accumulation)
 
     def sizes(self) -> dict[Size, int]:
-        """The sizes that occur, and how many items have each."""
+        """Each size, and the number of items that have it."""
         counts: dict[Size, int] = {}
         for item in self.items:
             counts[item.size] = counts.get(item.size, 0) + 1
         return counts
 
     def epoch(self, epoch: int) -> list[list[ItemBatch]]:
-        """The steps of epoch `epoch`, from 0, each a list of batches."""
+        """The steps of the epoch `epoch`, counted from 0. Each step is a list of batches."""
         rng = rng_for(self.seed, ORDER, epoch)
         by_size: dict[Size, ItemBatch] = {}
         for index in rng.permutation(len(self.items)).tolist():
@@ -71,7 +71,7 @@ class BatchOrder:
         return [shuffled[i : i + self.accumulation] for i in range(0, len(shuffled), self.accumulation)]
 
     def since(self, step: int) -> Iterator[tuple[int, list[ItemBatch]]]:
-        """Epoch, from 0, and batches of every step after the first `step` ones; without end."""
+        """Yields (epoch from 0, batches) for every step after the first `step` steps, without end."""
         epoch, first = divmod(step, self.steps_per_epoch)
         while True:
             for batches in self.epoch(epoch)[first:]:

@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: the size at which a picture is trained.
 
-A bucket's sides are multiples of the number of pixels that the model needs. Its area is about resolution^2, and its
-shape is as near to the picture's as that allows. It is never much larger than the picture itself.
+The sides of a bucket are multiples of a number of pixels that the model requires. Its area is about resolution^2. Its
+shape is as close to that of the picture as the multiples allow. It is at most `max_upscale` times as large.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ Size = tuple[int, int]  # width, height in pixels
 
 
 def bucket(size: Size, resolution: int, multiple: int, max_upscale: float = 1.0) -> Size:
-    """The size to train a picture of `size` at.
+    """The size at which a picture of `size` is trained.
 
-    Of the sizes around the ideal one, it is the one that cuts off least; among equals, the largest. If a side of the
-    picture is shorter than `multiple`, it is enlarged to that, against `max_upscale`.
+    It is the size next to the ideal one that cuts off least of the picture; of equals, the largest. A side that is
+    shorter than `multiple` is enlarged to `multiple`, whatever `max_upscale` says.
     """
     width, height = size
     scale = min(resolution / math.sqrt(width * height), max_upscale)
@@ -28,7 +28,7 @@ def bucket(size: Size, resolution: int, multiple: int, max_upscale: float = 1.0)
 
 
 def buckets(size: Size, resolutions: Sequence[int], multiple: int, max_upscale: float, square: bool) -> list[Size]:
-    """The different sizes at which a picture of `size` is trained, one for each resolution that it can fill."""
+    """The different sizes at which a picture of `size` is trained, at most one for each of `resolutions`."""
     if square:
         chosen = [(side, side) for side in resolutions]
     else:
@@ -37,13 +37,13 @@ def buckets(size: Size, resolutions: Sequence[int], multiple: int, max_upscale: 
 
 
 def _around(side: float, multiple: int) -> list[int]:
-    """The multiples below and above `side`, at least one multiple."""
+    """The nearest multiples below and above `side`, at least `multiple`."""
     low = max(multiple, math.floor(side / multiple) * multiple)
     high = max(multiple, math.ceil(side / multiple) * multiple)
     return [low, high]
 
 
 def _cut(size: Size, bucket: Size) -> float:
-    """The share of a picture of `size` that is lost when it is cut to the shape of `bucket`, to a hundredth."""
+    """The share of a picture of `size` that is cut off to get the shape of `bucket`, rounded to a hundredth."""
     shape, wanted = size[0] / size[1], bucket[0] / bucket[1]
     return round(1 - min(shape / wanted, wanted / shape), 2)

@@ -1,9 +1,9 @@
-"""Latents and caption features on disk, kept between runs: what an entry is called, and how its file is laid out.
+"""Latents and caption features on disk, kept between runs: the names of the entries and the layout of their files.
 
     <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors
 
 A key is a digest of everything that the value depends on, so an entry is never out of date. A file holds one tensor,
-`value`, and the SHA-256 of its bytes; a file that is damaged counts as absent.
+`value`, and the SHA-256 of its bytes. A damaged file counts as absent.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from zimage_ref.formats.tensors import Array, Tensor
 from .buckets import Size
 from .dataset import Example
 
-VERSION = 1  # of the keys: raise it when the same inputs give other values
+VERSION = 1  # raise it when the same inputs give other values; it is part of every key
 
 
 class TrainCache:
     """A folder of entries made by one model on one engine."""
 
     def __init__(self, folder: Path, model: ModelFolder, engine: str, quantization: Quantization | None = None) -> None:
-        """engine: what computes the values, and in which precision. quantization: of the text encoder."""
+        """engine: the engine that computes the values and its precision. quantization: that of the text encoder."""
         self.folder = folder
         digests = part_digests(model)
         self._vae = [engine, digests["vae"]]
@@ -40,11 +40,11 @@ class TrainCache:
             self._text_encoder.append(f"{quantization.bits} bits in groups of {quantization.group_size}")
 
     def latents(self, example: Example, size: Size, flip: bool) -> Path:
-        """Where the latents of a picture at a size are, mirrored with `flip`."""
+        """The file of the latents of a picture at a size, mirrored if `flip`."""
         return self._entry("latents", [example.digest, *size, flip, *self._vae])
 
     def caption(self, text: str) -> Path:
-        """Where the features of a caption are."""
+        """The file of the features of a caption."""
         return self._entry("captions", [text, *self._text_encoder])
 
     def _entry(self, kind: str, facts: list[object]) -> Path:
@@ -64,12 +64,12 @@ def read_entry(path: Path) -> Array:
 
 
 def write_entry(path: Path, value: Array) -> None:
-    """Writes `value` to `path`, whole or not at all."""
+    """Writes `value` to `path`, completely or not at all."""
     safetensors.write(path, {"value": Tensor.of(value)}, {"sha256": _array_digest(value)})
 
 
 def is_entry(path: Path) -> bool:
-    """Whether `path` holds a whole entry."""
+    """Whether `path` holds a complete entry."""
     try:
         read_entry(path)
     except FormatError:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, without a script, the network or another library."""
+"""Line charts as inline SVG. They need no script, no network and no library."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from html import escape
 
 _WIDTH, _HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 28  # margins
-_POINTS = 400  # a longer line is averaged to this many
+_POINTS = 400  # a longer line is averaged down to this many points
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart; `style` is a CSS class that gives its colour."""
+    """One line of a chart. `style` is the CSS class of its colour."""
 
     name: str
     style: str
@@ -24,7 +24,7 @@ class Line:
 
 
 def chart(title: str, lines: Sequence[Line], last: float) -> str:
-    """A figure with `lines` over steps 0 to `last`."""
+    """A figure as HTML, with `lines` over the steps 0 to `last`."""
     shown = [Line(line.name, line.style, _thinned(line.points)) for line in lines if line.points]
     values = [y for line in shown for _, y in line.points]
     if not values:
@@ -71,7 +71,7 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _range(low: float, high: float) -> Point:
-    """The ends of an axis that shows values from `low` to `high`, with some room above and below."""
+    """The ends of an axis for values from `low` to `high`, with a margin above and below."""
     if high == low:
         return (0.0, high * 1.25) if high > 0 else (low - 1, high + 1)
     room = 0.06 * (high - low)

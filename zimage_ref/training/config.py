@@ -2,9 +2,9 @@
 
 Traits of a field:
 
-    free          may differ between a run and its resumption without changing a bit of the result
-    auto          None means that the run decides; the word for it is auto, and the help says what it comes to
-    repeatable    the option is given once for each value
+    free          you may change the option when you resume a run; the result stays the same, bit for bit
+    auto          None means that the run decides; users write "auto", and the help says what the run decides
+    repeatable    users give the option once for each value
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zimage_ref.options import MEMORY, at_least, one_of, option, required
 
 from .optimizers import OPTIMIZERS
 
-# Learning rate after the warmup -> its share at a part of the way to the last step, 0 to 1
+# Schedule -> function from progress (0 after the warmup, 1 at the last step) to a share of the learning rate
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
@@ -32,15 +32,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 _PARTS = part_options()  # name -> help; each has a field below
-PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # of the frozen base
+PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # those of the frozen base
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A LoRA training run. Raises ConfigError for values out of bounds.
+    """The options of a LoRA training run. Raises ConfigError for values out of bounds.
 
-    Paths may be given as text, and several values as one value or a list.
+    You may give paths as text. You may give options of several values as one value or as a list.
     """
 
     model_dir: Path = required("folder with the Z-Image model, or a repository's id", free=True)
@@ -134,7 +134,7 @@ class TrainConfig:
 
     @property
     def parts(self) -> dict[str, Path | None]:
-        """Files that stand in for those of the model's folder, for `ModelFolder.open`."""
+        """Files to use instead of those in the folder of the model, for `ModelFolder.open`."""
         return {name: getattr(self, name) for name in _PARTS}
 
     def _check_numbers(self) -> None:
@@ -170,19 +170,19 @@ class TrainConfig:
 
 
 def free_options() -> set[str]:
-    """Names of the options that may change between a run and its resumption without changing the result."""
+    """The names of the options that you may change when you resume a run. The result stays the same."""
     return _with_trait("free")
 
 
 def auto_options() -> set[str]:
-    """Names of the options that the run decides if they are None."""
+    """The names of the options that the run decides if they are None."""
     return _with_trait("auto")
 
 
 def is_former_auto(name: str, value: object) -> bool:
-    """Whether `value` of the option `name` is a number that meant auto before there was a word for it.
+    """Whether `value` of the option `name` is a number that meant auto before the word "auto" existed.
 
-    These are 0 and, for `preview_guidance`, all numbers below 0. Files and commands of that time go on working.
+    These numbers are 0 and, for `preview_guidance`, all numbers below 0. Old files and commands still work.
     """
     if name not in _FORMER_AUTO or not isinstance(value, (int, float)):
         return False

@@ -1,6 +1,6 @@
 """Pictures with captions, in a folder and its subfolders.
 
-Captions come from a .txt of the picture's name, or all of them from one file in the folder:
+Each caption is in a .txt with the name of its picture, or one file in the folder holds all captions:
 
     metadata.jsonl    one JSON object a line: {"file_name": "sub/fox.png", "text": "a fox"}    (datasets' imagefolder)
     captions.json     one JSON object: {"sub/fox.png": "a fox"}
@@ -25,12 +25,12 @@ from zimage_ref.pictures.images import cover, mirror, read_picture, to_array
 
 _CAPTION_KEYS = ("text", "caption", "prompt")
 TRIGGER_MARK = "[trigger]"
-RUN_SUFFIX = ".run"  # of the folder that a run keeps beside its output: see run_folder
+RUN_SUFFIX = ".run"  # the suffix of the folder that a run keeps beside its output: see run_folder
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture to train on and what it shows."""
+    """One picture to train on, and its caption."""
 
     picture: Path
     caption: str
@@ -44,16 +44,16 @@ class Example:
         return cls(picture, caption, size, sha256(picture))
 
     def pixels(self, width: int, height: int, flip: bool = False) -> Array:
-        """(3, height, width) float32 in [-1, 1], scaled to cover and cut around the centre; mirrored with `flip`."""
+        """The picture as (3, height, width) float32 in [-1, 1], scaled and cropped by `cover`; mirrored if `flip`."""
         picture = cover(read_picture(self.picture), width, height)
         return to_array(mirror(picture) if flip else picture)
 
 
 def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
-    """Every picture of `folder` with its caption, `trigger` put in, sorted by path; pictures are not yet read.
+    """Every picture of `folder` with its caption, which includes `trigger`. Sorted by path; pictures are not read yet.
 
-    Raises DatasetError naming the file: no folder, no pictures, a missing or empty caption, two pictures that share
-    one caption file, a caption without its picture.
+    Raises DatasetError naming the file if there is no folder, no picture, a missing or empty caption, a caption without
+    a picture, or one caption file for two pictures.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: is not a folder: `dataset` takes one with pictures and captions")
@@ -69,7 +69,7 @@ def list_dataset(folder: Path, trigger: str = "") -> list[tuple[Path, str]]:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """`caption` with `trigger` in place of [trigger], or before it if the caption has neither mark nor trigger."""
+    """`caption` with `trigger` in place of [trigger]. If it has neither of them, `trigger` is put before it."""
     if not trigger:
         return caption
     if TRIGGER_MARK in caption:
@@ -78,9 +78,9 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 
 def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """`examples` in two, the second with `fraction` of them, at least one, chosen by `seed`.
+    """Splits `examples` in two: those to train on, and those held out. `seed` chooses which are held out.
 
-    Raises DatasetError if nothing would be left to train on.
+    Held out are `fraction` of them, at least one. Raises DatasetError if none would remain to train on.
     """
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
@@ -93,7 +93,7 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A digest of all pictures and captions and of their order."""
+    """A digest of all pictures, captions and their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.digest, example.caption]).encode())
@@ -106,7 +106,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _captions(folder: Path, pictures: Sequence[Path]) -> list[str]:
-    """The caption of each picture: from the folder's one file, if there is one, else from a .txt each."""
+    """The caption of each picture: from the one file of the folder if it has one, else from a .txt for each."""
     files = [path for path in (folder / "metadata.jsonl", folder / "captions.json") if path.is_file()]
     if len(files) > 1:
         raise DatasetError(f"{folder}: has both metadata.jsonl and captions.json: keep one of them")

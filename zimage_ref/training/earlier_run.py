@@ -1,4 +1,4 @@
-"""An earlier run into the same output: gone on with, replaced, or in the way."""
+"""Decides what to do about an earlier run with the same output: resume it, replace it, or refuse to start."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .run_folder import RunFolder, SavedState
 
 
 def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:
-    """The state to go on from, None to start at the first step, and what to tell the user about it.
+    """The state to resume from (None: start at the first step), and notices for the user.
 
-    Raises ConfigError if the output or an unfinished run would be overwritten unasked, and if the run that is to be
-    resumed had other `facts`.
+    Raises ConfigError if the output or an unfinished run would be overwritten without `overwrite`, and if the run to
+    resume had other `facts`.
     """
     if config.resume:
         return _to_resume(config, run, facts)

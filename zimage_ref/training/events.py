@@ -1,4 +1,4 @@
-"""What a training run reports as it goes on."""
+"""The events that a training run reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Encoded:
-    """A part of the preparation is done: a picture checked, a caption or latents computed (or found in the cache)."""
+    """One piece of the preparation is done: a picture is checked, or a caption or latents are in the cache."""
 
     done: int
     total: int
@@ -18,14 +18,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that is good to know, in one line."""
+    """A line of information for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Started:
-    """The steps begin; an earlier run has made the first `step` of them."""
+    """The steps begin. An earlier run has made the first `step` steps."""
 
     step: int
     total: int
@@ -45,7 +45,7 @@ class Step:
     grad_norm: float  # before clipping
     pictures: int
     peak_memory: int  # bytes since the run began
-    skipped: bool = False  # loss or gradient was not finite, and nothing was changed
+    skipped: bool = False  # loss or gradient was not finite, so the step changed nothing
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Validated:
 
     @property
     def loss(self) -> float:
-        """The mean over sigmas."""
+        """The mean of the losses over all sigmas."""
         return sum(self.losses.values()) / len(self.losses)
 
 

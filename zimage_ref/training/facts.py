@@ -1,4 +1,4 @@
-"""What a run is, in facts: if these are the same, `resume` gives the same bytes. They are saved with its state."""
+"""The facts of a run. If they are the same, a resumed run gives the same bytes. They are saved with its state."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .config import auto_options, free_options, is_former_auto
 class RunFacts(TypedDict):
     """The facts of a run, as JSON. Digests are SHA-256 in hexadecimal."""
 
-    config: dict[str, object]  # every option; for `lr` the rate that it comes to
-    total: int  # steps
+    config: dict[str, object]  # every option; for `lr` the rate in use
+    total: int  # number of steps
     batch: int  # pictures in a batch, of all machines together
-    dataset: str  # a digest of pictures and captions
-    model: dict[str, str]  # part of the model -> a digest of it
-    adapter: str | None  # a digest of the training adapter's file
+    dataset: str  # the digest of pictures and captions
+    model: dict[str, str]  # part of the model -> its digest
+    adapter: str | None  # the digest of the file of the training adapter
     environment: dict[str, str]  # software and machine
 
 
 class SavedFacts(RunFacts):
-    """The same, and what the loop has counted up to the step that was saved."""
+    """The facts of a run, and the counters of its loop at the saved step."""
 
-    smoothed: float | None  # the loss
-    failures: int  # steps in a row without a finite loss
+    smoothed: float | None  # the average of the loss
+    failures: int  # consecutive steps without a finite loss
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -42,17 +42,17 @@ _DIFFERENCES = {
 
 
 def checked_facts(data: object) -> SavedFacts:
-    """`data`, as read from JSON, as facts. Raises FormatError if one is missing or is of another kind."""
+    """`data`, read from JSON, as facts. Raises FormatError if a fact is missing or has another type."""
     if not isinstance(data, dict):
-        raise FormatError("it holds no facts of its run")
+        raise FormatError("its state.json has no facts of its run")
     for name, kind in _KINDS.items():
         if name not in data or not isinstance(data[name], kind):
-            raise FormatError(f"of the facts of its run, {name} is missing or of another kind")
+            raise FormatError(f"of the facts of its run, {name} is missing or of another type")
     return cast(SavedFacts, data)
 
 
 def changes(then: RunFacts, now: RunFacts) -> list[str]:
-    """Every fact that has changed in a way that changes the result, in words."""
+    """The changed facts that change the result, in words."""
     free, found = free_options(), []
     for name, value in now["config"].items():
         before = then["config"].get(name)

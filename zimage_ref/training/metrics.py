@@ -1,4 +1,4 @@
-"""What a run measured, written as it goes on: metrics.jsonl, and report.html that shows it."""
+"""Writes the measurements of a run while it runs: metrics.jsonl, and report.html, which shows them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .metrics_lines import line_of, read_lines
 from .report import page
 from .run_folder import RunFolder
 
-_REFRESH = 20.0  # seconds between versions of the page
+_REFRESH = 20.0  # seconds between two updates of the page
 
 
 class Metrics:
     """The metrics.jsonl and the report.html of a run."""
 
     def __init__(self, run: RunFolder, facts: RunFacts, step: int) -> None:
-        """Goes on after `step`: what an interrupted run wrote beyond it is dropped, because those steps come again."""
+        """Continues after `step`. Lines of later steps are deleted, because these steps are made again."""
         self._run, self._facts = run, facts
         lines = [line for line in read_lines(run) if line["step"] <= step]
         with atomic_write(run.metrics) as file:
@@ -32,7 +32,7 @@ class Metrics:
         self._refreshed = time.monotonic()
 
     def write(self, event: Event) -> None:
-        """Records what an event measured, if anything."""
+        """Records the measurement of `event`, if it has one."""
         line = line_of(event, self._run)
         if line:
             self._file.write(json.dumps(line) + "\n")
@@ -41,14 +41,14 @@ class Metrics:
             self.refresh()
 
     def refresh(self) -> None:
-        """Writes the page anew."""
+        """Writes the page again."""
         text = page(self._run, read_lines(self._run), self._facts["config"], self._facts["environment"])
         with atomic_write(self._run.report) as file:
             file.write(text.encode())
         self._refreshed = time.monotonic()
 
     def close(self) -> None:
-        """Writes everything to disk, and the page a last time if there is room for it."""
+        """Writes everything to disk, and the page a last time if the disk has room."""
         with self._file:
             os.fsync(self._file.fileno())
         with suppress(OSError):
@@ -56,7 +56,7 @@ class Metrics:
 
 
 def recorded(events: Iterable[Event], run: RunFolder, facts: RunFacts, done: int) -> Iterator[Event]:
-    """The `events` of a run after `done` steps, each written to its metrics and its report before it is passed on."""
+    """Yields the `events` of a run that has made `done` steps. Each is written to metrics and report first."""
     with run.room_for(0):
         metrics = Metrics(run, facts, done)
         try:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object on each line, for a step, a measurement of the held-out loss, or a preview."""
+"""metrics.jsonl: each line is a JSON object for a step, a measurement of the held-out loss, or a preview."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MetricsLine: TypeAlias = StepLine | HeldOutLine | PreviewLine
 
 
 def line_of(event: Event, run: RunFolder) -> MetricsLine | None:
-    """What `event` measured, None if it measured nothing."""
+    """The line for `event`. None if it measured nothing."""
     match event:
         case Step():
             return {
@@ -71,7 +71,7 @@ def line_of(event: Event, run: RunFolder) -> MetricsLine | None:
 
 
 def read_lines(run: RunFolder) -> list[MetricsLine]:
-    """All whole lines; a last one that a crash cut off is left out."""
+    """All complete lines. If a crash cut off the last line, it is left out."""
     if not run.metrics.is_file():
         return []
     lines: list[MetricsLine] = []
@@ -84,17 +84,17 @@ def read_lines(run: RunFolder) -> list[MetricsLine]:
 
 
 def step_lines(lines: Iterable[MetricsLine]) -> list[StepLine]:
-    """Those of steps."""
+    """The lines of steps."""
     return [line for line in lines if "loss" in line]
 
 
 def held_out_lines(lines: Iterable[MetricsLine]) -> list[HeldOutLine]:
-    """Those of measurements of the held-out loss."""
+    """The lines of measurements of the held-out loss."""
     return [line for line in lines if "validation" in line]
 
 
 def preview_lines(lines: Iterable[MetricsLine]) -> list[PreviewLine]:
-    """Those of previews."""
+    """The lines of previews."""
     return [line for line in lines if "preview" in line]
 
 

@@ -1,4 +1,4 @@
-"""A training run before it starts: everything that follows from options, pictures and headers, without weights."""
+"""Plans a training run before it starts, from options, pictures and headers. No weights are read."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ TURBO_WARNING = (
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run will do."""
+    """The plan of a run."""
 
     config: TrainConfig
     model: ModelFolder
     examples: Sequence[Example]
     held_out: Sequence[Example]
-    layers: Sequence[str]  # that get a LoRA
+    layers: Sequence[str]  # the layers that get a LoRA
     batches: BatchOrder
-    adapter: LoRA  # merged into the base while training; empty without
+    adapter: LoRA  # the training adapter, merged into the base while training; empty if there is none
 
     @cached_property
     def total(self) -> int:
-        """Optimizer steps."""
+        """The number of optimizer steps."""
         return self.config.steps or self.config.epochs * self.batches.steps_per_epoch
 
     @property
@@ -70,32 +70,32 @@ class TrainPlan:
 
     @property
     def trainable(self) -> int:
-        """Parameters that are trained."""
+        """The number of parameters that are trained."""
         return trainable_parameters(transformer_parameters(self.model.transformer), self.layers, self.config.rank)
 
     @property
     def stored_bits(self) -> list[int]:
-        """Bits of the base's weights that its file holds quantized, which nothing changes."""
+        """The bits of weights that the file of the base holds quantized. Training does not change them."""
         tensors = self.model.weights["transformer"].values()
         return sorted({tensor.quantization.bits for tensor in tensors if isinstance(tensor, QuantizedTensor)})
 
     @property
     def held_out_sizes(self) -> list[Size]:
-        """The size at which each held-out picture is measured: its bucket of the largest resolution."""
+        """The size at which each held-out picture is measured: its bucket at the largest resolution."""
         return [_sizes(self.config, self.model, example)[-1] for example in self.held_out]
 
     def tokens(self, size: Size) -> int:
-        """Image tokens of a picture of `size`."""
+        """The number of image tokens of a picture of `size`."""
         return size[0] * size[1] // self.model.size_multiple**2
 
     def memory(self, precision: str, quantization: Quantization | None, lean: bool) -> list[Stage]:
-        """The memory of each stage of the run, with the base in this precision; `lean` as of `training_stages`."""
+        """The memory of each stage of the run with the base in this precision. lean: see `training_stages`."""
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
         return training_stages(model, most, lora, self.batches.batch_size, lean)
 
     def require_memory(self, precision: str, quantization: Quantization | None, limit: int | None) -> None:
-        """Raises ConfigError if the run takes more than `limit` bytes, unless `force` says to try."""
+        """Raises ConfigError if the run takes more than `limit` bytes, unless `force` is set."""
         if not self.config.force:
             lean = self.config.memory != "fast"
             stages = self.memory(precision, quantization, lean)
@@ -103,7 +103,7 @@ class TrainPlan:
             require_memory(stages, limit, "base_precision", sides)
 
     def facts(self, environment: dict[str, str]) -> RunFacts:
-        """What must be the same for a run to be resumed bit for bit, and all options for the record.
+        """The facts that must be the same to resume the run bit for bit, and all options for the record.
 
         environment: software and machine.
         """
@@ -120,17 +120,17 @@ class TrainPlan:
 
 
 class CheckedDataset:
-    """The pictures and captions of a run: listed when it is made, then opened one by one."""
+    """The pictures and captions of a run. They are listed at construction; `check` opens them one by one."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Raises DatasetError as `list_dataset` does, and ConfigError if `validation` is no share and no folder."""
+        """Raises the errors of `list_dataset`, and ConfigError if `validation` is neither a share nor a folder."""
         held_out = [] if _fraction(config) is not None else list_dataset(Path(config.validation), config.trigger)
         self._listed = (list_dataset(config.dataset, config.trigger), held_out)
-        self.examples: list[Example] = []  # both are complete when `check` has ended
-        self.held_out: list[Example] = []  # those of `validation`, if that is a folder
+        self.examples: list[Example] = []  # both lists are complete after `check`
+        self.held_out: list[Example] = []  # the examples of `validation`, if it is a folder
 
     def check(self) -> Iterator[Encoded]:
-        """Opens every picture. Raises DatasetError for one that cannot be read."""
+        """Opens every picture. Raises DatasetError if one cannot be read."""
         done, total = 0, sum(map(len, self._listed))
         for listed, examples in zip(self._listed, (self.examples, self.held_out), strict=True):
             for picture, caption in listed:
@@ -142,9 +142,9 @@ class CheckedDataset:
 def make_plan(
     config: TrainConfig, progress: Callable[[str, int, int], None] = lambda what, done, total: None, ranks: int = 1
 ) -> TrainPlan:
-    """Checks options, pictures and headers, and plans the run of `ranks` machines together. Reads no weights.
+    """Checks options, pictures and headers, and plans the run of `ranks` machines. Reads no weights.
 
-    progress: is told what is being checked, how many are done, and how many there are.
+    progress: is called with the kind of thing being checked, the number done and the total.
     Raises ConfigError, DatasetError, FormatError or WeightError.
     """
     dataset = CheckedDataset(config)
@@ -154,7 +154,7 @@ def make_plan(
 
 
 def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainPlan:
-    """The plan for a dataset whose pictures are all checked; raises as `make_plan` does."""
+    """The plan for a dataset after its `check`. Raises the errors of `make_plan`."""
     model = ModelFolder.open(config.model_dir, config.parts)
     examples, held_out = dataset.examples, dataset.held_out
     if fraction := _fraction(config):
@@ -187,7 +187,7 @@ def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Si
 
 
 def _fraction(config: TrainConfig) -> float | None:
-    """The share to hold out; 0 for none; None if `validation` names a folder."""
+    """The share of pictures to hold out; 0 for none. None if `validation` is a folder."""
     try:
         fraction = float(config.validation or 0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""report.html: a run at a glance, in one file that opens anywhere."""
+"""report.html: an overview of a run in one file that every browser opens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .metrics_lines import (
 from .run_folder import RunFolder
 
 _THUMBNAIL = 192  # pixels
-_COLUMNS = 12  # previews of a prompt that are shown
-_AGAIN = '<meta http-equiv=refresh content="30">'  # a browser loads the page anew every 30 s while the run goes on
+_COLUMNS = 12  # the most previews shown for a prompt
+_AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reloads the page every 30 s during the run
 
 
 def page(
@@ -89,7 +89,7 @@ def _charts(steps: Sequence[StepLine], measured: Sequence[HeldOutLine], last: in
 
 
 def _points(values: Iterable[tuple[int, Finite]]) -> list[Point]:
-    """(step, value) of those values that are finite."""
+    """(step, value) of the finite values."""
     return [(step, value) for step, value in values if value is not None]
 
 
@@ -110,7 +110,7 @@ def _previews(folder: Path, lines: Sequence[PreviewLine]) -> str:
 
 
 def _spread(drawn: list[PreviewLine]) -> list[PreviewLine]:
-    """The first, the last, and as many evenly between them as there are columns for."""
+    """At most _COLUMNS previews: the first, the last, and others at even distances between them."""
     if len(drawn) <= _COLUMNS:
         return drawn
     return [drawn[round(i * (len(drawn) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]

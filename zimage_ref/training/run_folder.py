@@ -1,9 +1,9 @@
-"""What a training run keeps beside its output, in <stem>.run/: everything in it is whole or absent at any moment.
+"""The folder <stem>.run/ that a training run keeps beside its output. Its files are always either complete or absent.
 
-lock                     held while a run is at work
+lock                     locked while a run is active
 resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with their checksums and the run's facts
 metrics.jsonl            one line for each step, measurement or preview
-report.html              the same, to look at
+report.html              the same for people
 previews/                pictures
 """
 
@@ -32,18 +32,18 @@ from .facts import SavedFacts, checked_facts
 if sys.platform != "win32":
     import fcntl
 
-_KEPT = 2  # resume folders: the latest, and the one before in case the latest is damaged
-_PARTS = {"lora.safetensors", "optimizer.safetensors"}  # that every resume folder has
-_MARGIN = 2**20  # bytes that a save needs beside its tensors
+_KEPT = 2  # resume folders: the latest, and the one before it in case the latest is damaged
+_PARTS = {"lora.safetensors", "optimizer.safetensors"}  # every resume folder has these files
+_MARGIN = 2**20  # bytes that a save needs in addition to its tensors
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a resume folder holds."""
+    """The content of a resume folder."""
 
     step: int
     facts: SavedFacts
-    tensors: dict[str, dict[str, Array]]  # lora, optimizer and, if there is an average, ema
+    tensors: dict[str, dict[str, Array]]  # lora, optimizer, and ema if the run averages the LoRA
 
 
 class RunFolder:
@@ -57,9 +57,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the system lets go of it however the process ends.
+        """Locks the run for this process. The system unlocks it when the process ends in any way.
 
-        Raises TrainingError if another process holds it.
+        Raises TrainingError if another process has locked it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+") as file:
@@ -74,16 +74,16 @@ class RunFolder:
             yield
 
     def _sweep(self) -> None:
-        """Deletes what a run that was killed had half written."""
+        """Deletes incomplete files of a run that was killed."""
         for half in (*self._resume.glob(".step*.tmp"), *self._resume.glob(".step*.old")):
             shutil.rmtree(half)
         remove_stale(self.path)
         remove_stale(self.output.parent, f".{glob.escape(self.output.stem)}.*.tmp")
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: SavedFacts) -> Path:
-        """Writes a resume folder and drops all but the last two.
+        """Writes a resume folder and deletes all except the last two.
 
-        It gets its name when every byte is on disk. Raises TrainingError if the disk is too full for it.
+        The folder gets its name after every byte is on disk. Raises TrainingError if the disk has too little room.
         """
         target = self._resume / f"step{step}"
         temporary = self._resume / f".step{step}.tmp"
@@ -105,7 +105,7 @@ class RunFolder:
         return target
 
     def latest(self) -> tuple[SavedState | None, list[str]]:
-        """The state in the last whole resume folder, and what is wrong with any later one."""
+        """The state in the last undamaged resume folder, and a notice for each damaged one after it."""
         faults: list[str] = []
         for step, folder in reversed(self._saves()):
             try:
@@ -115,12 +115,12 @@ class RunFolder:
         return None, faults
 
     def unfinished(self) -> int:
-        """The step that an interrupted run can be resumed from; 0 if there is none, or if it ran to its end."""
+        """The step from which you can resume an interrupted run. 0 if there is no run, or if it is complete."""
         saved, _ = self.latest()
         return saved.step if saved and saved.step < saved.facts["total"] else 0
 
     def clear(self) -> None:
-        """Forgets an earlier run."""
+        """Deletes the state, metrics and previews of an earlier run."""
         remove_folder(self._resume)
         remove_folder(self.previews)
         for file in (self.metrics, self.report):
@@ -128,7 +128,7 @@ class RunFolder:
 
     @contextmanager
     def room_for(self, nbytes: int) -> Iterator[None]:
-        """A block that writes `nbytes`. Raises TrainingError, before or after, if the disk has no room for it."""
+        """A block that writes `nbytes`. Raises TrainingError, before or after it, if the disk has too little room."""
         needed = nbytes + _MARGIN
         self.path.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.path).free) < needed:
@@ -148,13 +148,13 @@ class RunFolder:
         )
 
     def _saves(self) -> list[tuple[int, Path]]:
-        """Steps and resume folders, oldest first."""
+        """(step, resume folder), the oldest first."""
         found = [(p.name.removeprefix("step"), p) for p in self._resume.glob("step*")]
         return sorted((int(step), folder) for step, folder in found if step.isdecimal())
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes `folder` in such a way that no half of it is ever seen under its name."""
+    """Deletes `folder`. It is renamed first, so that its name never shows an incomplete folder."""
     with suppress(FileNotFoundError):
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -163,11 +163,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def _read_save(step: int, folder: Path) -> SavedState:
-    """The state in `folder`. Raises FormatError if anything in it is missing, damaged or of another kind."""
+    """The state in `folder`. Raises FormatError if a part is missing, damaged or has another type."""
     state = read_json(folder / "state.json")
     facts, files = checked_facts(state.get("facts")), state.get("files")
     if not isinstance(files, dict) or not files.keys() >= _PARTS:
-        raise FormatError(f"it does not name its files, {', '.join(sorted(_PARTS))}")
+        raise FormatError(f"its state.json must list the files {', '.join(sorted(_PARTS))}")
     tensors = {}
     try:
         for name, digest in files.items():
@@ -182,7 +182,7 @@ def _read_save(step: int, folder: Path) -> SavedState:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
+    """Writes the names in `folder` to disk, so that a power failure does not lose them."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
