@@ -57,7 +57,7 @@ class Component(Generic[ConfigT]):
     @property
     def option_help(self) -> str:
         """What the option for its file says."""
-        return f"file or folder of the {self.title}, instead of the one in `model_dir`"
+        return f"File or folder of the {self.title}. It replaces the one in `model_dir`."
 
     def own_config(self, config: Config) -> ConfigT:
         """`config`, found by this component's name, as the type that it has. Raises TypeError for another's."""
