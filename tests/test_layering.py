@@ -63,6 +63,7 @@ HOMES = {  # a library -> the only files that may import it; a folder stands for
     "PIL": ("zimage_ref/pictures", "zimage_ref/tiny/drawings.py", "zimage_ref/tiny/judge.py"),
     "rich": ("cli",),
     "rich_argparse": ("cli/terminal/parser.py",),
+    "shtab": ("cli/commands/completions.py",),
     "argparse": ("cli", "zimage_mlx/tiny/__main__.py"),
     "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
     "safetensors": ("zimage_ref/formats/safetensors.py",),

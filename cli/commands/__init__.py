@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "Write weights or LoRAs in another file format, naming or precision.",
     "inspect": "Show the contents of a weights file or a model folder, or how a picture was made.",
     "demo": "Teach a small built-in model a new word, from eight drawings.",
+    "completions": "Print a script with which a shell completes commands and options.",
 }
 _FIRST_STEPS = (
     ("Try everything with a small model, without a download:", "zimage demo"),
