@@ -110,4 +110,4 @@ def show_faults(faults: list[Fault] | None, console: Console) -> None:
     if faults:
         console.table(("tensor", "fault"), [(fault.tensor, fault.fact) for fault in faults])
     elif faults is not None:
-        console.print("verified: all values are finite, no tensor is zero, every checksum there is holds")
+        console.print("verified: all values are finite, no tensor is zero, all checksums are correct")
