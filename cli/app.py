@@ -6,35 +6,21 @@ Exit codes: 0 done; 1 an error, explained in one line; 2 a command line that can
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from zimage_ref import __version__
 from zimage_ref.errors import ZImageError, reason
 
-from .commands import COMMANDS, load
+from .commands import load, root_parser
 from .terminal.console import Console
 from .terminal.signals import INTERRUPTED, TERMINATED, Terminated, unwinding
-
-
-def parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser for the command line `words`. Only commands that are in `words` get their options, to load fast."""
-    root = argparse.ArgumentParser("zimage", description="Z-Image: LoRA training, generation, conversion, inspection")
-    root.add_argument("--version", action="version", version=f"zimage-mlx {__version__}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if name in words:
-            load(name).add_options(command)
-    return root
 
 
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    args = parser(words).parse_args(words)
+    args = root_parser(words).parse_args(words)
     console = console or Console()
     try:
         with unwinding():

@@ -46,11 +46,11 @@ ROOMS = {
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
     "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_ref lazy training",
-    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options_file pictures generation",
+    "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
     "zimage_cli.commands":
         "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
         "generation training inspection requirements tiny",
-    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands zimage_ref errors",
+    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors",
     "zimage_cli.__main__": "zimage_cli.app",
     "zimage_cli": "",
 }  # fmt: skip
@@ -62,6 +62,8 @@ FORBIDDEN = {  # package -> what its files may not import, besides
 HOMES = {  # a library -> the only files that may import it; a folder stands for all of its files
     "PIL": ("zimage_ref/pictures", "zimage_ref/tiny/drawings.py", "zimage_ref/tiny/judge.py"),
     "rich": ("cli",),
+    "rich_argparse": ("cli/terminal/parser.py",),
+    "shtab": ("cli/commands/completions.py",),
     "argparse": ("cli", "zimage_mlx/tiny/__main__.py"),
     "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
     "safetensors": ("zimage_ref/formats/safetensors.py",),

@@ -1,29 +1,72 @@
-"""Helpers to define options. Each option is defined once, with its default, type, help text and bounds.
+"""Helpers to define options. Each option is defined once, with its default, type, help text, group and bounds.
 
 The command line, the Python interface and the tables in docs/ all use these definitions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import Field, field, fields
+from enum import Enum
 from typing import Any, TypeVar
 
 from .errors import ConfigError
 
 AnyDefault = TypeVar("AnyDefault")
+Choices = Iterable[str] | Callable[[], Iterable[str]]  # a function if the known values follow from a table
 
 MEMORY = ("auto", "lean", "fast")  # lean takes less memory, fast takes less time
 
 
-def option(default: AnyDefault, help: str, **traits: bool) -> AnyDefault:
-    """A dataclass field with a default, a help text for the command line, and traits (see `training.config`)."""
-    return field(default=default, metadata={"help": help, **traits})
+class Group(Enum):
+    """The groups of options of one command, in the order that help shows them. A value is the title of the group."""
 
 
-def required(help: str, **traits: bool) -> Any:
+def option(
+    default: AnyDefault,
+    help: str,
+    group: Group | None = None,
+    *,
+    choices: Choices = (),
+    value: str = "",
+    **traits: bool,
+) -> AnyDefault:
+    """A dataclass field with a default, and what is known of the option.
+
+    help: sentences. A field in backticks stands for its option on the command line.
+    group: help and pages show the option under this title.
+    choices: the only values that it can have, see `check_choices`.
+    value: a word for the value in help, such as FILE; by default it follows from the type.
+    traits: essential (short help shows it, too), auto (None means that the program decides) and those of
+    `training.config`.
+    """
+    return field(default=default, metadata=_metadata(help, group, choices, value, traits))
+
+
+def required(help: str, group: Group | None = None, *, value: str = "", **traits: bool) -> Any:
     """A dataclass field without a default."""
-    return field(metadata={"help": help, **traits})
+    return field(metadata=_metadata(help, group, (), value, traits))
+
+
+def _metadata(
+    help: str, group: Group | None, choices: Choices, value: str, traits: dict[str, bool]
+) -> dict[str, object]:
+    return {"help": help, "group": group, "choices": choices, "value": value, **traits}
+
+
+def choices_of(field: Field[Any]) -> tuple[str, ...]:
+    """The only values that a field can have, now; () if it is free."""
+    known = field.metadata.get("choices", ())
+    return tuple(known() if callable(known) else known)
+
+
+def check_choices(config: Any) -> None:
+    """Raises ConfigError unless each field of the dataclass `config` that has choices is one of them."""
+    for each in fields(config):
+        if known := choices_of(each):
+            value = getattr(config, each.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                one_of(each.name, item, known)
 
 
 def at_least(config: object, low: float, *names: str) -> None:
@@ -40,7 +83,7 @@ def at_most(config: object, high: float, *names: str) -> None:
             raise ConfigError(f"`{name}` {getattr(config, name)} must be at most {high}")
 
 
-def one_of(config: object, name: str, known: Iterable[str]) -> None:
-    """Raises ConfigError unless the field `name` of `config` is one of `known`."""
-    if getattr(config, name) not in known:
-        raise ConfigError(f"`{name}` {getattr(config, name)!r} is unknown: known are {', '.join(known)}")
+def one_of(name: str, value: object, known: Collection[object]) -> None:
+    """Raises ConfigError unless `value` of the field `name` is one of `known`."""
+    if value not in known:
+        raise ConfigError(f"`{name}` {value!r} is unknown: known are {', '.join(map(str, known))}")

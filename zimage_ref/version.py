@@ -1,3 +1,3 @@
 """The version of the whole project. pyproject.toml, records and the command line take it from here."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

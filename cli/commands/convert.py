@@ -18,36 +18,56 @@ from zimage_ref.formats.shards import parse_size
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.merge import merged
-from zimage_ref.lora.spellings import lora_namings
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 
 from ..terminal.console import Console
 from ..terminal.options import path_and_scale
+from ..terminal.parser import CommandParser
 from . import convert_lora
 
+_EXAMPLES = (
+    (
+        "Write a transformer of ComfyUI in 4 bits:",
+        "zimage convert --model-type transformer --quantize 4 "
+        "--input ~/ComfyUI/models/diffusion_models/z_image_turbo_bf16.safetensors --output transformer.npz",
+    ),
+    (
+        "Write a LoRA with the keys of diffusers:",
+        "zimage convert --model-type lora --naming peft --input dog.safetensors --output dog-peft.safetensors",
+    ),
+)
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `zimage convert`."""
+
+def add_options(parser: CommandParser) -> None:
+    """The options of `zimage convert`."""
+    parser.usage = "zimage convert --input PATH --output PATH --model-type NAME [options]"
+    parser.examples = _EXAMPLES
     namings = sorted({*lora_namings(), *(naming for component in COMPONENTS.values() for naming in component.namings)})
-    parser.add_argument(
-        "--input", dest="inputs", action="append", required=True,
-        help="weights to read: a file or a folder; a LoRA may have a :SCALE, and may be given several times",
+    parser.option(
+        "--input", "File or folder with the weights. For LoRAs, repeat the option to add them up, "
+        "each with a strength if you want one.",
+        dest="inputs", action="append", required=True, metavar="PATH[:X]",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, required=True, help=f"what to write: {' or '.join(WRITABLE)}, or a folder of shards"
-    )
-    parser.add_argument("--model-type", choices=(*model_types(), "lora"), required=True, help="what the weights are of")
-    parser.add_argument("--dtype", choices=("f32", "f16", "bf16"), help="precision to write (default: as stored)")
-    parser.add_argument("--quantize", type=int, choices=BITS, help="bits to quantize the big matrices to")
-    parser.add_argument(
-        "--group-size", type=int, choices=GROUP_SIZES, default=GROUP_SIZE,
-        help=f"weights that share a scale when quantized (default: {GROUP_SIZE})",
+    parser.option(
+        "--output", f"File to write ({', '.join(WRITABLE)}), or a folder for several files.",
+        type=Path, required=True, metavar="PATH",
     )  # fmt: skip
-    parser.add_argument(
-        "--naming", choices=namings,
-        help=f"names to write (default: diffusers, the official ones; for a LoRA: {', '.join(lora_namings())})",
+    parser.option(
+        "--model-type", "Part of the model that the weights are of.",
+        choices=(*model_types(), "lora"), required=True, metavar="NAME",
     )  # fmt: skip
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="write safetensors in shards of at most this, as 5GB")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.option("--dtype", "Precision to write.", choices=("f32", "f16", "bf16"), shown="as stored", metavar="NAME")
+    parser.option("--quantize", "Bits of the large matrices.", type=int, choices=BITS, metavar="BITS")
+    parser.option(
+        "--group-size", "Weights that share one scale, if they are quantized.",
+        type=int, choices=GROUP_SIZES, default=GROUP_SIZE, metavar="N",
+    )  # fmt: skip
+    parser.option(
+        "--naming", f"Names of the tensors to write. A LoRA has one of: {', '.join(lora_namings())}.",
+        choices=namings, shown=f"diffusers, and {DEFAULT_NAMING} for a LoRA", metavar="NAME",
+    )  # fmt: skip
+    parser.option("--max-shard-size", "Write several files of at most this size, such as 5GB.", metavar="SIZE")
+    parser.option("--overwrite", "Replace the output if it exists.", action="store_true")
     convert_lora.add_options(parser)
 
 

@@ -11,15 +11,18 @@ from zimage_ref.lora.spellings import DEFAULT_NAMING
 
 from ..terminal.console import Console
 from ..terminal.options import flag, path_and_scale
+from ..terminal.parser import CommandParser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `zimage convert` that are for LoRAs."""
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, help="reduce to this rank (default: keep, or the sum of several inputs')")
-    group.add_argument(
-        "--merge-lora", action="append", default=[], metavar="PATH[:SCALE]",
-        help="bake this LoRA into a transformer; may be given several times",
+def add_options(parser: CommandParser) -> None:
+    """The options of `zimage convert` that concern LoRAs."""
+    parser.option(
+        "--rank", "Reduce the LoRA to this rank. Without it the rank stays. The ranks of several inputs add up.",
+        type=int, metavar="N",
+    )  # fmt: skip
+    parser.option(
+        "--merge-lora", "Add this LoRA to the weights of a transformer. Repeat the option for more LoRAs.",
+        action="append", default=[], metavar="FILE[:X]",
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from zimage_ref.tiny.judge import look, shows
 from ..terminal import blas
 from ..terminal.backends import DEFAULT, pipeline
 from ..terminal.console import Console
+from ..terminal.parser import CommandParser
 from ..terminal.pictures import show
 from . import train
 
@@ -31,13 +32,14 @@ The same on your own pictures, with the real model (each picture with its captio
   zimage generate --model-dir Z-Image-Turbo --lora my.safetensors --prompt "..." --output my.png"""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `zimage demo`."""
-    parser.add_argument(
-        "--model-dir", type=Path, default=Path(TINY),
-        help=f"a model of such drawings (default: {TINY}, the one in this package)",
+def add_options(parser: CommandParser) -> None:
+    """The options of `zimage demo`."""
+    parser.examples = (("Run it, and look at zimage-demo/before-after.png:", "zimage demo"),)
+    parser.option(
+        "--model-dir", f"Folder with a small model of such drawings. {TINY} is the one in this package.",
+        type=Path, default=Path(TINY), metavar="MODEL",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("zimage-demo"), help="folder (default: zimage-demo)")
+    parser.option("--output", "Folder to write to.", type=Path, default=Path("zimage-demo"), metavar="FOLDER")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

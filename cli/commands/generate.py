@@ -12,6 +12,7 @@ from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import reason
 from zimage_ref.formats.quantize import BITS
+from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.provenance import ModelChoice, Repeat
@@ -22,45 +23,84 @@ from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
+from ..terminal.parser import CommandParser
 from ..terminal.pictures import STDOUT, OutputNames, PictureWriter
 from . import interactive
 
+_EXAMPLES = (
+    (
+        "Make one picture:",
+        'zimage generate --model-dir ~/Z-Image-Turbo --prompt "a red fox in snow" --output fox.png',
+    ),
+    (
+        "Use a LoRA at a part of its strength, with 8-bit weights:",
+        "zimage generate --model-dir ~/Z-Image-Turbo --lora dog.safetensors:0.8 --quantize 8 "
+        '--prompt "a photo of sks dog" --output dog.png',
+    ),
+    (
+        "Change a picture:",
+        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 "
+        '--prompt "in watercolour" --output watercolour.png',
+    ),
+)
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `zimage generate`."""
-    add = parser.add_argument
-    add("--model-dir", type=Path, help="folder with the Z-Image model, or a repository's id")
-    add("--prompt", dest="prompts", action="append", default=[], help="what the picture shows; repeatable")
-    add("--prompt-file", type=Path, help="prompts from a file, one a line; - reads them from stdin")
+
+def add_options(parser: CommandParser) -> None:
+    """The options of `zimage generate`."""
+    parser.usage = "zimage generate --model-dir MODEL --prompt TEXT [options]"
+    parser.examples = _EXAMPLES
+    _add_model(parser)
+    _add_pictures(parser)
     add_fields(parser, GenerateConfig, from_file=True, without=("prompt", "seed"))
-    add(
-        "--seed",
-        dest="seeds",
-        type=int,
-        action="append",
-        default=[],
-        help="seed of the starting noise; repeatable (default: 0)",
-    )
-    add("--count", type=int, default=1, help="pictures for each prompt and seed: seed, seed + 1, ... (default: 1)")
-    add("--batch-size", type=int, default=1, help="pictures denoised together; changes none of them (default: 1)")
-    add("--lora", action="append", metavar="PATH[:SCALE]",
-        help="LoRA of any dialect, and how much of it (default: 1); repeatable")  # fmt: skip
-    add("--output", type=Path, default=Path("output.png"), metavar="NAME",
-        help="picture to write, {seed}, {index} and {prompt} filled in; - is stdout (default: output.png)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace pictures that exist")
-    add("--from-image", type=Path, metavar="PICTURE", help="make a picture again; other options change it")
-    add("--no-metadata", action="store_true", help="don't write into the picture how it was made")
-    add("--preview-steps", type=int, default=0, metavar="K", help="write NAME.preview every K steps (0: never)")
-    add("--no-thumbnail", action="store_true", help="don't show the picture in the terminal")
-    add("--interactive", action="store_true", help="keep the model loaded and read one prompt after another")
-    add("--memory", choices=MEMORY, default=MEMORY[0],
-        help="one network at a time (lean), all (fast), or all where they fit (auto, the default)")  # fmt: skip
-    add("--force", action="store_true", help="go on where memory seems too small")
-    add("--backend", choices=BACKENDS, help=f"engine (default here: {DEFAULT})")
-    add("--dtype", help="precision of the networks, such as bfloat16 or float32 (default: the engine's)")
-    add("--quantize", type=int, choices=BITS, help="bits that the big matrices are quantized to as they load")
+    _add_output(parser)
+
+
+def _add_model(parser: CommandParser) -> None:
+    add, model, speed = parser.option, GenerateGroup.MODEL, GenerateGroup.SPEED
+    add("--model-dir", "Folder with a Z-Image model, or the name of a repository on Hugging Face.", model,
+        type=Path, metavar="MODEL")  # fmt: skip
+    add("--lora", "LoRA, with a strength if you want one. You can repeat this option.",
+        model, action="append", metavar="FILE[:X]")  # fmt: skip
+    add("--quantize", "Bits of the large matrices. They are quantized while they load.", model,
+        type=int, choices=BITS, metavar="BITS")  # fmt: skip
+    add("--dtype", "Precision of the networks, such as bfloat16 or float32.", model,
+        essential=False, shown="the engine's", metavar="NAME")  # fmt: skip
     for part, help in part_options().items():
-        add(flag(part), type=Path, metavar="FILE", help=in_flags(help))
+        add(flag(part), in_flags(help), model, essential=False, type=Path, metavar="PATH")
+    add("--memory", "lean holds one network at a time, fast holds all. auto holds all with --interactive if they fit.",
+        speed, essential=False, choices=MEMORY, default=MEMORY[0], metavar="NAME")  # fmt: skip
+    add("--batch-size", "Pictures that are denoised together. A picture does not depend on it.", speed,
+        essential=False, type=int, default=1, metavar="N")  # fmt: skip
+    add("--backend", "Engine.", speed,
+        essential=False, choices=BACKENDS, shown=f"{DEFAULT} on this computer", metavar="NAME")  # fmt: skip
+    add("--force", "Continue if memory seems too small.", speed, essential=False, action="store_true")
+
+
+def _add_pictures(parser: CommandParser) -> None:
+    add, picture = parser.option, GenerateGroup.PICTURE
+    add("--prompt", "Text that describes the picture. You can repeat this option.", picture,
+        dest="prompts", action="append", default=[], metavar="TEXT")  # fmt: skip
+    add("--prompt-file", "File with prompts, one in each line. - reads them from stdin.", picture,
+        essential=False, type=Path, metavar="FILE")  # fmt: skip
+    add("--seed", "Seed of the noise at the start. You can repeat this option.", picture,
+        shown="0", dest="seeds", type=int, action="append", default=[], metavar="N")  # fmt: skip
+    add("--count", "Pictures for each prompt. Their seeds are seed, seed + 1, ...", picture,
+        type=int, default=1, metavar="N")  # fmt: skip
+
+
+def _add_output(parser: CommandParser) -> None:
+    add, output, record = parser.option, GenerateGroup.OUTPUT, GenerateGroup.RECORD
+    add("--output", "Picture to write: .png, .jpg or .webp. {seed}, {index} and {prompt} in it are filled in. "
+        "- writes to stdout.", output, type=Path, default=Path("output.png"), metavar="NAME")  # fmt: skip
+    add("--interactive", "Keep the model loaded, and read one prompt after another.", output, action="store_true")
+    add("--overwrite", "Replace pictures that exist.", output, action="store_true")
+    add("--preview-steps", "Write NAME.preview.png every K steps. 0 writes none.", output,
+        essential=False, type=int, default=0, metavar="K")  # fmt: skip
+    add("--no-thumbnail", "Do not show the picture in the terminal.", output, essential=False, action="store_true")
+    add("--from-image", "Make this picture again. Other options change it.", record,
+        essential=False, type=Path, metavar="PICTURE")  # fmt: skip
+    add("--no-metadata", "Do not write into the picture how it was made.", record,
+        essential=False, action="store_true")  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

@@ -16,8 +16,14 @@ from zimage_ref.lora.spellings import is_lora
 from zimage_ref.pictures.formats import PICTURE_SUFFIXES
 
 from ..terminal.console import Console
+from ..terminal.parser import CommandParser
 
-_LONGEST = 300  # the most characters of a metadata value in the table
+_LONGEST = 300  # characters of a metadata value that the table shows
+_EXAMPLES = (
+    ("See whether a LoRA fits, and its rank and layers:", "zimage inspect --input dog.safetensors"),
+    ("See how a picture was made:", "zimage inspect --input fox.png"),
+    ("Check the files of a model:", "zimage inspect --input ~/Z-Image-Turbo --verify"),
+)
 
 
 class View(Protocol):
@@ -32,15 +38,20 @@ def view(kind: str) -> View:
     return cast(View, import_module(f".inspect_{kind}", __package__))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `zimage inspect`."""
-    parser.add_argument("--input", type=Path, required=True, help="file or folder to look into, or the name of a model")
-    parser.add_argument("--limit", type=int, default=20, help="tensors to list, 0 for all (default: 20)")
-    parser.add_argument(
-        "--filter", metavar="GLOB", default="*", help="list only tensors whose names match, as '*norm*'"
+def add_options(parser: CommandParser) -> None:
+    """The options of `zimage inspect`."""
+    parser.usage = "zimage inspect --input PATH [options]"
+    parser.examples = _EXAMPLES
+    parser.option(
+        "--input", "File or folder to look into, or the name of a model.", type=Path, required=True, metavar="PATH"
     )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
-    parser.add_argument("--verify", action="store_true", help="read all data: checksums, NaN, infinity, zeros")
+    parser.option("--limit", "Tensors to list. 0 lists all.", type=int, default=20, metavar="N")
+    parser.option("--filter", "List only tensors whose names match, such as '*norm*'.", metavar="GLOB", default="*")
+    parser.option("--json", "Print everything as JSON, for programs.", action="store_true")
+    parser.option(
+        "--verify", "Read all data. Check checksums, and look for NaN, infinity and tensors of zeros.",
+        action="store_true",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -99,4 +110,4 @@ def show_faults(faults: list[Fault] | None, console: Console) -> None:
     if faults:
         console.table(("tensor", "fault"), [(fault.tensor, fault.fact) for fault in faults])
     elif faults is not None:
-        console.print("verified: all values are finite, no tensor is zero, all checksums are right")
+        console.print("verified: all values are finite, no tensor is zero, all checksums are correct")

@@ -11,6 +11,7 @@ from zimage_ref import TrainConfig
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
+from zimage_ref.training.config import TrainGroup
 from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
 from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
@@ -19,17 +20,43 @@ from ..terminal import blas
 from ..terminal.backends import require_mlx
 from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
+from ..terminal.parser import CommandParser
 from ..terminal.signals import noted
 
-_LOG_EVERY = 10.0  # seconds between lines if the output is not a terminal with bars
+_LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
+_EXAMPLES = (
+    (
+        "Check a run before you start it:",
+        'zimage train --model-dir ~/Z-Image --dataset dog --trigger "sks dog" --dry-run',
+    ),
+    (
+        "Train, save every 500 steps, and draw a preview now and then:",
+        'zimage train --model-dir ~/Z-Image --dataset dog --trigger "sks dog" --output dog.safetensors '
+        '--resolution 768 --steps 2500 --save-every 500 --preview-prompt "a photo of sks dog in snow"',
+    ),
+    (
+        "Take the options from a file:",
+        "zimage train --config examples/train-character.toml --dataset dog --output rex.safetensors",
+    ),
+)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `zimage train`."""
+def add_options(parser: CommandParser) -> None:
+    """The options of `zimage train`."""
+    parser.usage = "zimage train --model-dir MODEL --dataset FOLDER [options]"
+    parser.examples = _EXAMPLES
     add_fields(parser, TrainConfig, from_file=True)
-    parser.add_argument("--config", type=Path, help="file with options (.toml or .json); those given here come first")
-    parser.add_argument("--dump-config", action="store_true", help="print all options as TOML and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, load no weights")
+    parser.option(
+        "--config", "File with options (.toml or .json). The command line overrides it.",
+        TrainGroup.RUN, type=Path, metavar="FILE",
+    )  # fmt: skip
+    parser.option(
+        "--dry-run", "Check everything and show the plan. Load no weights.",
+        TrainGroup.RUN, action="store_true",
+    )  # fmt: skip
+    parser.option(
+        "--dump-config", "Print all options as TOML and stop.", TrainGroup.RUN, essential=False, action="store_true"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -8,12 +8,17 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from zimage_ref.errors import ConfigError
+from zimage_ref.options import choices_of
 from zimage_ref.options_file import typed
 
+from .parser import CommandParser, OptionInfo, shown_default
+
 AnyConfig = TypeVar("AnyConfig")
+
+_VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # the words that help has for values of a type
 
 
 def flag(name: str) -> str:
@@ -27,9 +32,9 @@ def in_flags(text: str) -> str:
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, config: type[Any], from_file: bool = False, without: Collection[str] = ()
+    parser: CommandParser, config: type[Any], from_file: bool = False, without: Collection[str] = ()
 ) -> None:
-    """Adds one option for each field of the dataclass `config`, except `without`. Without a default, it is required.
+    """One option for each field of the dataclass `config` except those `without`; one without a default is required.
 
     from_file: a file may give values too, so options that are not given are left out of the parsed arguments.
     """
@@ -40,7 +45,7 @@ def add_fields(
         settings = _settings(field, hints[field.name])
         if from_file:
             settings |= {"default": argparse.SUPPRESS, "required": False}
-        parser.add_argument(flag(field.name), dest=field.name, **settings)
+        parser.add(_info(field, hints[field.name]), dest=field.name, **settings)
 
 
 def from_args(config: type[AnyConfig], args: argparse.Namespace, file: Mapping[str, Any] | None = None) -> AnyConfig:
@@ -73,21 +78,39 @@ def path_and_scale(text: str) -> tuple[Path, float]:
     return Path(path), number
 
 
+def _info(field: Field[Any], hint: Any) -> OptionInfo:
+    """What help and pages say of a field."""
+    default = "required" if field.default is MISSING else shown_default(field.default)
+    return OptionInfo(
+        flag(field.name),
+        in_flags(field.metadata["help"]),
+        "auto" if field.metadata.get("auto") else default,
+        choices_of(field),
+        field.metadata.get("group"),
+        field.metadata.get("essential", False),
+        is_path=Path in (hint, *get_args(hint)),
+    )
+
+
 def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
-    help = in_flags(field.metadata["help"]).replace("%", "%%")
-    if field.default is MISSING:
-        return {"required": True, "type": hint, "metavar": field.name.upper(), "help": help}
+    """What argparse has to know of a field."""
     if hint is bool:
-        return {"action": "store_true", "help": help}
+        return {"action": "store_true"}
     several = get_origin(hint) is tuple
-    shown = ",".join(map(str, field.default)) if several else field.default
-    return {
-        "default": field.default,
-        "type": _parser(hint, several and not field.metadata.get("repeatable")),
-        "metavar": field.name.upper(),
-        "help": f"{help} (default: {shown})" if shown not in ("", None) else help,
-        **({"action": _Collect} if several else {}),
-    }
+    commas = several and not field.metadata.get("repeatable")
+    settings: dict[str, Any] = {"type": _parser(hint, commas), "metavar": _value(field, hint, commas)}
+    if field.default is MISSING:
+        return {**settings, "required": True}
+    if choices_of(field) and not several:  # of several, the config checks each
+        settings["choices"] = choices_of(field)
+    return {**settings, "default": field.default, **({"action": _Collect} if several else {})}
+
+
+def _value(field: Field[Any], hint: Any, commas: bool) -> str:
+    """The word that help has for a value."""
+    inner = next((kind for kind in (hint, *get_args(hint)) if kind in _VALUES), str)
+    word: str = field.metadata["value"] or ("NAME" if choices_of(field) else _VALUES[inner])
+    return f"{word},..." if commas else word
 
 
 def _parser(hint: Any, commas: bool) -> Any:

@@ -184,9 +184,9 @@ def test_the_command_line_offers_an_option_for_its_file(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["generate", "--help"])
+        main(["generate", "--help-all"])
     text = " ".join(capfd.readouterr().out.split())
-    assert "--sketch-net FILE file or folder of the sketch network, instead of the one in --model-dir" in text
+    assert "--sketch-net PATH File or folder of the sketch network. It replaces the one in --model-dir." in text
     sketch = with_sketch(model, tmp_path / "other", "sketch_net/a.npz") / "sketch_net"
     argv = ["generate", f"--model-dir={model}", "--prompt=x", "--width=32", "--height=32", "--steps=1"]
     argv += ["--backend=numpy", f"--output={tmp_path / 'x.png'}", "--no-thumbnail"]

@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.messages import FILES, messages, plain
 from support.pages import ROOT, identify, read
 
-from zimage_ref import errors
-
 PAGE = ROOT / "docs" / "troubleshooting.md"
-FILES = [path for package in ("zimage_ref", "zimage_mlx", "cli") for path in sorted((ROOT / package).rglob("*.py"))]
-ERRORS = {
-    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.ZImageError)
-}
-SPEAKERS = {*ERRORS, "Notice", "warn", "note", "error"}  # what is called with a message as its first argument
-_SHORTEST = 8  # letters of a part that is looked for: shorter ones are everywhere
-
-
-def parts(node: ast.expr) -> list[str]:
-    """The fixed parts of the text that an expression makes, of every way it may go."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]
-    if isinstance(node, ast.JoinedStr):
-        joined = "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        return joined.split("\0")
-    if isinstance(node, ast.BinOp):
-        return [*parts(node.left), *parts(node.right)]
-    return []
-
-
-def messages(source: str) -> Iterator[tuple[int, str]]:
-    """Line and longest fixed part of every message in `source`."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and node.args:
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            longest = max(map(plain, parts(node.args[0])), key=len, default="")
-            if name in SPEAKERS and len(longest) >= _SHORTEST:
-                yield node.lineno, longest
-
-
-def plain(text: str) -> str:
-    """Fields in backticks as options of the command line, other backticks gone, one space between words."""
-    text = re.sub(r"`([a-z][a-z0-9_]*)`", lambda field: f"--{field[1].replace('_', '-')}", text)
-    return " ".join(text.replace("`", "").split()).strip(" :;,.()")
 
 
 @pytest.fixture(scope="module")

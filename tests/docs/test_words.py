@@ -1,4 +1,4 @@
-"""Patterns that make English hard to read have no place in what people read first. CONTRIBUTING.md says why."""
+"""Patterns that make English hard to read have no place in pages, examples, help and messages. See CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from support.messages import FILES, sentences
 from support.pages import PAGES, ROOT, identify, prose, read
+
+from zimage_cli.commands import root_parser
 
 TEXTS = [*PAGES, *sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())]
 _START = r"(?:^|(?<=[.!?:] ))"  # of a sentence
+ROOT_PARSER = root_parser()
 BANNED = {  # pattern -> what to write instead
     r"\bbut by\b": "except by",
     r"\bbut for\b": "except for, apart from",
@@ -44,6 +48,36 @@ def faults(text: str) -> list[str]:
 def test_no_banned_pattern_is_used(path: Path) -> None:
     text = read(path)
     assert faults(prose(text) if path.suffix == ".md" else text) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_the_program_says_no_banned_pattern(path: Path) -> None:
+    """In messages and in all else that it prints."""
+    found = [f"line {line}: {fault}" for line, text in sentences(read(path)) for fault in faults(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize("command", ROOT_PARSER.commands)
+def test_help_has_no_banned_pattern(command: str) -> None:
+    parser = ROOT_PARSER.commands[command]
+    texts = [parser.description or "", parser.notes, *(what for what, _ in parser.examples)]
+    assert [fault for text in texts for fault in faults(text)] == []
+    for info in map(parser.info, parser.arguments):
+        assert faults(info.meaning) == [], info.flag
+        assert re.fullmatch(r"([A-Z0-9]|lean |tokenizer|- ).*\.", info.help, re.DOTALL), info.flag  # sentences
+
+
+def test_texts_are_found_in_source() -> None:
+    source = '''
+"""A docstring of the module."""
+NOTE = """two words"""
+def f(path, fact):
+    """Another docstring."""
+    raise ConfigError(f"{path}: what {fact} is" + " not", 3)
+x = option(3, "a help text", help={"one": "of a table"}, style="<p>no sentence</p>")
+'''
+    found = [text for _, text in sentences(source)]
+    assert sorted(found) == ["X: what X isX not", "a help text", "of a table", "two words"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ for backend in backends:
     assert (written == made[backend, "midpoint"]).all()
     assert np.abs(made[backend, "midpoint"] - made[backend, "euler"]).max() > 2
     assert np.abs(made[backend, "midpoint"] - made["numpy", "midpoint"]).max() <= 1
-main(["generate", "--help"])
+main(["generate", "--help-all"])
 """
 
 
@@ -72,4 +72,4 @@ def test_a_sampler_is_one_function_and_one_entry(model_dir: Path, tmp_path: Path
         env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "one of midpoint, euler, heun, dpm++2m" in done.stdout  # the help
+    assert "Choices: midpoint, euler, heun, dpm++2m" in done.stdout  # the help

@@ -161,16 +161,15 @@ def test_a_file_that_the_version_before_dumped_says_the_same(tmp_path: Path) -> 
 def test_help_says_what_auto_comes_to(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     text = " ".join(capfd.readouterr().out.split())
     for name, fact in {
-        "steps": "as many as --epochs takes", "lr": "1e-4 at Z-Image's width, more for a narrower model",
-        "preview-size": "the largest --resolution", "preview-steps": "8 for Turbo, 30 for the base model",
-        "preview-guidance": "0 for Turbo, 4 for the base model", "cache": "zimage-cache beside --output",
+        "steps N": "as many as --epochs need", "lr X": "1e-4 for Z-Image, and more for a narrower model",
+        "preview-size N": "the largest --resolution", "preview-steps N": "8 for Turbo, 30 for the base model",
+        "preview-guidance X": "0 for Turbo, 4 for the base model", "cache FOLDER": "zimage-cache beside --output",
     }.items():  # fmt: skip
-        upper = name.upper().replace("-", "_")
-        assert re.search(rf"--{name} {upper} [^()]*; default: auto \({re.escape(fact)}\)", text), name
-    assert "(default: None)" not in text and LR == 1e-4
+        assert re.search(rf"--{name} [^:]*\. With auto, {re.escape(fact)}\. Default: auto", text), name
+    assert "Default: None" not in text and LR == 1e-4
 
 
 @pytest.mark.parametrize(

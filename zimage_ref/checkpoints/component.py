@@ -56,8 +56,8 @@ class Component(Generic[ConfigT]):
 
     @property
     def option_help(self) -> str:
-        """The help text of the option for its file."""
-        return f"file or folder of the {self.title}, instead of the one in `model_dir`"
+        """What the option for its file says."""
+        return f"File or folder of the {self.title}. It replaces the one in `model_dir`."
 
     def own_config(self, config: Config) -> ConfigT:
         """`config` as this component's config type. Raises TypeError if it is a config of another component."""

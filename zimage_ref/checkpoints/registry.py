@@ -16,7 +16,7 @@ TOKENIZER = "tokenizer"  # the one part of a model that is not a network
 def part_options() -> dict[str, str]:
     """Every part of a model that you can give a file for -> the help text of its option."""
     options = {name: component.option_help for name, component in COMPONENTS.items()}
-    return options | {TOKENIZER: "tokenizer.json, or its folder, instead of the one in `model_dir`"}
+    return options | {TOKENIZER: "tokenizer.json, or its folder. It replaces the one in `model_dir`."}
 
 
 def model_types() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from zimage_ref.errors import ConfigError
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
-from zimage_ref.options import at_least, at_most, one_of, option, required
+from zimage_ref.options import Group, at_least, at_most, check_choices, option, required
 from zimage_ref.pictures.images import FITS, PictureSource
 
 from .samplers import SAMPLERS
@@ -42,6 +42,21 @@ def by_model(name: str) -> str:
     return f"{getattr(TURBO, name):g} for Turbo, {getattr(BASE, name):g} for the base model"
 
 
+class GenerateGroup(Group):
+    """What the options of `zimage generate` are about."""
+
+    MODEL = "Model"
+    PICTURE = "Prompt and size"
+    DENOISING = "Denoising"
+    START = "Start from a picture"
+    OUTPUT = "Output"
+    RECORD = "Make a picture again"
+    SPEED = "Memory and engine"
+
+
+_, PICTURE, DENOISING, START, _, _, _ = GenerateGroup
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """The options of one picture. None: the model or the given picture decides; see `jobs`.
@@ -49,32 +64,70 @@ class GenerateConfig:
     Raises ConfigError for values out of bounds, and for options that need `init_image` if there is none.
     """
 
-    prompt: str = required("what the picture shows")
-    negative_prompt: str = option("", "what it should not show; needs guidance")
-    width: int | None = option(
-        None, f"pixels, a multiple of {SIDE_MULTIPLE}, or auto: that of `init_image`, else {DEFAULT_SIDE}"
+    prompt: str = required("Text that describes the picture.", PICTURE)
+    negative_prompt: str = option(
+        "", "Text that describes the things to avoid. It works only with guidance.", PICTURE, value="TEXT"
     )
-    height: int | None = option(None, "as `width`; the shape of `init_image` decides where only one is given")
-    steps: int | None = option(None, f"denoising steps (auto: {by_model('steps')})")
+    width: int | None = option(
+        None,
+        f"Width in pixels, a multiple of {SIDE_MULTIPLE}. With auto, that of `init_image`, or {DEFAULT_SIDE}.",
+        PICTURE,
+        essential=True,
+        auto=True,
+    )
+    height: int | None = option(
+        None,
+        "Height in pixels, as `width`. If you give only one of them, `init_image` decides the other.",
+        PICTURE,
+        essential=True,
+        auto=True,
+    )
+    steps: int | None = option(
+        None, f"Denoising steps. With auto, {by_model('steps')}.", DENOISING, essential=True, auto=True
+    )
     guidance: float | None = option(
         None,
-        f"classifier-free guidance, 0 is none (auto: {by_model('guidance')})",
+        f"Strength of classifier-free guidance. 0 is none. With auto, {by_model('guidance')}.",
+        DENOISING,
+        essential=True,
+        auto=True,
     )
     shift: float | None = option(
-        None, "shift of the noise levels (auto: the checkpoint's, 3 for Turbo, 6 for the base)"
+        None,
+        "Shift of the noise levels. With auto, the checkpoint's: 3 for Turbo, 6 for the base model.",
+        DENOISING,
+        auto=True,
     )
-    sampler: str = option("euler", f"one of {', '.join(SAMPLERS)}")
-    cfg_normalization: float = option(0.0, "longest that guidance may make a prediction, 1 is no longer; 0: no limit")
-    cfg_truncation: float = option(1.0, "part of the way, 0 to 1, after which there is no guidance")
-    seed: int = option(0, "seed of the starting noise")
-    init_image: PictureSource | None = option(None, "picture to start from")
+    sampler: str = option("euler", "How a step is computed.", DENOISING, choices=SAMPLERS)
+    cfg_normalization: float = option(
+        0.0,
+        "Limit on the norm of the guided prediction, as a multiple of the norm without guidance. 0 sets no limit.",
+        DENOISING,
+    )
+    cfg_truncation: float = option(
+        1.0, "Time at which guidance ends: 0 is the start of denoising, 1 is its end.", DENOISING
+    )
+    seed: int = option(0, "Seed of the noise at the start.", PICTURE)
+    init_image: PictureSource | None = option(None, "Picture to start from.", START, value="PICTURE", essential=True)
     strength: float | None = option(
         None,
-        f"how much of `init_image` to change, 1 is all (auto: {IMAGE_STRENGTH:g}, with `mask` {MASK_STRENGTH:g})",
+        f"How much of `init_image` changes, 0 to 1. With auto, {IMAGE_STRENGTH:g}, or {MASK_STRENGTH:g} "
+        f"if there is a `mask`.",
+        START,
+        essential=True,
+        auto=True,
     )
-    mask: PictureSource | None = option(None, "black and white picture the size of `init_image`: white is painted anew")
+    mask: PictureSource | None = option(
+        None,
+        "Black and white picture of the same size as `init_image`. The white part is painted anew.",
+        START,
+        value="PICTURE",
+    )
     fit: str = option(
-        "crop", f"how `init_image` comes to another shape: {', '.join(FITS)} (with `mask`: to be painted)"
+        "crop",
+        "How `init_image` is changed to another shape. With a `mask`, the edges that pad adds are painted.",
+        START,
+        choices=FITS,
     )
 
     def __post_init__(self) -> None:
@@ -90,8 +143,7 @@ class GenerateConfig:
         at_most(self, 1, "cfg_truncation", "strength")
         if self.shift is not None and not 0 < self.shift < math.inf:
             raise ConfigError(f"`shift` {self.shift} must be above 0")
-        one_of(self, "sampler", SAMPLERS)
-        one_of(self, "fit", FITS)
+        check_choices(self)
         if self.init_image is None:
             needs_picture = {
                 "strength": self.strength is not None, "mask": self.mask is not None, "fit": self.fit != "crop"

@@ -49,7 +49,7 @@ class RunSettings:
     metadata: bool = True  # whether to make records
 
     def __post_init__(self) -> None:
-        one_of(self, "memory", MEMORY)
+        one_of("memory", self.memory, MEMORY)
         if self.batch_size < 1 or self.preview_steps < 0:
             raise ConfigError("`batch_size` must be at least 1 and `preview_steps` at least 0")
 

@@ -76,5 +76,5 @@ class Parts:
     def _number(self, part: str) -> float:
         key, tensor = self.tensors[part]
         if tensor.size != 1:
-            raise self.error(f"{key} has shape {tensor.shape} instead of one number")
+            raise self.error(f"{key} has shape {tensor.shape}: it must be one number")
         return float(self.array(part, ndim=None).reshape(()))

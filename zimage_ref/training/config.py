@@ -5,6 +5,7 @@ Traits of a field:
     free          you may change the option when you resume a run; the result stays the same, bit for bit
     auto          None means that the run decides; users write "auto", and the help says what the run decides
     repeatable    users give the option once for each value
+    essential     most runs need it or gain by it: short help shows it
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.generation.config import by_model, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
-from zimage_ref.model.flow import TimestepSampling
-from zimage_ref.model.parameters import LORA_TARGETS, check_targets
-from zimage_ref.options import MEMORY, at_least, one_of, option, required
+from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
+from zimage_ref.model.parameters import LORA_TARGETS, TARGETS
+from zimage_ref.options import MEMORY, Group, at_least, check_choices, option, required
 
 from .optimizers import OPTIMIZERS
 
@@ -36,6 +37,23 @@ PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # those of the frozen base
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
+class TrainGroup(Group):
+    """What the options of `zimage train` are about."""
+
+    MODEL = "Model"
+    DATA = "Pictures and captions"
+    LORA = "What is learned"
+    PACE = "How far and how fast"
+    NOISE = "Noise levels"
+    CHECKS = "Held-out loss and previews"
+    SAVING = "Saving"
+    MEMORY = "Memory"
+    RUN = "The run"
+
+
+MODEL, DATA, LORA, PACE, NOISE, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The options of a LoRA training run. Raises ConfigError for values out of bounds.
@@ -43,81 +61,153 @@ class TrainConfig:
     You may give paths as text. You may give options of several values as one value or as a list.
     """
 
-    model_dir: Path = required("folder with the Z-Image model, or a repository's id", free=True)
-    dataset: Path = required("folder with pictures and captions (.txt, metadata.jsonl or captions.json)", free=True)
-    output: Path = option(Path("lora_weights.safetensors"), "LoRA file to write (.safetensors)", free=True)
-    rank: int = option(16, "rank of the LoRA matrices")
-    alpha: float = option(16.0, "LoRA strength; the update is scaled by alpha / rank")
-    epochs: int = option(100, "passes over the dataset")
-    steps: int | None = option(None, "optimizer steps to make; default: auto (as many as `epochs` takes)", auto=True)
-    lr: float | None = option(
-        None, "learning rate; default: auto (1e-4 at Z-Image's width, more for a narrower model)", auto=True
+    model_dir: Path = required(
+        "Folder with a Z-Image model, or the name of a repository on Hugging Face.",
+        MODEL,
+        value="MODEL",
+        essential=True,
+        free=True,
     )
-    resolution: tuple[int, ...] = option((256,), "pictures get the area of a square of this side; or of these: 512,768")
-    batch_size: int = option(1, "pictures in a batch, all of one size")
-    grad_accumulation: int = option(1, "batches to a step")
-    seed: int = option(0, "seed of noise, times, order and initialisation")
+    dataset: Path = required(
+        "Folder with pictures and captions (.txt, metadata.jsonl or captions.json).",
+        DATA,
+        value="FOLDER",
+        essential=True,
+        free=True,
+    )
+    output: Path = option(
+        Path("lora_weights.safetensors"), "LoRA file to write.", SAVING, value="FILE", essential=True, free=True
+    )
+    rank: int = option(16, "Rank of the LoRA. A higher rank learns more.", LORA, essential=True)
+    alpha: float = option(16.0, "Strength of the LoRA. Its change of the weights is multiplied by alpha / rank.", LORA)
+    epochs: int = option(100, "Times that the run goes through the dataset.", PACE)
+    steps: int | None = option(
+        None, "Training steps. With auto, as many as `epochs` need.", PACE, essential=True, auto=True
+    )
+    lr: float | None = option(
+        None, "Learning rate. With auto, 1e-4 for Z-Image, and more for a narrower model.", PACE, auto=True
+    )
+    resolution: tuple[int, ...] = option(
+        (256,),
+        "Pictures are scaled to the area of a square of this side, in pixels.",
+        DATA,
+        essential=True,
+    )
+    batch_size: int = option(1, "Pictures in a batch. A batch holds pictures of one size.", PACE)
+    grad_accumulation: int = option(1, "Batches in a step.", PACE)
+    seed: int = option(0, "Seed of noise, noise levels, order and first weights.", PACE)
 
-    trigger: str = option("", "word for the thing to learn: put in place of [trigger] in captions, or before them")
-    caption_dropout: float = option(0.05, "share of pictures shown with the empty prompt, for guidance to work")
-    repeats: int = option(1, "times each picture is shown in an epoch")
-    flip: bool = option(False, "mirror pictures left to right half of the time")
-    max_upscale: float = option(1.0, "pictures smaller than `resolution` are enlarged at most this many times")
-    square: bool = option(False, "crop every picture to a square instead of keeping its shape")
+    trigger: str = option(
+        "",
+        "Words for the new thing. They replace [trigger] in captions, or go in front.",
+        DATA,
+        value="WORDS",
+        essential=True,
+    )
+    caption_dropout: float = option(
+        0.05, "Share of pictures that are shown without their caption. Guidance needs it.", DATA
+    )
+    repeats: int = option(1, "Times that an epoch shows each picture.", DATA)
+    flip: bool = option(False, "Mirror each picture left to right, half of the time.", DATA)
+    max_upscale: float = option(1.0, "A picture smaller than `resolution` is enlarged at most this many times.", DATA)
+    square: bool = option(False, "Crop each picture to a square. Without this option it keeps its shape.", DATA)
     cache: Path | None = option(
         None,
-        "folder for latents and caption features; default: auto (zimage-cache beside `output`)",
+        "Folder for encoded pictures and captions. With auto, zimage-cache beside `output`.",
+        DATA,
+        value="FOLDER",
         free=True,
         auto=True,
     )
-    validation: str = option("", "pictures to measure but not to learn: a folder, or a fraction of the dataset")
-    validation_every: int = option(50, "steps between measurements of the held-out loss", free=True)
-
-    lora_format: str = option(DEFAULT_NAMING, f"key naming of the LoRA file: {', '.join(lora_namings())}", free=True)
-    targets: tuple[str, ...] = option(
-        (*LORA_TARGETS, "refiners"), "layers to train: attention, feed-forward, refiners (their share too), adaln, all"
+    validation: str = option(
+        "",
+        "Pictures to test on, not to learn: a folder, or a share such as 0.1.",
+        CHECKS,
+        value="FOLDER|SHARE",
+        essential=True,
     )
-    optimizer: str = option("adamw", f"one of {', '.join(OPTIMIZERS)}")
-    weight_decay: float = option(1e-2, "weight decay, of the optimizers that have one")
-    warmup: int = option(20, "steps over which the learning rate rises from 0")
-    schedule: str = option("cosine", f"learning rate after the warmup: {', '.join(SCHEDULES)}")
-    grad_clip: float = option(1.0, "longest gradient, as one vector over all layers (0: any)")
-    ema: float = option(0.0, "decay of an average of the LoRA over steps, which becomes the result (0: none)")
-    lora_plus: float = option(1.0, "learning rate of B over that of A")
-    rank_dropout: float = option(0.0, "share of ranks that rest in a step")
+    validation_every: int = option(50, "Steps between two measurements of the held-out loss.", CHECKS, free=True)
+
+    lora_format: str = option(
+        DEFAULT_NAMING, "Spelling of the keys in the LoRA file.", SAVING, choices=lora_namings, free=True
+    )
+    targets: tuple[str, ...] = option(
+        (*LORA_TARGETS, "refiners"),
+        "Layers that the LoRA changes. refiners adds the same layers of the refiner blocks.",
+        LORA,
+        choices=TARGETS,
+    )
+    optimizer: str = option("adamw", "Optimizer that changes the LoRA.", PACE, choices=OPTIMIZERS)
+    weight_decay: float = option(1e-2, "Weight decay, for an optimizer that has one.", PACE)
+    warmup: int = option(20, "Steps in which the learning rate rises from 0.", PACE)
+    schedule: str = option("cosine", "How the learning rate changes after the warmup.", PACE, choices=SCHEDULES)
+    grad_clip: float = option(1.0, "Largest norm of the gradient of all layers. 0 sets no limit.", PACE)
+    ema: float = option(
+        0.0, "Decay of an average of the LoRA over the steps. The average becomes the result. 0 makes no average.", PACE
+    )
+    lora_plus: float = option(1.0, "The learning rate of matrix B is that of matrix A times this number.", PACE)
+    rank_dropout: float = option(0.0, "Share of the ranks that a step does not train.", LORA)
     timesteps: str = option(
-        "auto", "how noise levels are drawn: auto, uniform, logit-normal, sigmoid, weighted, shift=S"
+        "auto", f"How noise levels are drawn. Choices: {', '.join(TIMESTEP_SAMPLINGS)}, shift=S.", NOISE, value="NAME"
     )
     base_precision: str = option(
-        "auto", "the frozen model in bf16, f32, 8 or 4 bits (auto: bf16 on a GPU); 8 and 4 also for captions"
+        "auto",
+        "Precision of the base model: a type, or bits. auto is bf16 on a GPU.",
+        MEMORY_USE,
+        choices=PRECISIONS,
+        value="NAME",
+        essential=True,
     )
-    memory: str = option("auto", f"memory for speed: {', '.join(MEMORY)} (auto: as much as the machine has)", free=True)
-    training_adapter: Path | None = option(None, "LoRA that undoes Turbo's distillation while training", free=True)
-    transformer: Path | None = option(None, _PARTS["transformer"], free=True)
-    text_encoder: Path | None = option(None, _PARTS["text_encoder"], free=True)
-    vae: Path | None = option(None, _PARTS["vae"], free=True)
-    tokenizer: Path | None = option(None, _PARTS["tokenizer"], free=True)
+    memory: str = option(
+        "auto",
+        "lean takes less memory, fast takes less time. auto takes fast if the machine has enough memory.",
+        MEMORY_USE,
+        choices=MEMORY,
+        free=True,
+    )
+    training_adapter: Path | None = option(
+        None,
+        "For Turbo: LoRA that undoes its distillation during training.",
+        MODEL,
+        value="FILE",
+        essential=True,
+        free=True,
+    )
+    transformer: Path | None = option(None, _PARTS["transformer"], MODEL, free=True)
+    text_encoder: Path | None = option(None, _PARTS["text_encoder"], MODEL, free=True)
+    vae: Path | None = option(None, _PARTS["vae"], MODEL, free=True)
+    tokenizer: Path | None = option(None, _PARTS["tokenizer"], MODEL, free=True)
 
-    save_every: int = option(0, "also save the LoRA every N steps (0: only at the end)", free=True)
-    resume_every: int = option(100, "save what `resume` needs every N steps, and with each saved LoRA", free=True)
-    keep_last: int = option(0, "LoRA files of earlier steps to keep (0: all)", free=True)
-    preview_prompt: tuple[str, ...] = option(
-        (), "prompt to draw as training goes on; may be given several times", free=True, repeatable=True
+    save_every: int = option(
+        0, "Save the LoRA every N steps. 0 saves it only at the end.", SAVING, essential=True, free=True
     )
-    preview_every: int = option(250, "steps between previews", free=True)
+    resume_every: int = option(
+        100, "Save the state that `resume` needs every N steps, and with each saved LoRA.", SAVING, free=True
+    )
+    keep_last: int = option(0, "Number of LoRAs of earlier steps to keep. 0 keeps all.", SAVING, free=True)
+    preview_prompt: tuple[str, ...] = option(
+        (),
+        "Prompt to draw during training. You can repeat this option.",
+        CHECKS,
+        value="TEXT",
+        essential=True,
+        free=True,
+        repeatable=True,
+    )
+    preview_every: int = option(250, "Steps between two previews.", CHECKS, free=True)
     preview_size: int | None = option(
-        None, "side of previews in pixels; default: auto (the largest `resolution`)", free=True, auto=True
+        None, "Side of a preview in pixels. With auto, the largest `resolution`.", CHECKS, free=True, auto=True
     )
     preview_steps: int | None = option(
-        None, f"denoising steps of previews; default: auto ({by_model('preview_steps')})", free=True, auto=True
+        None, f"Denoising steps of a preview. With auto, {by_model('preview_steps')}.", CHECKS, free=True, auto=True
     )
     preview_guidance: float | None = option(
-        None, f"guidance of previews, 0 is none; default: auto ({by_model('guidance')})", free=True, auto=True
+        None, f"Guidance of a preview. 0 is none. With auto, {by_model('guidance')}.", CHECKS, free=True, auto=True
     )
-    resume: bool = option(False, "go on from where an earlier run into `output` stopped", free=True)
-    resume_anyway: bool = option(False, "resume although dataset, model or options have changed", free=True)
-    overwrite: bool = option(False, "replace `output`, and an unfinished run into it", free=True)
-    force: bool = option(False, "go on even if memory seems too small", free=True)
+    resume: bool = option(False, "Continue the run to `output` that was stopped.", SAVING, essential=True, free=True)
+    resume_anyway: bool = option(False, "Resume although dataset, model or options have changed.", SAVING, free=True)
+    overwrite: bool = option(False, "Replace `output`, and an unfinished run that writes to it.", SAVING, free=True)
+    force: bool = option(False, "Continue if memory seems too small.", MEMORY_USE, free=True)
 
     def __post_init__(self) -> None:
         for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *_PARTS):
@@ -158,12 +248,7 @@ class TrainConfig:
             check_side("preview_size", self.preview_size)
 
     def _check_names(self) -> None:
-        one_of(self, "optimizer", OPTIMIZERS)
-        one_of(self, "schedule", SCHEDULES)
-        one_of(self, "base_precision", PRECISIONS)
-        one_of(self, "lora_format", lora_namings())
-        one_of(self, "memory", MEMORY)
-        check_targets(self.targets)
+        check_choices(self)
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"`output` {self.output}: a LoRA is written as .safetensors")
