@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zimage_mlx import combined, read_lora, write_lora
+from zimage_mlx import combine_loras, read_lora, write_lora
 
 
 def path_and_scale(text: str) -> tuple[Path, float]:
@@ -31,7 +31,7 @@ def main() -> None:
     files = [(read_lora(path), scale) for path, scale in map(path_and_scale, args.loras)]
     for file, scale in files:
         print(f"{file.path} at {scale:g}: {file.dialect}, {len(file.updates)} layers")
-    lora = combined([(file.updates, scale) for file, scale in files], args.rank)
+    lora = combine_loras([(file.updates, scale) for file, scale in files], args.rank)
     write_lora(args.output, lora, {"sources": ", ".join(args.loras)}, with_sidecar=False)
     print(args.output)
 

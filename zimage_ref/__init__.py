@@ -20,7 +20,7 @@ __all__ = [
     "BackendError", "ConfigError", "DatasetError", "FormatError", "GenerateConfig", "GenerationRun", "LoRAFile",
     "ModelFolder", "Quantization", "RunSettings", "SchedulerConfig", "Target", "TextEncoderConfig", "TrainConfig",
     "TrainingError", "TransformerConfig", "VAEConfig", "WeightError", "ZImageError", "ZImagePipeline", "__version__",
-    "combined", "merged", "open_source", "read_lora", "write_lora", "write_model",
+    "combine_loras", "merge_loras", "open_source", "read_lora", "write_lora", "write_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time, `attributes` imports each name on first use
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time, `attributes` im
     from .generation.config import GenerateConfig
     from .generation.run import GenerationRun, RunSettings
     from .lora.file import LoRAFile, read_lora, write_lora
-    from .lora.merge import combined, merged
+    from .lora.merge import combine_loras, merge_loras
     from .model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
     from .pipeline import ZImagePipeline
     from .training.config import TrainConfig
@@ -46,7 +46,7 @@ else:
         ".generation.config": ["GenerateConfig"],
         ".generation.run": ["GenerationRun", "RunSettings"],
         ".lora.file": ["LoRAFile", "read_lora", "write_lora"],
-        ".lora.merge": ["combined", "merged"],
+        ".lora.merge": ["combine_loras", "merge_loras"],
         ".model.config": ["SchedulerConfig", "TextEncoderConfig", "TransformerConfig", "VAEConfig"],
         ".pipeline": ["ZImagePipeline"],
         ".training.config": ["TrainConfig"],

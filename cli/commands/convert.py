@@ -17,7 +17,7 @@ from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES, Quantizat
 from zimage_ref.formats.shards import parse_size
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
-from zimage_ref.lora.merge import merged
+from zimage_ref.lora.merge import merge_loras
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 
 from ..terminal.console import Console
@@ -112,7 +112,7 @@ def _with_loras(source: CheckpointSource, loras: list[str], console: Console) ->
     files = [(read_lora(path, parameters), scale) for path, scale in map(path_and_scale, loras)]
     for file, scale in files:
         console.facts(str(file.path), {**file.facts(), "merged at": f"{scale:g}"})
-    return merged(source.tensors, [(file.updates, scale) for file, scale in files])
+    return merge_loras(source.tensors, [(file.updates, scale) for file, scale in files])
 
 
 def summarize(report: ConversionReport, console: Console) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from zimage_ref import ConfigError
 from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
-from zimage_ref.lora.merge import combined
+from zimage_ref.lora.merge import combine_loras
 from zimage_ref.lora.spellings import DEFAULT_NAMING
 
 from ..terminal.console import Console
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         file = read_lora(path)
         console.facts(str(path), {**file.facts(), "used at": f"{scale:g}"})
         loras.append((file, scale))
-    lora = combined([(file.updates, scale) for file, scale in loras], args.rank)
+    lora = combine_loras([(file.updates, scale) for file, scale in loras], args.rank)
     record = {"sources": ", ".join(f"{file.path.name}:{scale:g}" for file, scale in loras)}
     dtype = args.dtype or _widest([file for file, _ in loras])
     write_lora(args.output, lora, record, args.naming or DEFAULT_NAMING, dtype, with_sidecar=False)

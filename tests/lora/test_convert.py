@@ -15,7 +15,7 @@ from zimage_ref import TrainConfig, WeightError
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora, write_lora
 from zimage_ref.lora.low_rank import LowRank
-from zimage_ref.lora.merge import combined, merged
+from zimage_ref.lora.merge import combine_loras, merge_loras
 from zimage_ref.lora.spellings import lora_namings
 
 
@@ -79,7 +79,7 @@ def test_combining_is_exact_and_reducing_is_the_best_of_its_rank(tmp_path: Path)
     first = read_lora(make("kohya", tmp_path), SHAPES).updates
     lora_makers.comfy(tmp_path / "b.safetensors", lora_makers.factors(LAYERS, 3, seed=9), 3, BASE)
     second = read_lora(tmp_path / "b.safetensors", SHAPES).updates
-    whole, few = combined([(first, 0.7), (second, -0.5)]), combined([(first, 0.7), (second, -0.5)], rank=5)
+    whole, few = combine_loras([(first, 0.7), (second, -0.5)]), combine_loras([(first, 0.7), (second, -0.5)], rank=5)
     for name in list(first)[::5]:  # every shape
         wanted = 0.7 * difference(first[name], name) - 0.5 * difference(second[name], name)
         np.testing.assert_allclose(difference(whole[name], name), wanted, atol=1e-5)
@@ -97,24 +97,24 @@ def test_combining_is_exact_and_reducing_is_the_best_of_its_rank(tmp_path: Path)
 def test_what_is_not_low_rank_becomes_low_rank_by_reducing(tmp_path: Path) -> None:
     dense = read_lora(make("full_difference", tmp_path), SHAPES).updates
     lokr = read_lora(make("lokr", tmp_path), SHAPES).updates
-    assert_same(combined([(dense, 1.0)], rank=RANK), dense, 1e-5)  # the differences are of this rank
-    assert_same(combined([(dense, 0.25), (lokr, 0.75)], rank=RANK), lokr, 1e-5)
-    assert_same(combined([(dense, 0.25), (lokr, 0.75)]), lokr, 1e-5)
+    assert_same(combine_loras([(dense, 1.0)], rank=RANK), dense, 1e-5)  # the differences are of this rank
+    assert_same(combine_loras([(dense, 0.25), (lokr, 0.75)], rank=RANK), lokr, 1e-5)
+    assert_same(combine_loras([(dense, 0.25), (lokr, 0.75)]), lokr, 1e-5)
 
 
 def test_dora_is_not_combined_without_its_base(tmp_path: Path) -> None:
     dora = read_lora(make("onetrainer_dora", tmp_path), SHAPES).updates
-    assert combined([(dora, 1.0)]) == dora
+    assert combine_loras([(dora, 1.0)]) == dora
     for loras, rank in (([(dora, 0.5)], None), ([(dora, 1.0), (dora, 1.0)], None), ([(dora, 1.0)], 2)):
         with pytest.raises(WeightError, match=r"\.attention\.to_k: .*`merge_lora`"):
-            combined(loras, rank)
+            combine_loras(loras, rank)
 
 
 @pytest.mark.parametrize("name", ["comfy", "lokr", "onetrainer_dora"])
 def test_baking_in_is_the_weight_plus_the_delta_in_the_checkpoints_dtype(name: str, tmp_path: Path) -> None:
     lora = read_lora(make(name, tmp_path), SHAPES).updates
     tensors = {key: Tensor.of(value.astype(np.float16)) for key, value in BASE.items()}
-    baked = merged(tensors, [(lora, 0.5)])
+    baked = merge_loras(tensors, [(lora, 0.5)])
     assert baked.keys() == tensors.keys()
     for key, tensor in baked.items():
         wanted = tensors[key].read().astype(np.float64)
@@ -141,7 +141,7 @@ def test_the_command_line_combines_converts_bakes_and_inspects(
     argv = ["convert", "--model-type=lora", f"--input={a}:0.7", f"--input={b}:-0.5", f"--output={out}", "--rank=5"]
     assert main(argv) == 0
     first, second = (read_lora(path, SHAPES).updates for path in (a, b))
-    assert_same(read_lora(out, SHAPES).updates, combined([(first, 0.7), (second, -0.5)], 5), 1e-5)
+    assert_same(read_lora(out, SHAPES).updates, combine_loras([(first, 0.7), (second, -0.5)], 5), 1e-5)
 
     baked = tmp_path / "baked.npz"
     argv = ["convert", "--model-type=transformer", f"--input={model / 'transformer'}", f"--output={baked}"]

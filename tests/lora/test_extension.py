@@ -26,7 +26,7 @@ from zimage_ref.lora.arithmetic import AnyArray, Arithmetic
 from zimage_ref.lora.file import read_lora, write_lora
 from zimage_ref.lora.keys import Spelling
 from zimage_ref.lora.kinds import KINDS, DoRA
-from zimage_ref.lora.merge import combined
+from zimage_ref.lora.merge import combine_loras
 from zimage_ref.lora.namings import with_alpha_keys
 from zimage_ref.lora.parts import Parts
 from zimage_ref.lora.spellings import SPELLINGS, companions, lora_namings
@@ -185,9 +185,9 @@ def test_the_invented_kind_has_a_norm_is_added_and_reduced(kind: None) -> None:
     lora = sums()
     for name, update in lora.items():
         assert update.norm() == pytest.approx(np.linalg.norm(difference(update, name)), rel=1e-5)
-    halves = combined([(lora, 0.25), (lora, 0.75)])
+    halves = combine_loras([(lora, 0.25), (lora, 0.75)])
     assert_same(halves, lora, 1e-5)
-    few = combined([(lora, 1.0)], rank=2)  # which is what a sum of rows and columns has
+    few = combine_loras([(lora, 1.0)], rank=2)  # which is what a sum of rows and columns has
     assert {update.title for update in few.values()} == {"LoRA"}
     assert_same(few, lora, 1e-4)
 

@@ -15,7 +15,7 @@ from .low_rank import LowRank, concatenated
 from .updates import LoRA, Update, by_parameter, updated
 
 
-def merged(tensors: Tensors, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Tensor]:
+def merge_loras(tensors: Tensors, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Tensor]:
     """The checkpoint `tensors` (official names) with the LoRAs merged in.
 
     A tensor is changed when you read it, and keeps its dtype.
@@ -31,7 +31,7 @@ def _merged(tensor: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
     return Tensor(tensor.shape, tensor.dtype, read)
 
 
-def combined(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) -> LoRA:
+def combine_loras(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) -> LoRA:
     """The sum of `loras` at their scales, as one LoRA.
 
     Low-rank updates are concatenated; the result is exact. With `rank`, each is then reduced to the best update of at
