@@ -1,7 +1,11 @@
 """The entry point. It runs one command and turns errors into a line and an exit code.
 
-Exit codes: 0 done; 1 an error, explained in one line; 2 a command line that cannot be parsed; 130 stopped by Ctrl-C;
-143 stopped by SIGTERM.
+Exit codes:
+    0      done
+    1      an error, explained in one line
+    2      a command line that cannot be parsed
+    130    stopped by Ctrl-C
+    143    stopped by SIGTERM
 """
 
 from __future__ import annotations

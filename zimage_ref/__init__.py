@@ -1,4 +1,4 @@
-"""What Z-Image is, and the NumPy engine.
+"""The definitions of Z-Image, and the NumPy engine.
 
 `zimage_mlx` uses the definitions of this package: file formats, names and shapes of parameters, time and noise,
 checkpoints, LoRAs, datasets, options. The networks here run on NumPy only. They are written independently of those for

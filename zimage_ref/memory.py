@@ -222,7 +222,7 @@ def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "quan
         way_out = f"take a smaller {sides}, or `batch_size` 1"
     raise ConfigError(
         f"this takes about {most.total / 1e9:.1f} GB to {most.name}, {most.weights / 1e9:.1f} of it weights, and there "
-        f"are {limit / 1e9:.1f} GB: {way_out}; `force` tries it all the same"
+        f"are {limit / 1e9:.1f} GB: {way_out}; `force` tries it anyway"
     )
 
 

@@ -1,4 +1,4 @@
-"""zimage completions: a script with which a shell completes commands, options and their values."""
+"""zimage completions: prints a script for a shell. With it the shell completes commands, options and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXAMPLES = (
 
 
 def add_options(parser: CommandParser) -> None:
-    """The argument of `zimage completions`."""
+    """Adds the argument of `zimage completions`."""
     parser.usage = "zimage completions SHELL"
     parser.examples = _EXAMPLES
     parser.notes = "Start a new shell afterwards. Print the script again after an update of zimage."

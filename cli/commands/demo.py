@@ -119,7 +119,7 @@ def generate(
 
 
 def compare(console: Console, wanted: Sequence[Scene], made: Mapping[str, Sequence[Picture]]) -> None:
-    """Prints a table of which pictures show what their prompts say, judged by their pixels."""
+    """Prints a table: whether each picture shows its prompt, judged by its pixels."""
     verdicts = [["yes" if shows(look(p), s) else "no" for p, s in zip(ps, wanted, strict=True)] for ps in made.values()]
     rows = zip(map(prompt, wanted), *verdicts, strict=True)
     console.table(("prompt", *made), list(rows), title="Is the picture what the prompt says?")

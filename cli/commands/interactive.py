@@ -12,12 +12,12 @@ from zimage_ref.options_file import typed
 from ..terminal.options import path_and_scale
 from ..terminal.pictures import OutputNames, PictureWriter
 
-HELP = """A line is a prompt. A line that begins with / changes what the next pictures are like:
+HELP = """A line is a prompt. A line that begins with / changes the settings of the next pictures:
   /size 1024x768        width and height; /size alone: the default
   /steps 8              also /seed /guidance /negative-prompt /sampler /shift /init-image /strength /mask /fit ...
   /steps                without a value: the default
   /lora fox.safetensors:0.8, more.safetensors    the LoRAs to use; /lora alone: none
-  /show                 what is set
+  /show                 the settings
   /quit                 or the end of the input; Ctrl-C stops a picture under way"""
 _HINTS = get_type_hints(GenerateConfig)
 _DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(GenerateConfig)}

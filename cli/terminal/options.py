@@ -18,7 +18,7 @@ from .parser import CommandParser, OptionInfo, shown_default
 
 AnyConfig = TypeVar("AnyConfig")
 
-_VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # the words that help has for values of a type
+_VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  # the words for values of a type in help
 
 
 def flag(name: str) -> str:
@@ -74,12 +74,12 @@ def path_and_scale(text: str) -> tuple[Path, float]:
     if not colon or Path(text).exists():
         return Path(text), 1.0
     if not path or not math.isfinite(number):
-        raise ConfigError(f"{text}: a LoRA is given as PATH or PATH:SCALE, where SCALE is a finite number")
+        raise ConfigError(f"{text}: give a LoRA as PATH or PATH:SCALE; SCALE is a finite number")
     return Path(path), number
 
 
 def _info(field: Field[Any], hint: Any) -> OptionInfo:
-    """What help and pages say of a field."""
+    """The facts about a field that help and pages show."""
     default = "required" if field.default is MISSING else shown_default(field.default)
     return OptionInfo(
         flag(field.name),
@@ -93,7 +93,7 @@ def _info(field: Field[Any], hint: Any) -> OptionInfo:
 
 
 def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
-    """What argparse has to know of a field."""
+    """The settings of argparse for a field."""
     if hint is bool:
         return {"action": "store_true"}
     several = get_origin(hint) is tuple
@@ -107,7 +107,7 @@ def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _value(field: Field[Any], hint: Any, commas: bool) -> str:
-    """The word that help has for a value."""
+    """The word for a value of a field in help."""
     inner = next((kind for kind in (hint, *get_args(hint)) if kind in _VALUES), str)
     word: str = field.metadata["value"] or ("NAME" if choices_of(field) else _VALUES[inner])
     return f"{word},..." if commas else word

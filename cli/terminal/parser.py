@@ -1,6 +1,6 @@
-"""A command's parser, and its help: options in groups, the most used ones first, then examples.
+"""The parser of a command, and its help: options in groups, the most used ones first, then examples.
 
-`--help` shows the options that most uses need, `--help-all` every one of them.
+`--help` shows the essential options, `--help-all` shows all.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 from zimage_ref.options import Group
 
 _WIDEST = 110  # columns: longer lines are hard to read
-_HELP_POSITION = 30  # column of the help texts, at most
+_HELP_POSITION = 30  # help texts start at this column or before it
 _PLAIN = "Options"  # the title over options without a group
 
 
 class HelpFormatter(RawDescriptionRichHelpFormatter):
-    """Colours on a terminal; plain text elsewhere, and if NO_COLOR is set."""
+    """Prints help in colours on a terminal. It is plain text elsewhere, and if NO_COLOR is set."""
 
     group_name_formatter = str
     styles: ClassVar[dict[str, StyleType]] = {
@@ -47,7 +47,7 @@ class HelpFormatter(RawDescriptionRichHelpFormatter):
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """What help and pages say of an option."""
+    """The facts about an option that help and pages show."""
 
     flag: str  # such as --rank
     help: str  # sentences
@@ -64,20 +64,20 @@ class OptionInfo:
 
     @property
     def text(self) -> str:
-        """All there is to say."""
+        """The whole text: help, choices and default."""
         if self.default == "required":
             return f"Required. {self.meaning}"
         return f"{self.meaning} Default: {self.default}" if self.default else self.meaning
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that knows which options belong together and which are used most."""
+    """A parser that knows the groups of options and the essential options."""
 
     def __init__(self, prog: str, description: str) -> None:
         usage = f"{prog} [options]"
         super().__init__(prog, usage, description, formatter_class=HelpFormatter, add_help=False)
         self.infos: dict[argparse.Action, OptionInfo] = {}
-        self.examples: Sequence[tuple[str, str]] = ()  # what a command does, and the command, one line or more
+        self.examples: Sequence[tuple[str, str]] = ()  # (a description, the command in one or more lines)
         self.notes = ""  # lines after the options
         self.commands: dict[str, CommandParser] = {}
         self.add_argument("-h", "--help", action=_Help, help="Show this help and stop.")
@@ -86,7 +86,7 @@ class CommandParser(argparse.ArgumentParser):
         self, flag: str, help: str, group: Group | None = None, *, essential: bool = True, shown: str = "",
         **settings: Any,
     ) -> None:  # fmt: skip
-        """Adds an option. `settings` are those of `add_argument`; `shown` is a default that they do not say."""
+        """Adds an option. settings: those of `add_argument`. shown: the default in help, if `settings` have none."""
         default = "required" if settings.get("required") else shown or shown_default(settings.get("default"))
         choices = tuple(map(str, settings.get("choices", ())))
         self.add(OptionInfo(flag, help, default, choices, group, essential, settings.get("type") is Path), **settings)
@@ -98,16 +98,16 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument("--help-all", action=_Help, help="Show all options and stop.")
 
     def info(self, action: argparse.Action) -> OptionInfo:
-        """What there is to say of an argument, however it was added."""
+        """The facts about an argument that was added in any way."""
         return self.infos.get(action) or _described(action)
 
     @property
     def arguments(self) -> list[argparse.Action]:
-        """All arguments that a person can give, but those that show help."""
+        """All arguments that a user can give, except those that show help."""
         return [action for action in self._actions if not isinstance(action, _Help | argparse._SubParsersAction)]
 
     def format_help(self, everything: bool = False) -> str:
-        """The help text: the essential options, or every one."""
+        """The help text with the essential options, or with all options if `everything`."""
         formatter = HelpFormatter(self.prog)
         formatter.add_renderable(Text(f"usage: {self.usage}"))
         formatter.add_renderable(Text(f"\n{self.description}"))
@@ -144,7 +144,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class _Help(argparse.Action):
-    """Shows help and stops: everything if its option is --help-all."""
+    """Shows help and stops. --help-all shows all options."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -159,7 +159,7 @@ class _Help(argparse.Action):
 
 
 def _described(action: argparse.Action) -> OptionInfo:
-    """What argparse knows of an argument."""
+    """The facts about an argument that argparse knows."""
     flag = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest).upper()
     help = (action.help or "").replace("%%", "%")
     default = "required" if action.required else shown_default(action.default)
@@ -167,7 +167,7 @@ def _described(action: argparse.Action) -> OptionInfo:
 
 
 def shown_default(value: object) -> str:
-    """A default as a person types it; nothing for an option that is off or empty by default."""
+    """A default as a user types it. "" for an option that is off or empty by default."""
     if value is None or value is False or value in (argparse.SUPPRESS, "", ()) or value == []:
         return ""
     if isinstance(value, tuple):
@@ -176,7 +176,7 @@ def shown_default(value: object) -> str:
 
 
 def _example(what: str, command: str, width: int) -> str:
-    """What a command does and the command, in lines that end as a shell wants it: it can be copied."""
+    """A description and its command. Broken lines end in a backslash, so that you can copy the command."""
     lines = [" "]
     for part in re.split(r" (?=--|> )", command):
         if len(lines[-1]) + len(part) + 3 > width and len(lines[-1]) > 1:
@@ -187,7 +187,7 @@ def _example(what: str, command: str, width: int) -> str:
 
 
 def _closed_up(text: str, titles: Collection[str]) -> str:
-    """A help text without the empty lines before `titles`, so that it is short; not before the first."""
+    """A help text without the empty lines before `titles`, except the first, so that it is short."""
     colours = r"(?:\x1b\[[\d;]*m)*"
     _, *later = titles
     return re.sub(rf"\n\n(?={colours}(?:{'|'.join(map(re.escape, later))}):)", "\n", text) if later else text

@@ -1,8 +1,12 @@
-"""Patterns that make English hard to read have no place in pages, examples, help and messages. See CONTRIBUTING.md."""
+"""Patterns that make English hard to read have no place in pages, help, messages and code. See CONTRIBUTING.md."""
 
 from __future__ import annotations
 
+import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ from support.pages import PAGES, ROOT, identify, prose, read
 from zimage_cli.commands import root_parser
 
 TEXTS = [*PAGES, *sorted(path for path in (ROOT / "examples").iterdir() if path.is_file())]
+TO_DO = ("zimage_mlx/networks", "zimage_mlx/training", "zimage_mlx/pipeline.py", "zimage_mlx/device.py")
+CODE = [path for path in FILES if not identify(path).startswith(TO_DO)]
 _START = r"(?:^|(?<=[.!?:] ))"  # of a sentence
 ROOT_PARSER = root_parser()
 BANNED = {  # pattern -> what to write instead
@@ -22,6 +28,12 @@ BANNED = {  # pattern -> what to write instead
     r"\bfray(?:s|ed|ing)?\b": "say what becomes worse",
     r"\bwears?\b|\bwore\b|\bworn\b": "say what becomes worse",
     r"\bis nothing\b": "does not matter, is zero, has no effect",
+    r"\bof which\b": "another sentence",
+    r"\bas of\b": "as in, see",
+    r"\bso much as\b": "even",
+    r"\b(?-i:none) is\b": "0 means no ...",
+    r"\bmade of \w+ that\b": "say what becomes of it",
+    r"\b(?:that|those) of [^.;:]*\b(?:that|those) of\b": "repeat the noun",
     r"\bwhat is made of\b": "say what becomes of it",
     r"\bwhere (?:there|it|that|they|this|none|no|nothing|one|only|what|the \w+ (?:is|are|has|have|does|do))\b": "if",
     rf"{_START}Where [^.?!]*, ": "if",
@@ -42,6 +54,24 @@ def faults(text: str) -> list[str]:
             pattern, sentence, re.IGNORECASE if "[A-Z]" not in pattern and _START not in pattern else 0
         )
     ]
+
+
+def notes(source: str) -> Iterator[str]:
+    """The comments of a file, those of lines in a row as one text, and its docstrings."""
+    lines: list[str] = []
+    below = 0  # the line in which a comment would go on
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = token.line.lstrip().startswith("#")
+            if not alone or token.start[0] != below:
+                yield " ".join(lines)
+                lines = []
+            lines.append(token.string.lstrip("#: "))
+            below = token.start[0] + 1 if alone else 0
+    yield " ".join(lines)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield ast.get_docstring(node) or ""
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=identify)
@@ -80,6 +110,25 @@ x = option(3, "a help text", help={"one": "of a table"}, style="<p>no sentence</
     assert sorted(found) == ["X: what X isX not", "a help text", "of a table", "two words"]
 
 
+@pytest.mark.parametrize("path", CODE, ids=identify)
+def test_comments_and_docstrings_have_no_banned_pattern(path: Path) -> None:
+    assert [fault for text in notes(read(path)) for fault in faults(text)] == []
+
+
+def test_what_is_to_do_is_there() -> None:
+    assert all((ROOT / path).exists() for path in TO_DO)
+
+
+def test_comments_and_docstrings_are_found() -> None:
+    source = (
+        '"""It wears."""\n# one\n# two\nx = 1  # three\ny = 2  # four\n'
+        'def f():\n    """It frays."""\n    return "no note"\n'
+    )
+    assert [text for text in notes(source) if text] == [
+        "one two", "three", "four", "It wears.", "It frays.",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -87,6 +136,8 @@ x = option(3, "a help text", help={"one": "of a table"}, style="<p>no sentence</
         "It wears away.",
         "The order is nothing.", "An error where it would do nothing.", "Where a picture is small, it is kept.",
         "What cannot fit is refused.", "It reads.\nWhat is wrong is one line.", "One; two; three; four.",
+        "A file of which a part is read.", "Bytes as of the table.", "Not so much as a line.", "0 is none, none is 0.",
+        "It is made of parts that fit.", "Its name, that of the file, those of parts.",
     ],
 )  # fmt: skip
 def test_the_patterns_find_what_they_are_for(text: str) -> None:

@@ -122,7 +122,7 @@ def info(shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
         (header(count=1, tensors=info((1 << 62, 1 << 62))), "is truncated"),
         (header(count=1, tensors=info((1,) * 9)), "9 dimensions"),
         (header(count=1, tensors=info((2,), kind=99)), "ggml type 99"),
-        (header(count=1, tensors=info((31,), kind=8)), "blocks of 32 as Q8_0"),
+        (header(count=1, tensors=info((31,), kind=8)), "blocks of 32 that Q8_0"),
         (header(count=2, tensors=info((0,)) + info((0,))) + bytes(32), "there twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -184,7 +184,7 @@ def test_the_size_comes_from_the_picture(size: Any, asked: Any, expected: Any, m
         ({"init_image": tiny.photograph(32, 32, 1), "strength": 1.5}, "`strength` 1.5 must be at most 1"),
         (
             {"init_image": tiny.photograph(32, 32, 1), "strength": 0.0},
-            "`strength` 0 leaves none of 3 steps to make",
+            "`strength` 0 leaves none of 3 steps",
         ),
         (
             {"init_image": tiny.photograph(32, 32, 1), "mask": tiny.photograph(32, 16, 1)},

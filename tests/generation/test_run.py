@@ -130,7 +130,7 @@ def test_a_picture_is_made_again_from_its_file(pipe: Any, fox: Path, tmp_path: P
     assert other.record == {**(made.record or {}), "seed": 5}
 
     lora_file(fox, seed=3)
-    assert run.changes(repeat) == [f"{fox}: is not what {path} was made from: the picture will differ"]
+    assert run.changes(repeat) == [f"{fox}: is not the same as when {path} was made: the picture will differ"]
 
 
 def test_what_a_choice_leaves_open_is_as_it_was_recorded() -> None:

@@ -163,7 +163,7 @@ def test_the_command_line_combines_converts_bakes_and_inspects(
 @pytest.mark.parametrize(
     ("argv", "fact"),
     [
-        (["generate", "--prompt=x", "--model-dir={model}", "--lora=x:nan"], "x:nan: a LoRA is given as PATH"),
+        (["generate", "--prompt=x", "--model-dir={model}", "--lora=x:nan"], "x:nan: give a LoRA as PATH"),
         (["convert", "--model-type=lora", "--input={a}", "--output={x}.bin"], "x.bin: "),
         (["convert", "--model-type=lora", "--input={a}", "--output={x}.npz", "--rank=0"], "--rank 0 must be"),
         (["convert", "--model-type=vae", "--input={a}", "--input={a}", "--output={x}.npz"], "--model-type lora only"),

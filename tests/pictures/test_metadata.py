@@ -164,7 +164,7 @@ def test_a_picture_is_made_again_exactly_and_shown_by_inspect(
 
     tiny.photograph(70, 50, 2).save(tmp_path / "in.png")
     assert main(["generate", f"--from-image={first}", f"--output={again}", "--overwrite"]) == 0
-    assert "in.png: is not what" in capfd.readouterr().err
+    assert "in.png: is not the same as when" in capfd.readouterr().err
     assert (np.asarray(Image.open(again)) != np.asarray(Image.open(first))).any()
 
 
@@ -183,7 +183,7 @@ def test_loras_are_recorded_with_their_scales_and_used_again(
     assert "fox.safetensors at 0.8" in capfd.readouterr().out
     write_lora(Path("fox.safetensors"), random_lora(rank=4, seed=1), {"rank": 4})
     assert main(["generate", "--from-image=first.png", "--output=changed.png"]) == 0
-    assert "fox.safetensors: is not what first.png was made from" in capfd.readouterr().err
+    assert "fox.safetensors: is not the same as when first.png was made" in capfd.readouterr().err
 
 
 def test_no_metadata_leaves_nothing_but_the_picture(model_dir: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
     own = shop.train(f"own-{part}", steps=1)
     if part != "tokenizer":
         assert shop.train(f"other-{part}", steps=1, **{part: other}).losses != own.losses
-    with pytest.raises(ConfigError, match="was another: the model's weights or tokenizer"):
+    with pytest.raises(ConfigError, match="differs from this one: the model's weights or tokenizer"):
         shop.train(f"own-{part}", steps=1, resume=True, **{part: other})
 
 

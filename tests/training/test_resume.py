@@ -130,7 +130,7 @@ def _interrupted(shop: Workshop, name: str, **options: Any) -> None:
 
 def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
     _interrupted(shop, "precious")
-    with pytest.raises(ConfigError, match=r"stopped at step 2: `resume` goes on with it, `overwrite` starts anew"):
+    with pytest.raises(ConfigError, match=r"stopped at step 2: `resume` continues it, `overwrite` replaces it"):
         shop.train("precious", steps=4)
     assert shop.train("precious", steps=4, overwrite=True).of(Started) == [Started(0, 4)]
     before = shop.config("precious").output.read_bytes()
@@ -166,7 +166,7 @@ def test_a_changed_run_is_named_and_refused(shop: Workshop, options: dict[str, A
         shutil.move(tmp_path / "changed.safetensors", file)
         options = {"model_dir": model}
     given = {"steps": 4, "resume_every": 2, **options, "resume": True}
-    with pytest.raises(ConfigError, match=fact + ".*`resume_anyway` goes on all the same"):
+    with pytest.raises(ConfigError, match=fact + ".*`resume_anyway` continues it anyway"):
         shop.train(name, **given)
     if "targets" in options:
         with pytest.raises(ConfigError, match="the saved run has other layers or another rank"):

@@ -63,7 +63,7 @@ def test_a_state_of_another_shape_is_named_and_the_one_before_is_used(
     file.write_text(json.dumps(state), encoding="utf-8")
     saved, (fault,) = run.latest()
     assert saved is not None and saved.step == 1
-    assert fault.startswith(f"{file.parent}: cannot be resumed from: ") and fact in fault and "\n" not in fault
+    assert fault.startswith(f"{file.parent}: cannot be used to resume: ") and fact in fault and "\n" not in fault
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", None])

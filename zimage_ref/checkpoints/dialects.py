@@ -24,7 +24,7 @@ _AnyConfig = TypeVar("_AnyConfig", contravariant=True)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a dialect stores one official tensor."""
+    """The place and the form in which a dialect stores one official tensor."""
 
     name: str
     part: int = 0  # the index of its block of rows in a fused matrix

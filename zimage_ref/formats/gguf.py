@@ -87,7 +87,9 @@ def _tensor_at(
     else:
         block, block_bytes, label = _block_format(package, kind, where)
         if not shape or shape[-1] % block:
-            raise FormatError(f"{where} has shape {shape}, which is not in blocks of {block} as {label} needs")
+            raise FormatError(
+                f"{where} has shape {shape}, which does not divide into the blocks of {block} that {label} has"
+            )
         stored = (*shape[:-1], shape[-1] // block * block_bytes)
         nbytes = prod(stored)
 

@@ -43,7 +43,7 @@ def by_model(name: str) -> str:
 
 
 class GenerateGroup(Group):
-    """What the options of `zimage generate` are about."""
+    """The groups of options of `zimage generate`."""
 
     MODEL = "Model"
     PICTURE = "Prompt and size"

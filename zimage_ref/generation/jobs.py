@@ -43,10 +43,10 @@ class Request:
     guidance: Guidance
     noise: Array  # (C, h, w) float32
     picture: Picture | None  # the picture to start from, at the size of the result
-    mask: Array | None  # (height, width) boolean, True: to be painted anew
+    mask: Array | None  # (height, width) boolean, True: to be painted again
 
     def latent_mask(self, h: int, w: int) -> Array | None:
-        """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted anew, else 0."""
+        """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted again, else 0."""
         if self.mask is None:
             return None
         rows, columns = (side // cells for side, cells in zip(self.mask.shape, (h, w), strict=True))
@@ -124,7 +124,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
     painted = None if white is None else fit_mask(white, width, height, config.fit)
     if painted is not None and not painted.any():
-        raise ConfigError(f"`mask` {_named(config.mask)} is black: paint white what is to be made anew")
+        raise ConfigError(f"`mask` {_named(config.mask)} is black: paint the parts to change white")
     shape = (folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor)
     return Request(
         config=config,
@@ -183,5 +183,5 @@ def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int) -> tuple[f
     steps, strength = config.steps or TURBO.steps, 1.0 if config.strength is None else config.strength
     schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength)
     if len(schedule) < 2:
-        raise ConfigError(f"`strength` {strength:g} leaves none of {steps} steps to make: give more of it")
+        raise ConfigError(f"`strength` {strength:g} leaves none of {steps} steps: give a higher one")
     return tuple(schedule)

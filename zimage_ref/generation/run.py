@@ -126,7 +126,9 @@ class GenerationRun:
         """
         model = {name: str(self.facts[name]) for name in ("model", "model_fingerprint")}
         changed = repeat.changes(model, [lora.recorded for lora in self.read_loras()])
-        return [f"{path}: is not what {repeat.source} was made from: the picture will differ" for path in changed]
+        return [
+            f"{path}: is not the same as when {repeat.source} was made: the picture will differ" for path in changed
+        ]
 
     def plan(self, configs: Sequence[GenerateConfig], notify: Notify = lambda notice: None) -> list[Request]:
         """The requests for `configs`. All are checked before any weights are read.

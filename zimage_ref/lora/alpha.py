@@ -58,7 +58,7 @@ def _from_sidecar(path: Path, metadata: Mapping[str, object]) -> FoundAlpha:
     if not file.is_file():
         raise FormatError(
             f"{path}: the strength of this LoRA is in {file.name}, which is not beside it; if it is lost, "
-            'make one that says {"alpha": N}, where N is the rank for a strength of 1'
+            'write one with {"alpha": N}; if N is the rank, the strength is 1'
         )
     data = read_json(file, ConfigError)
     if data.get("alpha_folded"):

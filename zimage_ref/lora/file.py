@@ -91,7 +91,7 @@ def read_lora(path: Path, parameters: Shapes | None = None) -> LoRAFile:
     for layers, parts in modules.items():
         for layer in layers if len(layers) > 1 else ():
             if layer in single and not fused[layer].same_product(single[layer]):
-                raise parts.error(f"{parts.keys}: differ from what there is for {layer} alone")
+                raise parts.error(f"{parts.keys}: differ from the tensors of {layer} alone")
     dialect = f"{software(prefix, style)} ({prefix}*.{style}{', fused qkv' if fused else ''})"
     dtype = _main(DTYPE_NAMES[tensor.dtype] for tensor in file.tensors.values())
     return LoRAFile(file.path, {**fused, **single}, dialect, alpha_from, dtype)
@@ -165,7 +165,9 @@ def _updates(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None) -
         if parameters is not None:
             _check_shape(parts, layers, update, parameters)
         if update.shape[0] % len(layers):
-            raise parts.error(f"{parts.module} has {update.shape[0]} rows, which are not those of {len(layers)} layers")
+            raise parts.error(
+                f"{parts.module} has {update.shape[0]} rows, which do not divide into {len(layers)} layers"
+            )
         found |= zip(layers, update.split(len(layers)), strict=True)
     return found
 

@@ -32,7 +32,7 @@ Spelled = tuple[dict[str, Array], dict[str, object]]  # float32 arrays by key; f
 
 
 def _only_read(lora: LoRA, spelling: Spelling) -> Spelled:
-    raise ConfigError(f"LoRA keys are read as {spelling.software} spells them, but not written so")
+    raise ConfigError(f"LoRA keys of {spelling.software} can be read, but not written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Grammar:
             self._block_modules = {**spelling.modules, **self._block_modules}
         known = "|".join(re.escape(suffix) for suffix in sorted(self._suffixes, key=len, reverse=True))
         self._split = re.compile(f"(.*?)({known})")
-        names = (*self._block_modules, *_GLOBAL_MODULES)  # official names last: they win over equal ones
+        names = (*self._block_modules, *_GLOBAL_MODULES)  # official names are last, to replace equal ones
         self._underscored = {name.replace(".", "_"): name for name in names}
 
     def parse(self, key: str) -> Key | None:
@@ -134,5 +134,5 @@ _OTHERS = {
 
 
 def other_model(key: str) -> str:
-    """The other model that `key` seems to belong to; "" if none is known."""
+    """The other model that `key` seems to belong to; "" if no model is known."""
     return next((model for word, model in _OTHERS.items() if word in key), "")

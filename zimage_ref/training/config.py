@@ -38,7 +38,7 @@ _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidanc
 
 
 class TrainGroup(Group):
-    """What the options of `zimage train` are about."""
+    """The groups of options of `zimage train`."""
 
     MODEL = "Model"
     DATA = "Pictures and captions"
@@ -239,7 +239,7 @@ class TrainConfig:
         for name in ("caption_dropout", "ema", "rank_dropout"):
             limit = 1.0
             if not 0 <= getattr(self, name) <= limit or (getattr(self, name) == limit and name != "caption_dropout"):
-                raise ConfigError(f"`{name}` {getattr(self, name)} must be a share from 0 to below 1")
+                raise ConfigError(f"`{name}` {getattr(self, name)} must be at least 0 and below 1")
         if not self.resolution:
             raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:

@@ -20,7 +20,7 @@ def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tup
         return _to_resume(config, run, facts)
     if (step := run.unfinished()) and not config.overwrite:
         raise ConfigError(
-            f"{run.path}: holds a run that stopped at step {step}: `resume` goes on with it, `overwrite` starts anew"
+            f"{run.path}: holds a run that stopped at step {step}: `resume` continues it, `overwrite` replaces it"
         )
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"{config.output}: exists: give `overwrite` to replace it, or another `output`")
@@ -33,10 +33,10 @@ def _to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[Sa
     if not saved:
         return None, [*notices, f"{run.path}: has nothing to resume yet: starting at the first step"]
     if different := changes(saved.facts, facts):
-        text = f"{run.path}: the run that stopped at step {saved.step} was another: {'; '.join(different)}"
+        text = f"{run.path}: the run that stopped at step {saved.step} differs from this one: {'; '.join(different)}"
         if not config.resume_anyway:
-            raise ConfigError(f"{text}: `resume_anyway` goes on all the same")
+            raise ConfigError(f"{text}: `resume_anyway` continues it anyway")
         notices.append(text)
     if saved.facts["environment"] != facts["environment"]:
-        notices.append("the run began with other software or on another machine: results may differ in last digits")
+        notices.append("the run began with other software or on another machine: results may differ in the last digits")
     return saved, notices

@@ -111,7 +111,7 @@ class RunFolder:
             try:
                 return _read_save(step, folder), faults
             except FormatError as error:
-                faults.append(f"{folder}: cannot be resumed from: {error}")
+                faults.append(f"{folder}: cannot be used to resume: {error}")
         return None, faults
 
     def unfinished(self) -> int:
