@@ -16,7 +16,7 @@ from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 
 from ..terminal import blas
-from ..terminal.backends import require_mlx
+from ..terminal.backends import pipeline, require_mlx
 from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
 from ..terminal.signals import noted
@@ -154,7 +154,8 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
-    (captions, pictures, train), fast = (plan.memory(dtype, quantization, lean) for lean in (True, False))
+    frugal = pipeline("mlx").footprint(lean=True)
+    (captions, pictures, train), fast = (plan.memory(dtype, quantization, lean, frugal) for lean in (True, False))
     console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
         "encode captions": captions.total, "encode pictures": pictures.total,
         "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,

@@ -71,8 +71,9 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     def default_dtype(cls) -> str:
         """The one of `dtypes` that is best on this machine."""
 
+    @classmethod
     @abstractmethod
-    def footprint(self, lean: bool) -> Footprint:
+    def footprint(cls, lean: bool) -> Footprint:
         """How the engine uses memory, `lean` or not."""
 
     def memory_limit(self) -> int | None:
