@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -18,7 +19,7 @@ from zimage_ref.memory import FAST, LEAN, METAL_FAST, METAL_LEAN, Footprint
 from zimage_ref.model.flow import model_time
 
 from . import device
-from .device import gpu_memory, limit_memory, on_gpu
+from .device import gpu_errors_explained, gpu_memory, limit_memory, mean_float32, on_gpu
 from .lora.layers import Adapters
 from .networks.running import BlockRunner, RunInPieces
 from .networks.strips import Strips
@@ -50,6 +51,8 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         super().__init__(folder, dtype, lean, quantize, parts)
         self.unpack = True  # whether quantized weights are unpacked for a product of many rows
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
+        if self.precision == "float32":
+            mean_float32()
         self._adapt_to(lean)
         self._adapters: Adapters | None = None  # of the transformer in memory
 
@@ -142,6 +145,9 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     def to_backend(self, array: Array) -> mx.array:
         return mx.array(array)
+
+    def guarded(self) -> AbstractContextManager[None]:
+        return gpu_errors_explained()
 
     def memory_limit(self) -> int | None:
         return gpu_memory() or super().memory_limit()

@@ -6,7 +6,7 @@
     ├── ConfigError     a config file, or an option, has a value this program cannot honour
     ├── DatasetError    pictures or captions to train on are missing or unreadable
     ├── TrainingError   a run cannot go on: the loss is not finite, the disk is full, another run is at it
-    └── BackendError    the work asked for needs software that is not installed
+    └── BackendError    the work asked for needs software that is not installed, or the GPU has failed
 
 Each message is one line that names the file, the fact and the way out. Anything else that is raised is a bug.
 Options are named as fields, in backticks: "`strength` needs `init_image`". The command line shows them as its flags.
@@ -44,7 +44,7 @@ class TrainingError(ZImageError):
 
 
 class BackendError(ZImageError):
-    """The work asked for needs software that is not installed here."""
+    """The work asked for needs software that is not installed here, or the GPU has failed."""
 
 
 def reason(error: Exception) -> str:

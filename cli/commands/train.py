@@ -16,6 +16,7 @@ from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 
 from ..terminal import blas
+from ..terminal.awake import keep_awake
 from ..terminal.backends import pipeline, require_mlx
 from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
@@ -29,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, TrainConfig, from_file=True)
     parser.add_argument("--config", type=Path, help="file with options (.toml or .json); those given here come first")
     parser.add_argument("--dump-config", action="store_true", help="print all options as TOML and stop")
+    parser.add_argument("--no-caffeinate", action="store_true", help="let a Mac go to sleep during the run")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, load no weights")
 
 
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         _show_plan(config, console)
         return 0
 
+    if not args.no_caffeinate:
+        keep_awake()
     if mlx.is_first():
         _show_options(config, console)
         if note := blas.advice():

@@ -15,9 +15,8 @@ from zimage_ref import ZImageError
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 FILES = [path for package in ("zimage_ref", "zimage_mlx", "cli") for path in sorted((ROOT / package).rglob("*.py"))]
-ERRORS = {
-    name for name, value in vars(zimage_ref).items() if isinstance(value, type) and issubclass(value, ZImageError)
-}
+PUBLIC = {name: getattr(zimage_ref, name) for name in zimage_ref.__all__}  # `vars` has only those in use by now
+ERRORS = {name for name, value in PUBLIC.items() if isinstance(value, type) and issubclass(value, ZImageError)}
 SPEAKERS = {*ERRORS, "Notice", "warn", "note", "error"}  # what is called with a message as its first argument
 _SHORTEST = 8  # letters of a part that is looked for: shorter ones are everywhere
 _NO_MESSAGE = re.compile(r"^ {2}| +$|^[^a-z]*$")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -26,6 +25,7 @@ from zimage_ref.training.plan import TrainPlan
 
 from .feed import Feed
 from .gradient import LossAndGradients
+from .machines import summed
 from .optimizer import Optimizer, averaged, clipped, learning_rate
 from .packing import Packing, Vectors
 
@@ -128,9 +128,8 @@ class Learner:
                 gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
                 mx.eval(loss, gradients)
         if self._group.size() > 1:
-            loss = mx.distributed.all_sum(loss, group=self._group)
-            means: Vectors = nn.average_gradients(gradients, self._group)
-            gradients = {factor: mean * self._group.size() for factor, mean in means.items()}
+            loss = summed(loss, self._group)
+            gradients = {factor: summed(part, self._group) for factor, part in gradients.items()}
         return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
 
     def _forget_buffers_of_another(self, shape: tuple[int, ...]) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from zimage_mlx import device
-from zimage_mlx.device import limit_memory
+from zimage_mlx.device import gpu_errors_explained, limit_memory
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
@@ -47,7 +47,7 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
     Raises DatasetError, ConfigError, FormatError, WeightError or TrainingError.
     """
     machines = Machines(should_stop)
-    with lost_machine_is_an_error():
+    with lost_machine_is_an_error(), gpu_errors_explained(training=True):
         if machines.first:
             with RunFolder(config.output).locked():
                 yield from _events(config, machines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -79,6 +80,10 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     def memory_limit(self) -> int | None:
         """Bytes of memory that the engine can work in, None if nothing says."""
         return physical_memory()
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """A block in which an error of the engine's device becomes a BackendError."""
+        return nullcontext()
 
     @abstractmethod
     def encode_prompt(self, text: str) -> ArrayT:
