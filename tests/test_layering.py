@@ -35,7 +35,7 @@ ROOMS = {
     "zimage_ref.requirements": "formats model checkpoints memory training",
     "zimage_ref.tiny": "formats model pictures checkpoints",
     "zimage_ref": f"lazy version {_BASE} lora checkpoints generation pipeline training",
-    "zimage_mlx.device": "",
+    "zimage_mlx.device": "errors",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
     "zimage_mlx.lora": "zimage_mlx.networks formats lora",
     "zimage_mlx.pipeline":

@@ -39,6 +39,17 @@ def test_every_folder_with_modules_is_a_listed_package() -> None:
     assert folders == set(listed().values()) >= {"cli", "zimage_mlx", "zimage_ref"}
 
 
+def test_macs_get_an_mlx_that_reports_errors_of_the_gpu() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "\"mlx>=0.32.1; sys_platform == 'darwin' and platform_machine == 'arm64'\"" in text  # 0.31 aborts on them
+
+
+def test_nothing_asks_for_wired_memory() -> None:
+    """Wired pages cannot be compressed or swapped: a Mac of 8 or 16 GB freezes without them."""
+    sources = [path for folder in ("cli", "zimage_mlx", "zimage_ref") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in sources if "set_wired_limit" in path.read_text(encoding="utf-8")]
+
+
 def test_every_package_says_that_it_is_typed() -> None:
     assert all((ROOT / folder / "py.typed").is_file() for folder in listed().values() if "/" not in folder)
 

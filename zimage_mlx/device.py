@@ -1,14 +1,90 @@
-"""What MLX computes on, and how a result comes back from there."""
+"""What MLX computes on, how much memory it may use there, and what comes back: results and errors."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import numpy as np
+
+from zimage_ref.errors import BackendError, TrainingError, ZImageError
+
+_METAL = ("[METAL]", "[metal::")  # that MLX's errors from Metal are marked with
+_RELAXED = "set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"  # an environment variable that makes macOS more patient
+# A word in the error -> what has happened, and the way out
+_NO_MEMORY = "the GPU has no memory left: take a smaller size, fewer bits or `memory` lean"
+_CAUSES = {
+    "Insufficient Memory": _NO_MEMORY,
+    "OutOfMemory": _NO_MEMORY,
+    "[metal::malloc]": _NO_MEMORY,
+    "Interactivity": f"macOS ended the work because the screen had to wait: let the display sleep, or {_RELAXED}",
+    "Timeout": f"macOS ended the work because it took the GPU too long: take a smaller size, or {_RELAXED}",
+}
+_UNKNOWN = "the GPU has failed: start again"
+_RESUME = "; `resume` goes on from the last save"
+
+_LEAN_CACHE = 10**9  # bytes of freed memory that MLX keeps for reuse on Metal
+_CACHE_SHARE = 10  # not lean: a tenth of the limit
 
 
 def on_gpu() -> bool:
     """Whether MLX computes on a GPU, Metal or CUDA."""
     return bool(mx.default_device().type == mx.gpu)
+
+
+def on_metal() -> bool:
+    """Whether MLX computes on the GPU of a Mac. Modules ask through `device`, so that a test can answer for all."""
+    return on_gpu() and bool(mx.metal.is_available())
+
+
+def gpu_memory() -> int | None:
+    """Bytes that the GPU may use, None if there is no GPU or it does not say.
+
+    Metal gives no more than it recommends: about two thirds of a small Mac's memory. What exceeds that is an error.
+    """
+    if not on_gpu():
+        return None
+    info = mx.device_info(mx.gpu)
+    return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or 0) or None
+
+
+def limit_memory(lean: bool) -> None:
+    """Keeps MLX within the GPU's memory on Metal, and limits what it holds of freed memory; less if `lean`.
+
+    The GPU of a Mac shares the memory with all programs. Left alone, MLX would plan for half as much again as Metal
+    gives, and keep nearly all that it ever used.
+    """
+    limit = gpu_memory() if on_metal() else None
+    if limit:
+        mx.set_memory_limit(limit)
+        mx.set_cache_limit(_LEAN_CACHE if lean else limit // _CACHE_SHARE)
+
+
+@contextmanager
+def gpu_errors_explained(training: bool = False) -> Iterator[None]:
+    """A block in which an error of Metal becomes one line with the way out, a TrainingError or a BackendError.
+
+    MLX raises it when the next result is read, and every result after that fails, too: the process has to end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(mark in text for mark in _METAL):
+            raise
+        cause = next((cause for word, cause in _CAUSES.items() if word in text), _UNKNOWN)
+        kind: type[ZImageError] = TrainingError if training else BackendError
+        raise kind(f"{cause}{_RESUME if training else ''}: {text}") from error
+
+
+def mean_float32() -> None:
+    """Makes float32 mean float32: on an M5 and on CUDA, MLX would take 10 of 23 bits of what it multiplies.
+
+    To be called before the first product: MLX reads this once. A setting of the user's stays.
+    """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def number(scalar: mx.array) -> float:

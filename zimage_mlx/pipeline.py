@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -14,10 +15,11 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.tensors import Array
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import FAST, LEAN, Footprint
+from zimage_ref.memory import FAST, LEAN, METAL_FAST, METAL_LEAN, Footprint
 from zimage_ref.model.flow import model_time
 
-from .device import on_gpu
+from . import device
+from .device import gpu_errors_explained, gpu_memory, limit_memory, mean_float32, on_gpu
 from .lora.layers import Adapters
 from .networks.running import BlockRunner, RunInPieces
 from .networks.strips import Strips
@@ -47,7 +49,11 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         parts: Mapping[str, Path | None] | None = None,
     ) -> None:
         super().__init__(folder, dtype, lean, quantize, parts)
+        self.unpack = True  # whether quantized weights are unpacked for a product of many rows
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
+        if self.precision == "float32":
+            mean_float32()
+        self._adapt_to(lean)
         self._adapters: Adapters | None = None  # of the transformer in memory
 
     @classmethod
@@ -59,8 +65,20 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         """What the networks compute in."""
         return DTYPES[self.precision]
 
-    def footprint(self, lean: bool) -> Footprint:
+    @classmethod
+    def footprint(cls, lean: bool) -> Footprint:
+        if device.on_metal():
+            return METAL_LEAN if lean else METAL_FAST
         return LEAN if lean else FAST
+
+    def set_lean(self, lean: bool) -> None:
+        super().set_lean(lean)
+        self._adapt_to(lean)
+
+    def _adapt_to(self, lean: bool) -> None:
+        """Sets what Metal needs set; elsewhere nothing changes."""
+        limit_memory(lean)
+        self.unpack = not (lean and device.on_metal())
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -86,7 +104,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         """The network `component`; if it is not in memory, `make` gives it and its weights are loaded."""
         if component not in self._networks:
             network = make()
-            load(network, self.folder.weights[component], self.dtype, self.quantization)
+            load(network, self.folder.weights[component], self.dtype, self.quantization, self.unpack)
             self._networks[component] = network
         return cast(Network, self._networks[component])
 
@@ -128,14 +146,11 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     def to_backend(self, array: Array) -> mx.array:
         return mx.array(array)
 
+    def guarded(self) -> AbstractContextManager[None]:
+        return gpu_errors_explained()
+
     def memory_limit(self) -> int | None:
-        if not on_gpu():
-            return super().memory_limit()
-        info = mx.device_info()
-        # Metal recommends two thirds of a small machine's memory; three quarters of 8 GB are what training takes
-        recommended = info.get("max_recommended_working_set_size") or info.get("total_memory") or 0
-        limit = max(int(recommended), 3 * int(info.get("memory_size", 0)) // 4)
-        return limit or super().memory_limit()
+        return gpu_memory() or super().memory_limit()
 
     def settle(self, array: mx.array) -> mx.array:
         mx.eval(array)

@@ -6,7 +6,7 @@
     ├── ConfigError     a config file or an option has a value that this program cannot use
     ├── DatasetError    pictures or captions to train on are missing or unreadable
     ├── TrainingError   a run cannot start or continue: loss not finite, disk full, another run with the same output
-    └── BackendError    the work needs software that is not installed
+    └── BackendError    the work needs software that is not installed, or the GPU has failed
 
 A message is one line. It names the file, the fact and the way out. An exception of another class is a bug.
 Messages name options as fields in backticks: "`strength` needs `init_image`". The command line shows them as flags.
@@ -44,7 +44,7 @@ class TrainingError(ZImageError):
 
 
 class BackendError(ZImageError):
-    """The work needs software that is not installed."""
+    """The work needs software that is not installed, or the GPU has failed."""
 
 
 def reason(error: Exception) -> str:

@@ -34,7 +34,8 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         """The dtype that the networks compute in."""
         return np.dtype(self.precision)
 
-    def footprint(self, lean: bool) -> Footprint:
+    @classmethod
+    def footprint(cls, lean: bool) -> Footprint:
         return NUMPY
 
     @cached_property

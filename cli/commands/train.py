@@ -17,7 +17,8 @@ from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 
 from ..terminal import blas
-from ..terminal.backends import require_mlx
+from ..terminal.awake import keep_awake
+from ..terminal.backends import pipeline, require_mlx
 from ..terminal.console import Bars, Console
 from ..terminal.options import add_fields, from_args
 from ..terminal.parser import CommandParser
@@ -57,6 +58,9 @@ def add_options(parser: CommandParser) -> None:
     parser.option(
         "--dump-config", "Print all options as TOML and stop.", TrainGroup.RUN, essential=False, action="store_true"
     )
+    parser.option(
+        "--no-caffeinate", "Let a Mac go to sleep during the run.", TrainGroup.RUN, essential=False, action="store_true"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -70,6 +74,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         _show_plan(config, console)
         return 0
 
+    if not args.no_caffeinate:
+        keep_awake()
     if mlx.is_first():
         _show_options(config, console)
         if note := blas.advice():
@@ -181,7 +187,8 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
-    (captions, pictures, train), fast = (plan.memory(dtype, quantization, lean) for lean in (True, False))
+    frugal = pipeline("mlx").footprint(lean=True)
+    (captions, pictures, train), fast = (plan.memory(dtype, quantization, lean, frugal) for lean in (True, False))
     console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
         "encode captions": captions.total, "encode pictures": pictures.total,
         "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,

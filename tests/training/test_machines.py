@@ -31,8 +31,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(shop.folder, shop.model, pictures(shop.folder / "shapes", *sizes))
 
 
-def together(shop: Workshop, name: str, ranks: int = 2, **options: Any) -> list[subprocess.CompletedProcess[str]]:
-    """Trains in `ranks` processes, as `mlx.launch` would start them."""
+def together(
+    shop: Workshop, name: str, ranks: int = 2, late: float = 0.0, **options: Any
+) -> list[subprocess.CompletedProcess[str]]:
+    """Trains in `ranks` processes, as `mlx.launch` would start them; the last one `late` seconds later in its work."""
     ports = [_free_port() for _ in range(ranks)]
     hosts = shop.folder / f"{name}-hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]), encoding="utf-8")
@@ -40,7 +42,12 @@ def together(shop: Workshop, name: str, ranks: int = 2, **options: Any) -> list[
     file.write_text(dump_options(shop.config(name, **options)), encoding="utf-8")
     command = [sys.executable, "-m", "zimage_cli", "train", "--config", str(file)]
     started = []
+    wait = f"import time; from zimage_mlx.training.machines import Machines as M; agree = M.agree; \
+M.agree = lambda self, facts: (time.sleep({late}), agree(self, facts))[1]; \
+import sys; from zimage_cli.app import main; sys.exit(main(sys.argv[1:]))"
     for rank in range(ranks):
+        if late and rank == ranks - 1:
+            command = [sys.executable, "-c", wait, *command[3:]]
         environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
@@ -91,3 +98,11 @@ def test_machines_resume_from_what_the_first_one_saved(shop: Workshop) -> None:
     rest = together(shop, "part", steps=4, resume=True, resume_anyway=True)
     assert [d.returncode for d in (*whole, *part, *rest)] == [0] * 6, rest[0].stderr + rest[1].stderr
     assert (shop.folder / "part.safetensors").read_bytes() == (shop.folder / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_machine_may_be_late(shop: Workshop) -> None:
+    """The others wait: MLX's ring has no limit, and the GPU has no part in it."""
+    both = together(shop, "late", steps=2, late=10.0)
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert (shop.folder / "late.safetensors").is_file()

@@ -13,9 +13,36 @@ from .strips import Strips
 Finish = Callable[[mx.array, int, int], mx.array]  # see `convolve`
 
 
-def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size."""
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the size.
+
+    On Metal, MLX makes a large one by Winograd's method, F(6x6, 3x3), and stores its products in the network's dtype.
+    In bfloat16 its error is ten times that of a plain sum, or more. So the weights are mirrored there as they are
+    loaded, and MLX is asked for a flipped convolution: it makes these the direct way. The result is the same.
+    Source: conv.cpp of MLX 0.31 to 0.32, `dispatch_conv_2D_gpu`.
+    """
+
+    _mirrored = False
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def mirror(self) -> None:
+        """Turns the weights (O, 3, 3, I) by half a turn, and says so to each convolution from here on."""
+        self.weight = mx.contiguous(self.weight[:, ::-1, ::-1])
+        mx.eval(self.weight)
+        self._mirrored = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.padded(x, (1, 1))
+
+    def padded(self, x: mx.array, padding: tuple[int, int]) -> mx.array:
+        """The convolution of x (B, H, W, I) with `padding` rows and columns of zeros on either side."""
+        if self._mirrored:
+            y: mx.array = mx.conv_general(x, self.weight, padding=padding, flip=True)
+        else:
+            y = mx.conv2d(x, self.weight, padding=padding)
+        return y + self.bias
 
 
 @dataclass(frozen=True)
@@ -41,7 +68,7 @@ class Source:
 
 
 def convolve(
-    conv: nn.Conv2d, source: Source, strips: Strips | None, finish: Finish | None = None, norm_follows: bool = True
+    conv: Conv3x3, source: Source, strips: Strips | None, finish: Finish | None = None, norm_follows: bool = True
 ) -> mx.array:
     """The 3x3 convolution of `source`, (B, H, W, C), with strips some rows at a time.
 
@@ -57,7 +84,7 @@ def convolve(
         above, below = int(top == 0), int(bottom == H)
         if above != below:
             part = mx.pad(part, [(0, 0), (above, below), (0, 0), (0, 0)])
-        y: mx.array = mx.conv2d(part, conv.weight, padding=(above * below, 1)) + conv.bias
+        y = conv.padded(part, (above * below, 1))
         return finish(y, top, bottom) if finish else y
 
     outputs = len(conv.weight)

@@ -12,10 +12,19 @@ _UNPACK_FROM_ROWS = 2 if mx.cuda.is_available() else 256
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's layer, which unpacks its weight for the time of one product if many rows share it."""
+    """MLX's layer, which unpacks its weight for the time of one product if many rows share it.
+
+    On Metal this is a choice: MLX's product takes many rows there, and unpacked weights take memory. See `load`.
+    """
+
+    _unpack = True  # a name that begins so is no parameter
+
+    def keep_packed(self) -> None:
+        """Leaves the weight packed from here on, however many rows there are."""
+        self._unpack = False
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size // x.shape[-1] < _UNPACK_FROM_ROWS:
+        if not self._unpack or x.size // x.shape[-1] < _UNPACK_FROM_ROWS:
             product: mx.array = super().__call__(x)
             return product
         weight = mx.dequantize(self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits)

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from zimage_ref.model.config import VAEConfig
 
 from .compiled import fused
-from .convolution import Source, conv3x3, convolve, doubled
+from .convolution import Conv3x3, Source, convolve, doubled
 from .strips import Moments, Strips
 
 NORM_EPS = 1e-6  # of every group norm; resnet_eps in the official code
@@ -63,9 +63,9 @@ class Resnet(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: VAEConfig) -> None:
         super().__init__()
         self.norm1 = GroupNorm(inputs, config)
-        self.conv1 = conv3x3(inputs, outputs)
+        self.conv1 = Conv3x3(inputs, outputs)
         self.norm2 = GroupNorm(outputs, config)
-        self.conv2 = conv3x3(outputs, outputs)
+        self.conv2 = Conv3x3(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
@@ -140,7 +140,7 @@ class Upsampler(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = conv3x3(width, width)
+        self.conv = Conv3x3(width, width)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         return convolve(self.conv, Source(x, doubled, 2), strips)
@@ -170,14 +170,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels
         last = len(widths) - 1
-        self.conv_in = conv3x3(config.in_channels, widths[0])
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
         self.down_blocks = [
             Level(widths[max(i - 1, 0)], width, config.layers_per_block, "down" if i < last else None, config)
             for i, width in enumerate(widths)
         ]
         self.mid_block = MidBlock(widths[-1], config)
         self.conv_norm_out = GroupNorm(widths[-1], config)
-        self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels)
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         x = convolve(self.conv_in, Source(x), strips)
@@ -193,14 +193,14 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels[::-1]
         last = len(widths) - 1
-        self.conv_in = conv3x3(config.latent_channels, widths[0])
+        self.conv_in = Conv3x3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], config)
         self.up_blocks = [
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, "up" if i < last else None, config)
             for i, width in enumerate(widths)
         ]
         self.conv_norm_out = GroupNorm(widths[-1], config)
-        self.conv_out = conv3x3(widths[-1], config.in_channels)
+        self.conv_out = Conv3x3(widths[-1], config.in_channels)
 
     def __call__(self, x: mx.array, strips: Strips | None = None) -> mx.array:
         x = convolve(self.conv_in, Source(x), strips)

@@ -13,12 +13,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from zimage_mlx import device
 from zimage_ref.errors import WeightError, listing
 from zimage_ref.formats.npz import npy_header
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.formats.tensors import BFLOAT16, Array, Tensor, Tensors
 from zimage_ref.model.quantization import covers
 
+from .convolution import Conv3x3
 from .quantized import QuantizedLinear
 
 _LARGE = 1 << 20  # bytes
@@ -29,12 +31,18 @@ _READS_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quantization | None = None) -> None:
+def load(
+    model: nn.Module,
+    tensors: Tensors,
+    dtype: mx.Dtype,
+    quantization: Quantization | None = None,
+    unpack: bool = True,
+) -> None:
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
     Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
     WeightError if names or shapes differ. Beside what is loaded, memory holds three tensors that are being read, never
-    a second copy of the model.
+    a second copy of the model. unpack: whether quantized weights are unpacked for products of many rows.
     """
     expected = dict(tree_flatten(model.parameters()))
     if expected.keys() != tensors.keys():
@@ -56,6 +64,11 @@ def load(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quan
         loaded.append((name, array))
     model.update_modules(tree_unflatten(layers))
     model.update(tree_unflatten(loaded))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and not unpack:
+            module.keep_packed()
+        if isinstance(module, Conv3x3) and device.on_metal():
+            module.mirror()
 
 
 def _quantized_linear(

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from zimage_mlx import device
 from zimage_mlx.device import number, on_gpu
 from zimage_mlx.lora import layers
 from zimage_mlx.networks.parameters import Parameters
@@ -25,6 +25,7 @@ from zimage_ref.training.plan import TrainPlan
 
 from .feed import Feed
 from .gradient import LossAndGradients
+from .machines import summed
 from .optimizer import Optimizer, averaged, clipped, learning_rate
 from .packing import Packing, Vectors
 
@@ -56,6 +57,7 @@ class Learner:
         self._average = dict(self._vectors) if config.ema else {}
         self._optimizer = Optimizer(config, self._packing, self._vectors)
         self._differentiate = LossAndGradients(model, budget, compiled=on_gpu())
+        self._shape: tuple[int, ...] = ()  # of the latest batch
 
     @property
     def nbytes(self) -> int:
@@ -118,16 +120,23 @@ class Learner:
         loss, gradients = mx.array(0.0), {factor: mx.zeros_like(vector) for factor, vector in masked.items()}
         for batch in batches:
             if own := self._own(batch):
-                part_loss, part = self._differentiate(self._feed.batch(epoch, own))
+                noisy = self._feed.batch(epoch, own)
+                self._forget_buffers_of_another(noisy.x_0.shape)
+                part_loss, part = self._differentiate(noisy)
                 share, packed = len(own) / pictures, self._packing.pack(part)
                 loss = loss + share * part_loss
                 gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
                 mx.eval(loss, gradients)
         if self._group.size() > 1:
-            loss = mx.distributed.all_sum(loss, group=self._group)
-            means: Vectors = nn.average_gradients(gradients, self._group)
-            gradients = {factor: mean * self._group.size() for factor, mean in means.items()}
+            loss = summed(loss, self._group)
+            gradients = {factor: summed(part, self._group) for factor, part in gradients.items()}
         return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
+
+    def _forget_buffers_of_another(self, shape: tuple[int, ...]) -> None:
+        """Frees what MLX kept for reuse if the last batch had another shape: it rarely fits, and a Mac needs it."""
+        if device.on_metal() and self._shape and shape != self._shape:
+            mx.clear_cache()
+        self._shape = shape
 
     def _own(self, batch: Sequence[int]) -> Sequence[int]:
         """This machine's share of a batch."""

@@ -31,7 +31,12 @@ from .saver import Saver
 
 _PATIENCE = 3  # steps in a row that may fail before the run is given up
 _MEMORY = 0.98  # share of the smoothed loss that a step keeps
+_SAVE_SECONDS = 300.0  # from one save to the next, at most and about: a Mac may end a run at any time
+_ABOUT = 0.1  # how far the memory of a resumed run may be from before, as a share
 _USABLE = 0.7  # share of memory that the base, the LoRA and what the gradient keeps may fill; the rest is for a block
+
+
+clock = time.monotonic  # for saves by time; a test has its own
 
 
 class Loop:
@@ -52,17 +57,19 @@ class Loop:
         """
         run, model, feed = RunFolder(plan.config.output), pipeline.transformer, Feed(plan, data)
         self._plan, self._machines = plan, machines
-        self._learner = Learner(plan, model, feed, machines.group, _budget(plan, pipeline))
+        budget = _same_budget(_budget(plan, pipeline), saved)
+        self._learner = Learner(plan, model, feed, machines.group, budget)
         tensors = plan.model.weights["transformer"]
         adapter = TrainingAdapter(model, plan.adapter, lambda name: to_mlx(tensors[name], pipeline.dtype))
         adapter.merge()
         previewer = Previewer(plan, pipeline, data, self._learner, adapter) if machines.first else None
         self._measurer = Measurer(plan, feed, self._learner, previewer)
-        self._saver = Saver(plan, run, self._learner, facts)
+        self._saver = Saver(plan, run, self._learner, facts, budget)
         self.done, self._losses = 0, _Losses()  # steps that are made already, and how they went
         if saved := machines.told_by_first(saved, facts, self._learner.state()):
             self._learner.restore(saved.tensors)
             self.done, self._losses = saved.step, _Losses(saved.facts["smoothed"], saved.facts["failures"])
+        self._saved_at = clock()
         mx.reset_peak_memory()
 
     def events(self) -> Iterator[Event]:
@@ -114,7 +121,7 @@ class Loop:
         config = self._plan.config
         if config.save_every and step % config.save_every == 0:
             yield from self._save(step, config.output.with_suffix(f".step{step}.safetensors"))
-        elif step % config.resume_every == 0:
+        elif step % config.resume_every == 0 or clock() - self._saved_at >= _SAVE_SECONDS:
             yield from self._save(step)
 
     def _save(self, step: int, lora: Path | None = None) -> Iterator[Event]:
@@ -124,6 +131,7 @@ class Loop:
         if lora:
             yield self._saver.lora(lora, step)
         yield self._saver.state(step, self._losses.smoothed, self._losses.failures)
+        self._saved_at = clock()
 
     def _not_finite(self, step: int) -> TrainingError:
         run = RunFolder(self._plan.config.output)
@@ -146,6 +154,16 @@ class _Losses:
         if outcome.finite:
             previous = outcome.loss if self.smoothed is None else self.smoothed
             self.smoothed = _MEMORY * previous + (1 - _MEMORY) * outcome.loss
+
+
+def _same_budget(budget: float, saved: SavedState | None) -> float:
+    """The budget that the run was saved with, if the one that it would get now is about the same.
+
+    A little more or less memory may be in use when a run is resumed. With the same budget, the same blocks keep what
+    they make, and the same programs compute the steps. Another machine, or another `memory`, gets its own.
+    """
+    before = saved.facts.get("kept_bytes") if saved else None
+    return before if before is not None and math.isclose(before, budget, rel_tol=_ABOUT) else budget
 
 
 def _budget(plan: TrainPlan, pipeline: ZImagePipeline) -> float:

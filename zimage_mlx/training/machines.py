@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -11,6 +12,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from zimage_mlx.device import number
 from zimage_ref.errors import TrainingError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.training.config import free_options
@@ -18,12 +20,40 @@ from zimage_ref.training.facts import RunFacts
 from zimage_ref.training.run_folder import SavedState
 
 _AGREED = ("total", "batch", "dataset", "model", "adapter")  # facts of a run, besides options
+# What mlx.launch and MPI's launchers set for the processes that they start
+_LAUNCHERS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 _BACKENDS = ("[ring]", "[mpi]", "[nccl]", "[jaccl]")  # that MLX's errors begin with
 
 
 def is_first() -> bool:
     """Whether this is the machine that writes and reports; one that trains alone is."""
-    return bool(mx.distributed.init().rank() == 0)
+    return bool(group().rank() == 0)
+
+
+def group() -> mx.distributed.Group:
+    """The machines that were started together; this one alone, unless a launcher started it.
+
+    Without a launcher MLX would look for one in every library that it knows, and MPI's takes seconds to say no.
+    """
+    launched = any(name in os.environ for name in _LAUNCHERS)
+    return mx.distributed.init() if launched else mx.distributed.init(backend="ring")
+
+
+def summed(array: mx.array, group: mx.distributed.Group) -> mx.array:
+    """The sum over all machines, computed: the GPU must not wait for the network.
+
+    Metal ends work that waits for some seconds, and another machine may need more until it takes part.
+    """
+    total: mx.array = mx.distributed.all_sum(array, group=group)
+    mx.eval(total)
+    return total
+
+
+def greatest(array: mx.array, group: mx.distributed.Group) -> mx.array:
+    """The greatest of all machines, element by element; computed, as `summed` is."""
+    most: mx.array = mx.distributed.all_max(array, group=group)
+    mx.eval(most)
+    return most
 
 
 @contextmanager
@@ -42,7 +72,7 @@ class Machines:
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
         """should_stop: whether this machine was asked to stop."""
-        self.group = mx.distributed.init()
+        self.group = group()
         self.rank, self.size = self.group.rank(), self.group.size()
         self.first, self.alone = self.rank == 0, self.size == 1
         self._should_stop = should_stop
@@ -52,7 +82,7 @@ class Machines:
         asked = self._should_stop()
         if self.alone:
             return asked
-        return bool(mx.distributed.all_sum(mx.array(float(asked)), group=self.group).item())
+        return bool(number(summed(mx.array(float(asked)), self.group)))
 
     def agree(self, facts: RunFacts) -> None:
         """Raises TrainingError unless all machines have the same pictures, weights and options.
@@ -65,8 +95,7 @@ class Machines:
         by_name = cast(Mapping[str, object], facts)
         text = json.dumps([config, *(by_name[key] for key in _AGREED)], sort_keys=True)
         own = mx.array(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32))
-        spread = mx.distributed.all_max(own, group=self.group) + mx.distributed.all_max(-own, group=self.group)
-        if mx.any(spread != 0).item():
+        if np.any(np.array(greatest(own, self.group)) != -np.array(greatest(-own, self.group))):
             raise TrainingError("the machines differ in pictures, model or options: give all of them the same")
 
     def told_by_first(
@@ -92,9 +121,9 @@ class Machines:
         }
         if not self.first:
             smoothed, failures = told_smoothed, int(told_failures)
-        return SavedState(int(step), {**facts, "smoothed": smoothed, "failures": failures}, tensors)
+        kept = saved.facts.get("kept_bytes") if saved else None
+        return SavedState(int(step), {**facts, "smoothed": smoothed, "failures": failures, "kept_bytes": kept}, tensors)
 
     def _told(self, array: Array) -> Array:
         """The sum over machines, all of which but the first give zeros."""
-        whole = mx.distributed.all_sum(mx.array(array.astype(np.float32)), group=self.group)
-        return np.array(whole).astype(array.dtype)
+        return np.array(summed(mx.array(array.astype(np.float32)), self.group)).astype(array.dtype)

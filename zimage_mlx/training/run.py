@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from zimage_mlx import device
+from zimage_mlx.device import gpu_errors_explained, limit_memory
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
@@ -45,7 +47,7 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
     Raises DatasetError, ConfigError, FormatError, WeightError or TrainingError.
     """
     machines = Machines(should_stop)
-    with lost_machine_is_an_error():
+    with lost_machine_is_an_error(), gpu_errors_explained(training=True):
         if machines.first:
             with RunFolder(config.output).locked():
                 yield from _events(config, machines)
@@ -72,7 +74,9 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
 
     dtype, quantization = resolve_base_precision(config)
     pipeline = ZImagePipeline(plan.model, dtype, quantize=quantization.bits if quantization else None)
-    plan.require_memory(dtype, quantization, pipeline.memory_limit())
+    plan.require_memory(dtype, quantization, pipeline.memory_limit(), pipeline.footprint(lean=True))
+    limit_memory(lean=config.memory == "lean")
+    pipeline.unpack = config.memory == "fast" or not device.on_metal()
     if machines.first and not config.resume:
         run.clear()
     data = EncodedDataset(plan, pipeline)

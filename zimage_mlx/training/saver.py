@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from .learner import Learner
 class Saver:
     """Saves the LoRA and the state of a learner."""
 
-    def __init__(self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: RunFacts) -> None:
-        """facts: what the run is, kept in every resume folder."""
+    def __init__(self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: RunFacts, budget: float) -> None:
+        """facts: what the run is, kept in every resume folder, as is the budget of the gradient."""
         self._plan, self._run, self._learner, self._facts = plan, run, learner, facts
+        self._kept_bytes = budget if math.isfinite(budget) else None
 
     def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
         """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept.
@@ -40,7 +42,12 @@ class Saver:
 
     def state(self, step: int, smoothed: float | None, failures: int) -> Checkpointed:
         """Writes all that `resume` needs to go on after `step`; the loss and the failures as of `SavedFacts`."""
-        facts: SavedFacts = {**self._facts, "smoothed": smoothed, "failures": failures}
+        facts: SavedFacts = {
+            **self._facts,
+            "smoothed": smoothed,
+            "failures": failures,
+            "kept_bytes": self._kept_bytes,
+        }
         return Checkpointed(self._run.save(step, self._learner.state(), facts), step)
 
     def _drop_old(self, step: int) -> None:

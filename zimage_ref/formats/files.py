@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import BinaryIO
 
 from zimage_ref.errors import ConfigError, FormatError, reason
 
+if sys.platform != "win32":
+    import fcntl
+
+FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None) if sys.platform == "darwin" else None
 _BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -29,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename == str(temporary):
@@ -39,6 +44,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def sync(handle: int) -> None:
+    """Waits until what was written to an open file, or the names in a folder, would survive a power cut.
+
+    On macOS, fsync leaves it in the drive's own memory, and another call has to write that out. Some network disks
+    do not know the call: there fsync is all that can be done. Source: man fsync of macOS.
+    """
+    if FULL_SYNC is not None:
+        with suppress(OSError):
+            fcntl.fcntl(handle, FULL_SYNC)
+            return
+    os.fsync(handle)
 
 
 def sha256(path: Path) -> str:

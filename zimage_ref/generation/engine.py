@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -71,13 +72,18 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     def default_dtype(cls) -> str:
         """The best of `dtypes` for this machine."""
 
+    @classmethod
     @abstractmethod
-    def footprint(self, lean: bool) -> Footprint:
+    def footprint(cls, lean: bool) -> Footprint:
         """The memory for activations that the engine takes, with `lean` or without."""
 
     def memory_limit(self) -> int | None:
         """The bytes of memory that the engine may use. None if they are not known."""
         return physical_memory()
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """A block in which an error of the engine's device becomes a BackendError."""
+        return nullcontext()
 
     @abstractmethod
     def encode_prompt(self, text: str) -> ArrayT:

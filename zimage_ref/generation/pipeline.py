@@ -140,10 +140,11 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """
         requests = self.plan([config_of({"prompt": prompt, **options})], latents)
         adapters = self.read_loras(loras)
-        captions, (start,) = self._prepared(requests, progress)
-        self.use_loras(adapters)
-        yield from denoised(self, requests, captions, start)
-        self._done_with("transformer")
+        with self.guarded():
+            captions, (start,) = self._prepared(requests, progress)
+            self.use_loras(adapters)
+            yield from denoised(self, requests, captions, start)
+            self._done_with("transformer")
 
     def denoise(self, x: ArrayT, captions: Sequence[ArrayT], steps: int, guidance: float) -> Iterator[ArrayT]:
         """Yields the latents (B, C, h, w) after each of `steps` Euler steps from the noise `x` (B, C, h, w).
@@ -215,6 +216,31 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         if size < 1:
             raise ConfigError(f"batch size {size} must be at least 1")
         adapters = self.read_loras(loras)
+        with self.guarded():
+            for place, made in enumerate(self._made(requests, size, adapters, output, progress, watch)):
+                yield requests[place], made
+
+    def memory(self, requests: Sequence[Request], batch_size: int, lean: bool | None = None) -> list[Stage]:
+        """The estimated memory of each stage of making `requests`. lean: None means the current setting."""
+        one_at_a_time = self.lean if lean is None else lean
+        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(one_at_a_time)
+        batch = min(batch_size, len(requests))
+        sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
+        return largest(
+            generation_stages(model, footprint, (width, height), batch * (1 + guided), one_at_a_time)
+            for width, height, guided in sizes
+        )
+
+    def _made(
+        self,
+        requests: Sequence[Request],
+        size: int,
+        adapters: Sequence[tuple[LoRAFile, float]],
+        output: Output,
+        progress: StageProgress,
+        watch: Watch[ArrayT],
+    ) -> Iterator[Picture | Array]:
+        """What `generate` makes of each request, in batches of at most `size`."""
         captions, starts = self._prepared(requests, progress)
 
         self.use_loras(adapters)
@@ -230,19 +256,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self._done_with("transformer")
 
         for request, x in _counted(list(zip(requests, latents, strict=True)), "decode", progress):
-            yield request, self._finish(request, x, output)
+            yield self._finish(request, x, output)
         self._done_with("vae")
-
-    def memory(self, requests: Sequence[Request], batch_size: int, lean: bool | None = None) -> list[Stage]:
-        """The estimated memory of each stage of making `requests`. lean: None means the current setting."""
-        one_at_a_time = self.lean if lean is None else lean
-        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(one_at_a_time)
-        batch = min(batch_size, len(requests))
-        sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
-        return largest(
-            generation_stages(model, footprint, (width, height), batch * (1 + guided), one_at_a_time)
-            for width, height, guided in sizes
-        )
 
     def _prepared(
         self, requests: Sequence[Request], progress: StageProgress

@@ -22,17 +22,25 @@ class RunFacts(TypedDict):
     environment: dict[str, str]  # software and machine
 
 
-class SavedFacts(RunFacts):
+class _CountedFacts(RunFacts):
     """The facts of a run, and the counters of its loop at the saved step."""
 
     smoothed: float | None  # the average of the loss
     failures: int  # consecutive steps without a finite loss
 
 
+class SavedFacts(_CountedFacts, total=False):
+    """The same, and what runs of version 0.1 did not save."""
+
+    kept_bytes: float | None  # that the gradient may keep of the forward pass; None if the machine does not limit it
+
+
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "config": dict, "total": int, "batch": int, "dataset": str, "model": dict, "adapter": (str, type(None)),
     "environment": dict, "smoothed": (float, int, type(None)), "failures": int,
+    "kept_bytes": (float, int, type(None)),
 }  # fmt: skip
+_NEWER = {"kept_bytes"}  # facts that an older version did not save
 _DIFFERENCES = {
     "dataset": "the pictures or captions",
     "model": "the model's weights or tokenizer",
@@ -46,7 +54,7 @@ def checked_facts(data: object) -> SavedFacts:
     if not isinstance(data, dict):
         raise FormatError("its state.json has no facts of its run")
     for name, kind in _KINDS.items():
-        if name not in data or not isinstance(data[name], kind):
+        if (name not in data and name not in _NEWER) or not isinstance(data.get(name), kind):
             raise FormatError(f"of the facts of its run, {name} is missing or of another type")
     return cast(SavedFacts, data)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from zimage_ref.formats.files import atomic_write
+from zimage_ref.formats.files import atomic_write, sync
 
 from .events import Checkpointed, Event, Previewed, Saved
 from .facts import RunFacts
@@ -50,7 +49,7 @@ class Metrics:
     def close(self) -> None:
         """Writes everything to disk, and the page a last time if the disk has room."""
         with self._file:
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
         with suppress(OSError):
             self.refresh()
 

@@ -15,7 +15,16 @@ from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.memory import LoadedModel, Stage, lora_bytes, require_memory, trainable_parameters, training_stages
+from zimage_ref.memory import (
+    LEAN,
+    Footprint,
+    LoadedModel,
+    Stage,
+    lora_bytes,
+    require_memory,
+    trainable_parameters,
+    training_stages,
+)
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
@@ -88,17 +97,21 @@ class TrainPlan:
         """The number of image tokens of a picture of `size`."""
         return size[0] * size[1] // self.model.size_multiple**2
 
-    def memory(self, precision: str, quantization: Quantization | None, lean: bool) -> list[Stage]:
-        """The memory of each stage of the run with the base in this precision. lean: see `training_stages`."""
+    def memory(
+        self, precision: str, quantization: Quantization | None, lean: bool, footprint: Footprint = LEAN
+    ) -> list[Stage]:
+        """The memory of each stage of the run with the base in this precision. The rest: see `training_stages`."""
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
-        return training_stages(model, most, lora, self.batches.batch_size, lean)
+        return training_stages(model, most, lora, self.batches.batch_size, lean, footprint)
 
-    def require_memory(self, precision: str, quantization: Quantization | None, limit: int | None) -> None:
+    def require_memory(
+        self, precision: str, quantization: Quantization | None, limit: int | None, footprint: Footprint = LEAN
+    ) -> None:
         """Raises ConfigError if the run takes more than `limit` bytes, unless `force` is set."""
         if not self.config.force:
             lean = self.config.memory != "fast"
-            stages = self.memory(precision, quantization, lean)
+            stages = self.memory(precision, quantization, lean, footprint)
             sides = "`resolution`" if lean else "`resolution`, `memory` lean"
             require_memory(stages, limit, "base_precision", sides)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from zimage_ref.errors import FormatError, TrainingError, reason
 from zimage_ref.formats import safetensors
-from zimage_ref.formats.files import disk_is_full, remove_stale, sha256
+from zimage_ref.formats.files import disk_is_full, remove_stale, sha256, sync
 from zimage_ref.formats.json_file import read_json, write_json
 from zimage_ref.formats.tensors import Array, Tensor
 
@@ -187,6 +187,6 @@ def _sync(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)
