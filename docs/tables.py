@@ -26,7 +26,7 @@ from zimage_ref import GenerateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS: dict[str, type] = {"generate": GenerateConfig, "train": TrainConfig}
-COMMANDS = ("train", "generate", "convert", "inspect", "demo")
+COMMANDS = ("train", "generate", "convert", "inspect", "doctor", "demo")
 PACKAGES = ("cli", "zimage_mlx", "zimage_ref")
 _OPTIONS = re.compile(r"(<!-- options: (\w+): ([\w ]+?) -->\n)(.*?)(<!-- end of options -->)", re.DOTALL)
 _ROOMS = re.compile(r"(<!-- rooms -->\n)(.*?)(<!-- end of rooms -->)", re.DOTALL)

@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "pictures from prompts.",
     "convert": "weights from one file format, naming and precision to another.",
     "inspect": "what a weights file or a model's folder holds, from headers alone, or how a picture was made.",
+    "doctor": "checks and measures this machine, and says what pictures and training will take.",
     "demo": "a new word, learned from eight drawings by a small model.",
 }
 
