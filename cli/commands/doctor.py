@@ -59,8 +59,11 @@ def show(findings: Findings, console: Console) -> None:
     if findings.verdicts:
         rows = [_row(verdict) for verdict in findings.verdicts]
         console.table(("computation", "dtype", "size", "error", "limit", "verdict"), rows, title="Right?")
-    for note in dict.fromkeys(verdict.note for verdict in findings.verdicts if verdict.note):
-        console.note(note)
+    if smaller := [verdict for verdict in findings.verdicts if verdict.note]:
+        dtypes = ", ".join(dict.fromkeys(verdict.dtype for verdict in smaller))
+        console.note(
+            f"this device is slow in {dtypes}: {len(smaller)} checks ran at smaller sizes than the real model's"
+        )
     if findings.rates:
         rates = [(r.name, r.dtype, r.size, _rate(r.per_second, r.unit)) for r in findings.rates]
         console.table(("work", "dtype", "size", "speed"), rates, title="Fast?")
@@ -84,7 +87,7 @@ def _show_predictions(predicted: JsonObject, console: Console) -> None:
             cells = [_choice(predicted, work, precision, mode, side) for work in ("picture", "step") for side in SIDES]
             rows.append((precision, mode, *cells))
     heads = [f"{work} {side}" for work in ("picture", "step") for side in SIDES]
-    title = "What it will take: seconds of a picture in 8 steps and of a training step, GB"
+    title = "What it will take: a picture in 8 steps, a training step; and memory"
     console.table(("precision", "memory", *heads), rows, title=title)
     console.note("* the best choice here; - does not fit into memory. Reading the weights is not in these times")
 
@@ -95,9 +98,17 @@ def _choice(predicted: JsonObject, work: str, precision: str, mode: str, side: i
     nbytes = predicted[f"{work}_bytes"][precision][mode][str(side)]
     limit = predicted["memory_limit"]
     if limit and nbytes > limit:
-        return f"- ({nbytes / 1e9:.0f} GB)"
+        return f"- {nbytes / 1e9:.0f} GB"
     best = predicted["best"][work][str(side)] == {"precision": precision, "mode": mode}
-    return f"{seconds:.3g} s, {nbytes / 1e9:.1f} GB{_BEST if best else ''}"
+    return f"{duration(seconds)} {nbytes / 1e9:.0f} GB{_BEST if best else ''}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever is easy to read."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 3 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _show_faults(findings: Findings, console: Console) -> None:

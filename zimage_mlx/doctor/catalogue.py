@@ -26,6 +26,7 @@ from .layers import BlockTrial, encoder_config
 _TF32 = "float32 products are rounded like TF32: set MLX_ENABLE_TF32=0; else update MLX"
 _WINOGRAD = "do not train or generate with this MLX: its convolution loses digits; update MLX, or give --dtype float32"
 _PRODUCTS = [(1088, 3840, 3840), (1088, 1536, 1536), (320, 768, 768), (288, 384, 512)]
+_PACKED = [(1088, 1536, 1536), (320, 768, 768), (64, 256, 128)]
 _BLOCKS = [(32, 30), (16, 30), (16, 12), (8, 6), (8, 3)]  # rows of patches, heads
 _BLOCK_ROUNDINGS, _GRADIENT_ROUNDINGS, _ENCODER_ROUNDINGS = 49, 74, 25
 
@@ -76,7 +77,7 @@ def _encoder_sums(size: Size) -> int:
 def _quantized(bits: int, unpacked: bool, backward: bool) -> Case:
     ways = f"{bits} bits, {'unpacked' if unpacked else 'packed'}{', gradient' if backward else ''}"
     return Case(
-        f"product of {ways}", _PRODUCTS if unpacked else _PRODUCTS[1:], _product_flops,
+        f"product of {ways}", _PRODUCTS if unpacked else _PACKED, _product_flops,
         cases.quantized_product(bits, backward, unpacked), 6, lambda size: size[2 if backward else 1],
         quick=("bf16",) if unpacked else (), sums_rounded_on_cpu=not unpacked,
     )  # fmt: skip
