@@ -54,12 +54,12 @@ def test_convolutions_are_counted_exactly(way: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("what", "side", "measured", "within"),
     [("forward", 512, 0.0273, 0.25), ("forward", 768, 0.0553, 0.25), ("forward", 1024, 0.102, 0.25),
-     ("fast", 512, 0.113, 0.35), ("fast", 1024, 0.46, 0.35), ("lean", 1024, 0.607, 0.35)],
+     ("fast", 1024, 0.46, 0.35), ("lean", 1024, 0.607, 0.35)],
 )  # fmt: skip
 def test_rates_alone_are_near_what_an_h100_was_measured_at(
     what: str, side: int, measured: float, within: float
 ) -> None:
-    """docs/performance.md has the measured figures. Parts, measured by the doctor itself, bring it nearer."""
+    """The figures are those of docs/performance.md. A step at 512 x 512 is left out: launches limit it, not rates."""
     model = TimeModel({"bf16": H100}, "bf16")
     seconds = model.forward("bf16", side) if what == "forward" else model.step("bf16", side, what)
     assert seconds == pytest.approx(measured, rel=within)

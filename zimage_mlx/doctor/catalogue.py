@@ -24,7 +24,7 @@ from .cases import FLOATS, Case, Size
 from .layers import BlockTrial, encoder_config
 
 _TF32 = "float32 products are rounded like TF32: set MLX_ENABLE_TF32=0; else update MLX"
-_WINOGRAD = "do not train or generate with this MLX: its convolution loses digits; update MLX, or give --dtype float32"
+_WINOGRAD = "do not train or generate with this MLX: its convolution loses digits; update MLX, or give `dtype` float32"
 _PRODUCTS = [(1088, 3840, 3840), (1088, 1536, 1536), (320, 768, 768), (288, 384, 512)]
 _PACKED = [(1088, 1536, 1536), (320, 768, 768), (64, 256, 128)]
 _BLOCKS = [(32, 30), (16, 30), (16, 12), (8, 6), (8, 3)]  # rows of patches, heads

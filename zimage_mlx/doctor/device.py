@@ -32,7 +32,7 @@ def describe(limit: int | None) -> Machine:
         )
     if mx.metal.is_available() and version() < _OLDEST_ON_METAL:
         fact = f"mlx {_VERSION} has known faults on Metal"
-        problems.append(Problem(fact, "pip install --upgrade mlx", grave=True))
+        problems.append(Problem(fact, "install a newer one with pip", grave=True))
     return Machine(facts, problems)
 
 
