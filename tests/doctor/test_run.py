@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from zimage_cli.terminal.console import THEME, Console
 from zimage_mlx.doctor import checking, device, parts, rates, run
 from zimage_mlx.doctor.cases import Case
 from zimage_mlx.doctor.checking import Pace
-from zimage_ref.doctor.findings import Findings, Machine, Problem, Rate
+from zimage_ref.doctor.findings import Findings, Machine, Problem, Rate, Verdict
 from zimage_ref.errors import BackendError
 
 SLOW = Pace(dict.fromkeys(("bf16", "f16", "f32"), 1e6), 1e6)
@@ -31,17 +32,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "measure", lambda: SLOW)
     monkeypatch.setattr(rates, "_WIDTH", 256)
     monkeypatch.setattr(rates, "_MEMORY", 1 << 16)
-    from dataclasses import replace
-
-    config = replace(parts.OFFICIAL_TRANSFORMER, dim=384, n_heads=3, cap_feat_dim=64)
+    monkeypatch.setattr(parts, "_CAPTION", 32)
+    monkeypatch.setattr(parts, "_FEWEST", 1)
+    config = replace(parts.OFFICIAL_TRANSFORMER, dim=384, n_heads=3, cap_feat_dim=64, n_refiner_layers=1)
     monkeypatch.setattr(parts, "OFFICIAL_TRANSFORMER", config)
-    monkeypatch.setattr(parts, "OFFICIAL_VAE", replace(parts.OFFICIAL_VAE, block_out_channels=(32, 32, 32, 32)))
+    monkeypatch.setattr(
+        parts, "OFFICIAL_VAE", replace(parts.OFFICIAL_VAE, block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    )
     encoder = replace(parts.OFFICIAL_TEXT_ENCODER, hidden_size=128, intermediate_size=256)
     monkeypatch.setattr(parts, "OFFICIAL_TEXT_ENCODER", encoder)
-    monkeypatch.setattr(parts.Measurer, "least", lambda self, case, precision, side: float(side > 128))
-    monkeypatch.setattr(run, "SIDES", (128, 128, 128))
+    monkeypatch.setattr(parts.Measurer, "least", lambda self, case, precision, side: float(side > 64))
+    monkeypatch.setattr(run, "SIDES", (64, 64, 64))
     monkeypatch.setattr(run, "QUICK", replace(run.QUICK, rate=0.001, part=0.01, megabytes=1))
     monkeypatch.setattr(run, "FULL", replace(run.FULL, rate=0.001, part=0.01, megabytes=1))
+
+
+def picture(dtype: str) -> Verdict:
+    """In place of the built-in model's picture, which the test of a quick run draws."""
+    return Verdict("picture of the built-in model", dtype, "128 x 128", 0.0, 1.0, 0.0, 1.0, 0.0)
 
 
 def ran(*argv: str) -> tuple[int, str, str]:
@@ -78,6 +86,7 @@ def test_a_full_run_checks_every_dtype_and_shows_every_step(monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     cheap = [case for case in run.catalogue(packed=False) if case.name in ("rotation", "gradient of a block")]
     monkeypatch.setattr(run, "catalogue", lambda packed: cheap)
+    monkeypatch.setattr(run, "built_in", picture)
     said: list[tuple[str, int, int, str]] = []
     found = run.diagnose(quick=False, progress=lambda *words: said.append(words))
     assert found.healthy
@@ -93,6 +102,9 @@ def test_a_full_run_checks_every_dtype_and_shows_every_step(monkeypatch: pytest.
 @pytest.mark.usefixtures("small")
 def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    cheap = [case for case in run.catalogue(packed=False) if case.name in ("product", "gradient of a block")]
+    monkeypatch.setattr(run, "catalogue", lambda packed: cheap)
+    monkeypatch.setattr(run, "built_in", picture)
     matmul = mx.matmul
     monkeypatch.setattr(mx, "matmul", lambda a, b: matmul(a, b) * 1.01)
     code, out, err = ran("--quick")
