@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from zimage_ref.checkpoints.component import AnyComponent
 from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
 from zimage_ref.memory import FAST, LEAN, LoadedModel, generation_stages, lora_bytes, peak, training_stages
-from zimage_ref.model import parameters
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
-from zimage_ref.model.config_reader import Config
 
 from . import work
 from .work import Tokens, Work
@@ -189,20 +189,13 @@ def _loaded(precision: str, compute: str) -> LoadedModel:
 
 def official_model() -> ModelFolder:
     """The published model: every shape in bfloat16, no data."""
-
-    def stored(shapes: parameters.Shapes) -> dict[str, Tensor]:
-        return {name: Tensor(shape, BFLOAT16, lambda: np.empty(0)) for name, shape in shapes.items()}
-
-    encoder = stored(parameters.text_encoder_parameters(OFFICIAL_TEXT_ENCODER))
-    unused = parameters.text_encoder_unused(OFFICIAL_TEXT_ENCODER)
-    weights = {
-        "transformer": stored(parameters.transformer_parameters(OFFICIAL_TRANSFORMER)),
-        "text_encoder": {name: tensor for name, tensor in encoder.items() if name not in unused},
-        "vae": stored(parameters.vae_parameters(OFFICIAL_VAE)),
-    }
-    configs: dict[str, Config] = {
-        "transformer": OFFICIAL_TRANSFORMER,
-        "text_encoder": OFFICIAL_TEXT_ENCODER,
-        "vae": OFFICIAL_VAE,
-    }
+    weights = {name: _shapes_only(component) for name, component in COMPONENTS.items()}
+    configs = {name: component.official for name, component in COMPONENTS.items()}
     return ModelFolder(Path("Z-Image-Turbo"), configs, weights, OFFICIAL_SCHEDULER, Path("tokenizer.json"))
+
+
+def _shapes_only(component: AnyComponent) -> dict[str, Tensor]:
+    config = component.official
+    unused = component.unused(config)
+    shapes = component.parameters(config)
+    return {n: Tensor(shape, BFLOAT16, lambda: np.empty(0)) for n, shape in shapes.items() if n not in unused}
