@@ -31,6 +31,7 @@ ROOMS = {
     "zimage_ref.generation": f"{_BASE} version options options_file pictures lora checkpoints memory",
     "zimage_ref.pipeline": "formats model lora networks memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
+    "zimage_ref.doctor": "formats model version checkpoints memory",
     "zimage_ref.inspection": "errors formats checkpoints",
     "zimage_ref.requirements": "formats model checkpoints memory training",
     "zimage_ref.tiny": "formats model pictures checkpoints",
@@ -43,13 +44,16 @@ ROOMS = {
     "zimage_mlx.training":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
         "pictures lora memory generation training",
+    "zimage_mlx.doctor":
+        "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_mlx.training formats model "
+        "pictures networks checkpoints memory doctor",
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
-    "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_ref lazy training",
+    "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_mlx.doctor zimage_ref lazy training",
     "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
     "zimage_cli.commands":
         "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
-        "generation training inspection requirements tiny",
+        "generation training inspection requirements tiny doctor",
     "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors",
     "zimage_cli.__main__": "zimage_cli.app",
     "zimage_cli": "",

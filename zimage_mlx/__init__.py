@@ -46,6 +46,7 @@ __all__ = [
     "ZImagePipeline",
     "__version__",
     "combine_loras",
+    "diagnose",
     "is_first",
     "make_plan",
     "merge_loras",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time the table below 
     )
     from zimage_ref.training.plan import TrainPlan, make_plan
 
+    from .doctor.run import diagnose
     from .pipeline import ZImagePipeline
     from .training.machines import is_first
     from .training.precision import resolve_base_precision
@@ -112,6 +114,7 @@ else:
             "Validated",
         ],
         "zimage_ref.training.plan": ["TrainPlan", "make_plan"],
+        ".doctor.run": ["diagnose"],
         ".pipeline": ["ZImagePipeline"],
         ".training.machines": ["is_first"],
         ".training.precision": ["resolve_base_precision"],
