@@ -42,7 +42,7 @@ def on_metal() -> bool:
 def gpu_memory() -> int | None:
     """Bytes that the GPU may use, None if there is no GPU or it does not say.
 
-    Metal gives no more than it recommends: about two thirds of a small Mac's memory. What exceeds that is an error.
+    Metal gives no more than it recommends: about two thirds of a small Mac's memory. More than that is an error.
     """
     if not on_gpu():
         return None

@@ -92,6 +92,7 @@ def test_both_engines_draw_the_same(reference: zimage_ref.ZImagePipeline) -> Non
         assert_parity(ours, theirs, "picture")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "steps", "levels"), [("euler", 200, 8), ("dpm++2m", 100, 3)])
 def test_samplers_agree_on_a_trained_model_when_steps_are_many(
     reference: zimage_ref.ZImagePipeline, sampler: str, steps: int, levels: float

@@ -40,7 +40,7 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 class PerBlock(Generic[M, P, R]):
     """`function(block, *args)`, compiled; all blocks of one structure share the program.
 
-    A structure is which layers a block has, of which types, and which of its parameters train: plain, quantized and
+    A structure is the layers of a block, their types, and the parameters that train: plain, quantized and
     with LoRAs are three. `function` may use nothing of the block but its parameters and its structure. args are trees
     of arrays or constants. What trains must not change during the life of this object.
     """
@@ -81,7 +81,7 @@ class PerBlock(Generic[M, P, R]):
 
 @dataclass(frozen=True)
 class _Slots:
-    """Where the arrays of a block are: found once, read at each call."""
+    """The places of a block's arrays. They are found once and read at each call."""
 
     structure: Hashable
     homes: list[tuple[nn.Module, str]]  # module and attribute of each parameter

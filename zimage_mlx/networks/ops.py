@@ -85,7 +85,7 @@ def query_chunks(shape: Sequence[int]) -> list[slice]:
 def attention_gradient(
     inputs: QKV, d_out: mx.array, out: mx.array, mask: mx.array | None, run: Run = run_directly
 ) -> QKV:
-    """Gradients of `inputs`, of which `attention` made `out` (B, H, S, K); d_out is the gradient of that.
+    """Gradients of `inputs`. `attention` made `out` (B, H, S, K) from them; d_out is the gradient of `out`.
 
     run: how a chunk of rows is run; see `running.RunInPieces`.
     """

@@ -24,7 +24,7 @@ class Strips:
     def assemble(
         self, make: Callable[[int, int], mx.array], shape: tuple[int, int, int, int], made: int, norm_follows: bool
     ) -> mx.array:
-        """A layer of `shape` (B, H, W, C) of which make(top, bottom) makes some rows.
+        """A layer of `shape` (B, H, W, C). make(top, bottom) makes some of its rows.
 
         made: bytes that `make` takes for each pixel. norm_follows: whether to take the moments, for `take`.
         """
@@ -41,7 +41,7 @@ class Strips:
         return whole
 
     def spans(self, rows: int, each: int) -> list[tuple[int, int]]:
-        """Where strips of a layer of `rows` begin and end, if a row takes `each` bytes."""
+        """The first row of each strip and the row after its last, if a row takes `each` bytes."""
         count = min(rows, -(-rows * each * _AT_ONCE // self._nbytes))
         height = -(-rows // count)
         return [(top, min(top + height, rows)) for top in range(0, rows, height)]

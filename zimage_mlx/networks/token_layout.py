@@ -1,4 +1,4 @@
-"""Where the tokens of a batch stand: the rotations and masks that captions of these lengths and a picture need."""
+"""The places of a batch's tokens: the rotations and masks that captions of these lengths and a picture need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .ops import Rotation, rotation_tables
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of a batch stand, and which of them are there."""
+    """The places of a batch's tokens, and which of them are there."""
 
     image_rotation: Rotation  # of the L image tokens
     caption_rotation: Rotation  # of the T caption tokens

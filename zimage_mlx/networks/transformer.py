@@ -265,7 +265,7 @@ class Transformer(nn.Module):
         return Conditioning(tokens, layout)
 
     def layout(self, caption_lengths: Sequence[int], h: int, w: int) -> TokenLayout:
-        """Where the tokens of captions of these lengths and of latents of h x w stand."""
+        """The places of the tokens, for captions of these lengths and latents of h x w."""
         return TokenLayout.of(self.config, caption_lengths, h, w)
 
     def denoise(self, x: mx.array, t: mx.array, conditioning: Conditioning) -> mx.array:

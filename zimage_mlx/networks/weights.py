@@ -130,14 +130,14 @@ class _Npy(io.RawIOBase):
         return len(buffer)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Where the next read begins, from the start."""
+        """Sets the place of the next read, from the start."""
         if whence != io.SEEK_SET:
             raise io.UnsupportedOperation("only from the start")
         self._position = offset
         return offset
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """The place of the next read."""
         return self._position
 
 

@@ -82,7 +82,7 @@ def backward(
 ) -> BlockGradients:
     """Gradients of the input, of adaln (if `time_too`) and of the trainable parameters, by names within the block.
 
-    kept: what `forward` kept, or only the input, of which it is made again. run: how each part is run; see
+    kept: the arrays that `forward` kept, or the input alone; the others are then made again. run: runs a part; see
     `running.RunInPieces`.
     """
     if isinstance(kept, mx.array):

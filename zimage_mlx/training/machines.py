@@ -125,5 +125,5 @@ class Machines:
         return SavedState(int(step), {**facts, "smoothed": smoothed, "failures": failures, "kept_bytes": kept}, tensors)
 
     def _told(self, array: Array) -> Array:
-        """The sum over machines, all of which but the first give zeros."""
+        """The sum over machines. All except the first give zeros."""
         return np.array(summed(mx.array(array.astype(np.float32)), self.group)).astype(array.dtype)

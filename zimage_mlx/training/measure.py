@@ -23,7 +23,7 @@ class Measurer:
         self._plan, self._feed, self._learner, self._previewer = plan, feed, learner, previewer
 
     def due(self, step: int) -> Iterator[Validated | Previewed]:
-        """What is due after `step` steps."""
+        """The measurements that are due after `step` steps."""
         config = self._plan.config
         if self._plan.held_out and self._is_due(step, config.validation_every):
             yield Validated(step, self._held_out_loss())

@@ -1,4 +1,4 @@
-"""LoRA training: a whole run, from the pictures to the LoRA. What it does, and the events that say so:
+"""LoRA training: a whole run, from the pictures to the LoRA. It does this, and yields these events:
 
     check the pictures, plan the run                        Encoded
     look for an earlier run to go on with                   Notice

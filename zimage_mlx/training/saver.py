@@ -1,4 +1,4 @@
-"""What a run leaves on disk: LoRA files that can be used at once, and folders to resume from."""
+"""The files that a run leaves: LoRAs that can be used at once, and folders to resume from."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Saver:
         return event(path, step)
 
     def state(self, step: int, smoothed: float | None, failures: int) -> Checkpointed:
-        """Writes all that `resume` needs to go on after `step`; the loss and the failures as of `SavedFacts`."""
+        """Writes the state that `resume` needs after `step`, with the loss and the failures; see `SavedFacts`."""
         facts: SavedFacts = {
             **self._facts,
             "smoothed": smoothed,
