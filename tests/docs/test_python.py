@@ -24,6 +24,7 @@ SMALLER = {
 
 
 @mlx_only
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def ran(*argv: str) -> tuple[int, str, str]:
     return main(["doctor", *argv], console), out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,6 +101,7 @@ def test_a_full_run_checks_every_dtype_and_shows_every_step(monkeypatch: pytest.
     assert {name.rpartition(" ")[0] for name in found.measured} >= {"step fast f32", "step lean 4", "decode fast f32"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
