@@ -66,6 +66,7 @@ def ranks_of(path: Path) -> dict[str, int]:
 
 @mlx_only
 @pytest.mark.parametrize("kind", ["character", "style", "object"])
+@pytest.mark.slow
 def test_the_options_of_each_kind_train_a_lora(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     errands = Errands(tmp_path)

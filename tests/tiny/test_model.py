@@ -174,7 +174,10 @@ MISTAKES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # what, where, and
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# One by default: each takes seconds
+@pytest.mark.parametrize(
+    "mistake", [m if i == 0 else pytest.param(m, marks=pytest.mark.slow) for i, m in enumerate(MISTAKES)]
+)
 def test_a_mistake_in_training_shows_in_the_loss_from_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
