@@ -79,7 +79,7 @@ def gpu_errors_explained(training: bool = False) -> Iterator[None]:
         raise kind(f"{cause}{_RESUME if training else ''}: {text}") from error
 
 
-def mean_float32() -> None:
+def multiply_in_float32() -> None:
     """Makes float32 mean float32: on an M5 and on CUDA, MLX would take 10 of 23 bits of what it multiplies.
 
     To be called before the first product: MLX reads this once. A setting of the user's stays.

@@ -19,7 +19,7 @@ from zimage_ref.memory import FAST, LEAN, METAL_FAST, METAL_LEAN, Footprint
 from zimage_ref.model.flow import model_time
 
 from . import device
-from .device import gpu_errors_explained, gpu_memory, limit_memory, mean_float32, on_gpu
+from .device import gpu_errors_explained, gpu_memory, limit_memory, multiply_in_float32, on_gpu
 from .lora.layers import Adapters
 from .networks.running import BlockRunner, RunInPieces
 from .networks.strips import Strips
@@ -52,7 +52,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         self.unpack = True  # whether quantized weights are unpacked for a product of many rows
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
         if self.precision == "float32":
-            mean_float32()
+            multiply_in_float32()
         self._adapt_to(lean)
         self._adapters: Adapters | None = None  # of the transformer in memory
 
