@@ -1,9 +1,10 @@
 """How other programs read LoRA files: the keys that each looks for, and whether it takes alpha. Facts of their loaders.
 
 A client here reads the tensors of a file as its program does, and says what it adds to each layer and which keys it
-leaves. Sources: ComfyUI 0.33 comfy/lora.py; mflux 0.24 z_image_lora_mapping.py; diffusers 0.42 lora_conversion_utils.py;
-DiffSynth-Studio utils/lora/general.py; InvokeAI z_image_lora_conversion_utils.py; musubi-tuner convert_lora.py and
-utils/lora_utils.py; stable-diffusion.cpp name_conversion.cpp. Nothing here imports the product.
+leaves. Nothing here imports the product. Sources: ComfyUI 0.33 comfy/lora.py; mflux 0.24 z_image_lora_mapping.py;
+diffusers 0.42 lora_conversion_utils.py; DiffSynth-Studio utils/lora/general.py; InvokeAI
+z_image_lora_conversion_utils.py; musubi-tuner convert_lora.py and utils/lora_utils.py; stable-diffusion.cpp
+name_conversion.cpp.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ _GLOBAL_MODULES = {
 _BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)_(\d+)_(.+)")
 _KEYED = re.compile(r"all_(x_embedder|final_layer)_(\d+-\d+)(?:_(.+))?")
 _TAIL = r"(?:\.(?!weight$|bias$)[\w-]+)?(\.weight|\.bias)?"  # the name of PEFT's adapter, and what the tensor is
+_WHOLE = {"weight": "whole", "bias": "whole_bias"}  # the end of the key of a layer that was saved whole -> its part
 _OF_BIAS = {"B": "lora_bias", "whole": "whole_bias"}  # a part whose key ends with .bias -> the part that it is then
 
 Spelled = tuple[dict[str, Array], dict[str, object]]  # float32 arrays by key; facts for metadata and sidecar
@@ -116,7 +117,7 @@ class Grammar:
                 part = _OF_BIAS.get(part, "")
         else:  # whole layers have their own names
             path, _, kind = key.rpartition(".")
-            style, part = "", {"weight": "whole", "bias": "whole_bias"}.get(kind, "")
+            style, part = "", _WHOLE.get(kind, "")
         prefix = found.group() if (found := self._prefix.match(path)) else ""
         if not part or (not match and not self._saved_whole.search(_flat(prefix))):
             return None

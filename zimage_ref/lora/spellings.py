@@ -1,7 +1,7 @@
 """How tools spell LoRA keys. To read or write another spelling, add one entry to SPELLINGS.
 
-A key is <wrappers and prefixes><module><suffix>, and each is in a table: prefixes and wrappers, spellings of modules and
-the suffixes of A and B here, the suffixes of other kinds in `kinds`. Every combination of them is read. Examples:
+A key is <wrappers and prefixes><module><suffix>, each from a table. Prefixes, wrappers, spellings of modules and the
+suffixes of A and B are here, the suffixes of other kinds in `kinds`. Every combination of them is read. Examples:
 
     diffusion_model.layers.0.attention.to_q.lora_A.weight       ComfyUI, ai-toolkit, mflux
     transformer.layers.0.attention.to_q.lora_B.weight           diffusers
