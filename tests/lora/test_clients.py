@@ -59,9 +59,8 @@ def test_a_file_is_read_whole_and_at_the_right_strength(client: str, naming: str
 
 @pytest.mark.parametrize("client", [client.name for client in OTHERS])
 def test_the_namings_that_the_table_leaves_out_do_lose_keys(client: str, tmp_path: Path) -> None:
-    """ai-toolkit was tried with the default naming alone, so nothing is known of the others."""
-    known = next(c for c in OTHERS if c.name == client).namings
-    for naming in {*lora_namings()} - {*known} if client != "ai-toolkit" else ():
+    known = next(c for c in OTHERS if c.name == client)
+    for naming in {*lora_namings()} - {*known.namings, *known.untried}:
         write_lora(tmp_path / "x.safetensors", {k: v for k, v in mixed().items() if k in LAYERS}, {}, naming, "f32")
         added, left = read_by(client, tmp_path / "x.safetensors")
         assert left and added.keys() < LAYERS.keys(), naming
@@ -96,6 +95,7 @@ def test_layers_outside_the_blocks_keep_a_name_that_comfyui_knows(tmp_path: Path
     ("name", "naming", "words"),
     [
         ("kohya", "comfy", []),
+        ("kohya", "kohya", []),
         ("kohya", "musubi", ["ComfyUI, InvokeAI, DiffSynth-Studio"]),
         ("kohya", "peft", ["DiffSynth-Studio"]),
         ("kohya", "burn", ["only z-image-train"]),

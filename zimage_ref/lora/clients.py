@@ -14,6 +14,7 @@ from .updates import BIAS, LoRA
 from .whole import Whole
 
 _LOW_RANK = LowRank.title
+_ITS_OWN = "burn"  # z-image-train loads no other naming, and no other program loads this one
 _DOTTED = ("comfy", "peft", "kohya")  # the namings with dots, below a prefix that every program knows
 
 
@@ -25,6 +26,7 @@ class Client:
     namings: tuple[str, ...]
     kinds: tuple[str, ...] = (_LOW_RANK,)  # titles; for differences of norms and biases see `norms`
     norms: bool = False
+    untried: tuple[str, ...] = ()  # namings that nobody has tried
 
 
 CLIENTS = (
@@ -34,24 +36,22 @@ CLIENTS = (
     Client("InvokeAI", _DOTTED),
     Client("DiffSynth-Studio", ("comfy", "kohya")),
     Client("musubi-tuner", (*_DOTTED, "musubi")),
-    Client("ai-toolkit", ("comfy",)),
+    Client("ai-toolkit", ("comfy",), untried=("peft", "kohya", "musubi")),
     Client(
         "stable-diffusion.cpp", _DOTTED, (_LOW_RANK, Dense.title, Kronecker.title, Hadamard.title), norms=True,
     ),
-    Client("z-image-train", ("burn",)),
+    Client("z-image-train", (_ITS_OWN,)),
 )  # fmt: skip
 
 
 def losses(lora: LoRA, naming: str) -> list[str]:
     """The losses of `lora` in this naming that are known, in sentences. Empty if none is known."""
-    said = []
-    without = [client.name for client in CLIENTS[:-1] if naming not in client.namings]
-    if naming != "burn" and without:
-        said.append(f"not every program loads the {naming} naming whole: {', '.join(without)} may lose keys")
-    if naming == "burn":
-        said.append("only z-image-train loads the burn naming")
-        return said
-    found = {_kind(name, title) for name, title in ((name, update.title) for name, update in lora.items())}
+    if naming == _ITS_OWN:
+        return [f"only z-image-train loads the {naming} naming"]
+    others = [client for client in CLIENTS if client.namings != (_ITS_OWN,)]
+    without = [client.name for client in others if naming not in (*client.namings, *client.untried)]
+    said = [f"{', '.join(without)}: known to lose keys of the {naming} naming"] if without else []
+    found = {_kind(name, update.title) for name, update in lora.items()}
     for kind in sorted(found - {_LOW_RANK}):
         able = [client.name for client in CLIENTS if naming in client.namings and _loads(client, kind)]
         those = f"only {', '.join(able)}" if able else "no other program"
