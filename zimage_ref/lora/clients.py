@@ -45,7 +45,7 @@ CLIENTS = (
 
 
 def losses(lora: LoRA, naming: str) -> list[str]:
-    """The losses of `lora` in this naming that are known, in sentences. Empty if none is known."""
+    """The losses of `lora` in this naming that are known, in sentences. Empty if no loss is known."""
     if naming == _ITS_OWN:
         return [f"only z-image-train loads the {naming} naming"]
     others = [client for client in CLIENTS if client.namings != (_ITS_OWN,)]
