@@ -277,8 +277,8 @@ MAKERS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         comfy, comfy_checkpoint_prefix, diffusers, kohya, kohya_fused, kohya_native, peft_native, diffsynth, onetrainer,
-        onetrainer_dora, lycoris_dora, peft_dora, lokr, lokr_full, loha, anime_z, peft, peft_saved, full_difference, burn,
-        npz, video_x_fun,
+        onetrainer_dora, lycoris_dora, peft_dora, lokr, lokr_full, loha, anime_z, peft, peft_saved, full_difference,
+        burn, npz, video_x_fun,
     )
 }  # fmt: skip
 
