@@ -199,7 +199,7 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
         if isinstance(node.args[0], ast.Constant)
     }
-    libraries = {"diffusers", "gguf", "huggingface_hub", "mlx", "peft", "torch", "transformers"}
+    libraries = {"diffusers", "gguf", "huggingface_hub", "lycoris", "mlx", "peft", "torch", "transformers"}
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
     for top, *below in (name.split(".") for name in names):
         file = ROOT.joinpath(folders.get(top, top), *below)
