@@ -23,6 +23,7 @@ from .model.tokenizer import MAX_TOKENS
 CAPTION_TOKENS = 128  # the padded length of an ordinary caption
 # Values of one block in memory at once, for each token, in widths of the stream and of the feed-forward
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
+_WIDE_WIDTHS = 6  # of them, those of the stream itself, its norms and sums; float32 beside matrices in float16
 # Training: the number of blocks whose values are in memory at once, besides the values that are kept for the gradient
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks with matrices unpacked at once: two feed-forwards, one attention
@@ -138,7 +139,7 @@ def generation_stages(
     if not one_at_a_time:
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
-    denoise = tokens * _block_values(folder.transformer) * footprint.blocks
+    denoise = tokens * _block_values(folder.transformer, wide=model.precision == "float16") * footprint.blocks
     denoise += footprint.unpacked * _quantized_values(model)
     stages = [
         ("encode", weights["text_encoder"], model.itemsize * _encode_values(folder, footprint)),
@@ -239,8 +240,9 @@ def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "quan
     )
 
 
-def _block_values(config: TransformerConfig) -> int:
-    return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
+def _block_values(config: TransformerConfig, wide: bool = False) -> int:
+    """The values of a block for each token. wide: the stream is float32, and a value of it counts as two."""
+    return (_STREAM_WIDTHS + wide * _WIDE_WIDTHS) * config.dim + _FFN_WIDTHS * config.ffn_dim
 
 
 def _quantized_values(model: LoadedModel) -> int:

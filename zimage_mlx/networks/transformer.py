@@ -9,19 +9,20 @@ the checkpoint's. For the letters in shape comments see `zimage_ref`; for the di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
+from zimage_ref.model.config import QK_NORM_EPS, TransformerConfig
 from zimage_ref.model.positions import padded
 
+from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
 from .ops import QKV, Rotation, SiLU, attention, rms_norm, rotate, silu
 from .running import RunHalf, output_of
+from .time_embedding import TimestepEmbedder
 from .token_layout import TokenLayout
 
 
@@ -31,29 +32,6 @@ class Conditioning:
 
     caption: mx.array  # (B, T, D) refined caption tokens
     layout: TokenLayout
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the time, then a two-layer perceptron."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.mlp = [
-            nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN_DIM),
-            SiLU(),
-            nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
-        ]
-        half = TIME_FREQUENCIES // 2
-        exponents = cast(list[float], (-math.log(10000) * mx.arange(half, dtype=mx.float32) / half).tolist())
-        # mx.exp is some units off in the last place, which times near 1000 turn into 5e-4 of an angle
-        self._frequencies = mx.array([math.exp(exponent) for exponent in exponents])
-
-    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
-        angle = t.astype(mx.float32)[:, None] * self._frequencies  # (B, 128)
-        x = mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(dtype)
-        for layer in self.mlp:
-            x = layer(x)
-        return x  # (B, adaln)
 
 
 class Attention(nn.Module):
@@ -82,7 +60,9 @@ class Attention(nn.Module):
 
     def norm_and_rotate(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation) -> QKV:
         """Projected q, k, v (B, S, H, K) -> the same as (B, H, S, K), q and k normed and rotated."""
-        q, k = rotate(normed(self.norm_q, q), rotation), rotate(normed(self.norm_k, k), rotation)
+        factor = attention_factor(q.dtype)
+        q = rotate(normed(self.norm_q, q, factor=factor), rotation)
+        k = rotate(normed(self.norm_k, k, factor=factor), rotation)
         return QKV(*(a.swapaxes(1, 2) for a in (q, k, v)))
 
     def heads(self, x: mx.array) -> mx.array:
@@ -100,8 +80,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def expand(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """(B, S, D) -> gate and value, (B, S, F) each."""
-        return self.w1(x), self.w3(x)
+        """(B, S, D) -> gate and value, (B, S, F) each; the value times `half.feed_forward_factor`."""
+        return self.w1(x), self.w3(narrowed(x, x.dtype, feed_forward_factor(x.dtype)))
 
     def contract(self, gate: mx.array, value: mx.array) -> mx.array:
         """Gate and value (B, S, F) -> (B, S, D)."""
@@ -173,20 +153,37 @@ class Block(nn.Module):
         self, x: mx.array, rotation: Rotation, mask: mx.array | None, scale: mx.array | None, gate: mx.array | None
     ) -> tuple[mx.array, AttentionKept]:
         """(B, S, D) -> the same, and what a gradient needs."""
-        q, k, v = self.attention.project(normed(self.attention_norm1, x, scale))  # (B, S, H, K) each
+        q, k, v = self.attention.project(self.attention_input(x, scale))  # (B, S, H, K) each
         attended = self.attention.attend(q, k, v, rotation, mask)  # (B, S, D)
         out = self.attention.to_out[0](attended)  # (B, S, D)
-        y = x + normed(self.attention_norm2, out, gate)
+        y = x + self.attention_added(out, gate)
         return y, AttentionKept(x, q, k, v, attended, out, scale, gate)
 
     def feed_forward_half(
         self, x: mx.array, scale: mx.array | None, gate: mx.array | None
     ) -> tuple[mx.array, FeedForwardKept]:
         """(B, S, D) -> the same, and what a gradient needs."""
-        hidden_gate, hidden_value = self.feed_forward.expand(normed(self.ffn_norm1, x, scale))  # (B, S, F) each
+        hidden_gate, hidden_value = self.feed_forward.expand(self.feed_forward_input(x, scale))  # (B, S, F) each
         out = self.feed_forward.contract(hidden_gate, hidden_value)  # (B, S, D)
-        y = x + normed(self.ffn_norm2, out, gate)
+        y = x + self.feed_forward_added(out, gate)
         return y, FeedForwardKept(hidden_gate, hidden_value, out, scale, gate)
+
+    def attention_input(self, x: mx.array, scale: mx.array | None = None) -> mx.array:
+        """The input of attention, of the stream x (B, S, D), in the dtype of its matrices; see `half`."""
+        dtype = self.attention_norm1.weight.dtype
+        return narrowed(normed(self.attention_norm1, x, scale), dtype, attention_factor(dtype))
+
+    def attention_added(self, out: mx.array, gate: mx.array | None = None) -> mx.array:
+        """The update of the stream by attention; `out` (B, S, D) comes from its last Linear layer."""
+        return normed(self.attention_norm2, out, gate, attention_factor(out.dtype))
+
+    def feed_forward_input(self, x: mx.array, scale: mx.array | None = None) -> mx.array:
+        """The input of the feed-forward, of the stream x (B, S, D), in the dtype of its matrices."""
+        return narrowed(normed(self.ffn_norm1, x, scale), self.ffn_norm1.weight.dtype)
+
+    def feed_forward_added(self, out: mx.array, gate: mx.array | None = None) -> mx.array:
+        """The update of the stream by the feed-forward; `out` (B, S, D) is its output."""
+        return normed(self.ffn_norm2, out, gate, feed_forward_factor(out.dtype))
 
     def modulation(self, adaln: mx.array) -> list[mx.array]:
         """(B, adaln) -> scale and gate of attention, then of the feed-forward, (B, 1, D) each."""
@@ -198,16 +195,17 @@ class Block(nn.Module):
 RunBlock = Callable[[Block, mx.array, Rotation, "mx.array | None", "mx.array | None"], mx.array]
 
 
-def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None) -> mx.array:
-    """norm(x) * scale for scale (B, 1, D); None is 1.
+def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None, factor: float = 1.0) -> mx.array:
+    """norm(x / factor) * scale for scale (B, 1, D); None is 1.
 
     One scale for the whole batch, the rule in generation, goes into the norm's own weight and costs no pass over x.
     """
+    eps = norm.eps * factor**2
     if scale is None:
-        return rms_norm(x, norm.weight, norm.eps)
+        return rms_norm(x, norm.weight, eps)
     if len(scale) > 1:
-        return rms_norm(x, norm.weight, norm.eps) * scale
-    return rms_norm(x, norm.weight * scale.flatten(), norm.eps)
+        return rms_norm(x, norm.weight, eps) * scale
+    return rms_norm(x, norm.weight * scale.flatten(), eps)
 
 
 class FinalLayer(nn.Module):
@@ -246,11 +244,10 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype of the residual stream, and of the output."""
-        dtype: mx.Dtype = self.x_pad_token.dtype
-        return dtype
+        return stream_dtype(self.x_pad_token.dtype)
 
     def __call__(self, x: mx.array, t: mx.array, captions: Sequence[mx.array]) -> mx.array:
-        """The raw output, x_0 - noise, (B, C, h, w) in the model's dtype.
+        """The raw output, x_0 - noise, (B, C, h, w) in the dtype of the stream.
 
         x: (B, C, h, w) noisy latents, t: (B,) = 1 - sigma, captions: B arrays (T_i, cap_feat_dim).
         """
