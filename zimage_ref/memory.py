@@ -186,7 +186,7 @@ def lora_bytes(trainable: int, slots: int, ema: bool = False) -> int:
 def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
     """The arrays that a block keeps from its forward pass for its gradient: (name, values for each token).
 
-    They are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in this order. scale
+    They are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.kept, in this order. scale
     and gate are left out, because they have no tokens. A test compares names and bytes.
     """
     D, F = config.dim, config.ffn_dim

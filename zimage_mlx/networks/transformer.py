@@ -9,20 +9,21 @@ the checkpoint's. For the letters in shape comments see `zimage_ref`; for the di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from zimage_ref.model.config import QK_NORM_EPS, TransformerConfig
+from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.model.positions import padded
 
 from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
+from .kept import AttentionKept, FeedForwardKept
 from .ops import QKV, Rotation, SiLU, attention, rms_norm, rotate, silu
 from .running import RunHalf, output_of
-from .time_embedding import TimestepEmbedder
 from .token_layout import TokenLayout
 
 
@@ -32,6 +33,29 @@ class Conditioning:
 
     caption: mx.array  # (B, T, D) refined caption tokens
     layout: TokenLayout
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the time, then a two-layer perceptron."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.mlp = [
+            nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN_DIM),
+            SiLU(),
+            nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
+        ]
+        half = TIME_FREQUENCIES // 2
+        exponents = cast(list[float], (-math.log(10000) * mx.arange(half, dtype=mx.float32) / half).tolist())
+        # mx.exp is some units off in the last place, which times near 1000 turn into 5e-4 of an angle
+        self._frequencies = mx.array([math.exp(exponent) for exponent in exponents])
+
+    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
+        angle = t.astype(mx.float32)[:, None] * self._frequencies  # (B, 128)
+        x = mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1).astype(dtype)
+        for layer in self.mlp:
+            x = layer(x)
+        return x  # (B, adaln)
 
 
 class Attention(nn.Module):
@@ -86,29 +110,6 @@ class FeedForward(nn.Module):
     def contract(self, gate: mx.array, value: mx.array) -> mx.array:
         """Gate and value (B, S, F) -> (B, S, D)."""
         return self.w2(silu(gate) * value)
-
-
-class AttentionKept(NamedTuple):
-    """What a gradient needs of the half with attention."""
-
-    x: mx.array  # (B, S, D), its input
-    q: mx.array  # (B, S, H, K), not yet normed, like k and v
-    k: mx.array
-    v: mx.array
-    attended: mx.array  # (B, S, D), attention before its last Linear layer
-    out: mx.array  # (B, S, D), after it
-    scale: mx.array | None  # (B, 1, D), like gate; None for a block without modulation
-    gate: mx.array | None
-
-
-class FeedForwardKept(NamedTuple):
-    """What a gradient needs of the half with the feed-forward. Its input is made again from the other half's."""
-
-    hidden_gate: mx.array  # (B, S, F)
-    hidden_value: mx.array  # (B, S, F)
-    out: mx.array  # (B, S, D)
-    scale: mx.array | None  # (B, 1, D), like gate; None for a block without modulation
-    gate: mx.array | None
 
 
 class Block(nn.Module):

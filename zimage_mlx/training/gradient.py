@@ -8,7 +8,7 @@ second time when their gradient is due.
     x -> q, k, v -> attended -> out -> x + gate norm(out)         the half with attention
     x -> hidden_gate, hidden_value -> out -> x + gate norm(out)   the half with the feed-forward
 
-The arrays are described at `AttentionKept` and `FeedForwardKept`, in zimage_mlx.networks.transformer. Source: gradient
+The arrays are described at `AttentionKept` and `FeedForwardKept`, in zimage_mlx.networks.kept. Source: gradient
 checkpointing, arXiv 1604.06174.
 """
 
@@ -23,11 +23,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from zimage_mlx.networks.compiled import PerBlock
+from zimage_mlx.networks.kept import AttentionKept, FeedForwardKept
 from zimage_mlx.networks.ops import QKV, Rotation, attention_gradient
 from zimage_mlx.networks.parameters import Parameters
 from zimage_mlx.networks.running import EvalOneAhead, Run, RunInPieces, run_directly
 from zimage_mlx.networks.token_layout import TokenLayout
-from zimage_mlx.networks.transformer import AttentionKept, Block, FeedForwardKept, RunBlock, Transformer
+from zimage_mlx.networks.transformer import Block, RunBlock, Transformer
 from zimage_mlx.networks.tree import substituted, trainable
 from zimage_ref.memory import kept_values
 from zimage_ref.model.flow import add_noise, model_time
