@@ -22,7 +22,7 @@ from zimage_ref.model.positions import padded
 
 from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
 from .kept import AttentionKept, FeedForwardKept
-from .ops import QKV, Rotation, SiLU, attention, rms_norm, rotate, silu
+from .ops import QKV, Rotation, SiLU, attention, in_rows, rms_norm, rotate, silu
 from .running import RunHalf, output_of
 from .token_layout import TokenLayout
 
@@ -74,9 +74,12 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array) -> QKV:
         """x (B, S, D) -> queries, keys, values (B, S, H, K), not yet normed."""
-        B, S, _ = x.shape
-        q, k, v = (linear(x).reshape(B, S, self._heads, -1) for linear in (self.to_q, self.to_k, self.to_v))
-        return QKV(q, k, v)
+        B, S, D = x.shape
+        return QKV(*(in_rows(f, x, D).reshape(B, S, self._heads, -1) for f in (self.to_q, self.to_k, self.to_v)))
+
+    def output(self, attended: mx.array) -> mx.array:
+        """The last Linear layer, (B, S, D) -> (B, S, D)."""
+        return in_rows(self.to_out[0], attended, attended.shape[-1])
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
         """Projected q, k, v (B, S, H, K) -> what the queries attend to, (B, S, D)."""
@@ -99,17 +102,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self._widths = config.dim, config.ffn_dim
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def expand(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """(B, S, D) -> gate and value, (B, S, F) each; the value times `half.feed_forward_factor`."""
-        return self.w1(x), self.w3(narrowed(x, x.dtype, feed_forward_factor(x.dtype)))
+        F, scaled = self._widths[1], narrowed(x, x.dtype, feed_forward_factor(x.dtype))
+        return in_rows(self.w1, x, F), in_rows(self.w3, scaled, F)
 
     def contract(self, gate: mx.array, value: mx.array) -> mx.array:
         """Gate and value (B, S, F) -> (B, S, D)."""
-        return self.w2(silu(gate) * value)
+        return in_rows(self.w2, silu(gate) * value, self._widths[0])
 
 
 class Block(nn.Module):
@@ -156,7 +161,7 @@ class Block(nn.Module):
         """(B, S, D) -> the same, and what a gradient needs."""
         q, k, v = self.attention.project(self.attention_input(x, scale))  # (B, S, H, K) each
         attended = self.attention.attend(q, k, v, rotation, mask)  # (B, S, D)
-        out = self.attention.to_out[0](attended)  # (B, S, D)
+        out = self.attention.output(attended)  # (B, S, D)
         y = x + self.attention_added(out, gate)
         return y, AttentionKept(x, q, k, v, attended, out, scale, gate)
 

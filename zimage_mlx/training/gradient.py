@@ -137,9 +137,7 @@ def _output_back(
     """Queries, keys, values as attention takes them; gradients of its output (B, S, D), the gate, parameters."""
     attention = block.attention
     _, (d_out, *d_gate), _ = pull_back(block, (), block.attention_added, _present(kept.out, kept.gate), [d])
-    _, (d_attended,), gradients = pull_back(
-        block, ["attention.to_out"], lambda attended: attention.to_out[0](attended), [kept.attended], [d_out]
-    )
+    _, (d_attended,), gradients = pull_back(block, ["attention.to_out"], attention.output, [kept.attended], [d_out])
     ready = attention.norm_and_rotate(kept.q, kept.k, kept.v, rotation)
     return ready, d_attended, d_gate if scales_too else [], gradients
 
