@@ -15,7 +15,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.tensors import Array
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import FAST, LEAN, METAL_FAST, METAL_LEAN, Footprint
+from zimage_ref.memory import Footprint, footprint_of_mlx
 from zimage_ref.model.flow import model_time
 
 from . import device
@@ -74,9 +74,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     @classmethod
     def footprint(cls, lean: bool) -> Footprint:
-        if device.on_metal():
-            return METAL_LEAN if lean else METAL_FAST
-        return LEAN if lean else FAST
+        return footprint_of_mlx(lean, device.on_metal())
 
     def set_lean(self, lean: bool) -> None:
         super().set_lean(lean)

@@ -7,6 +7,8 @@ optimizer state are exact. Activations are multiples of tokens or pixels, fitted
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,6 +80,18 @@ LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpa
 METAL_FAST, METAL_LEAN = replace(FAST, margin=0.15), replace(LEAN, margin=0.15, unpacked=0)
 # NumPy in float32 on a CPU: 57 MB for the transformer at 288 tokens, 199 MB for decoding 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
+
+
+def footprint_of_mlx(lean: bool, metal: bool) -> Footprint:
+    """That of MLX in one mode, on the GPU of a Mac (`metal`) or elsewhere."""
+    if metal:
+        return METAL_LEAN if lean else METAL_FAST
+    return LEAN if lean else FAST
+
+
+def on_apple_silicon() -> bool:
+    """Whether MLX would compute on the GPU of a Mac here; asked without MLX."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 @dataclass(frozen=True)

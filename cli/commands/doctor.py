@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from zimage_ref.doctor import machine
@@ -39,7 +38,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Examines this machine. Returns 1 if something is wrong."""
     if args.json:
         check_writable(args.json)
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read when MLX is first used: float32 is compared with float32
     try:
         mlx = require_mlx("zimage doctor")
     except BackendError as error:
@@ -105,7 +103,7 @@ def _choice(predicted: JsonObject, work: str, precision: str, mode: str, side: i
     if limit and nbytes > limit:
         return f"- {nbytes / 1e9:.0f} GB"
     best = predicted["best"][work][str(side)] == {"precision": precision, "mode": mode}
-    return f"{duration(seconds)} {nbytes / 1e9:.0f} GB{_BEST if best else ''}"
+    return f"{duration(seconds)}, {nbytes / 1e9:.0f} GB{_BEST if best else ''}"
 
 
 def duration(seconds: float) -> str:

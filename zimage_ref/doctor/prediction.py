@@ -21,7 +21,15 @@ from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.memory import FAST, LEAN, LoadedModel, generation_stages, lora_bytes, peak, training_stages
+from zimage_ref.memory import (
+    LoadedModel,
+    footprint_of_mlx,
+    generation_stages,
+    lora_bytes,
+    on_apple_silicon,
+    peak,
+    training_stages,
+)
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 
 from . import work
@@ -128,7 +136,8 @@ class TimeModel:
 
     def picture_bytes(self, precision: str, side: int, mode: str) -> int:
         """Memory of making one picture; lean frees each network before it loads the next."""
-        footprint, lean = (FAST, False) if mode == "fast" else (LEAN, True)
+        lean = mode == "lean"
+        footprint = footprint_of_mlx(lean, on_apple_silicon())
         stages = generation_stages(_loaded(precision, self._compute), footprint, (side, side), one_at_a_time=lean)
         return peak(stages).total
 
@@ -137,7 +146,8 @@ class TimeModel:
         blocks = OFFICIAL_TRANSFORMER.n_layers + 2 * OFFICIAL_TRANSFORMER.n_refiner_layers
         lora = lora_bytes(blocks * work.lora_values(OFFICIAL_TRANSFORMER), slots=2)
         model = _loaded(precision, self._compute)
-        return peak(training_stages(model, Tokens.of(side).image, lora, lean=mode == "lean")).total
+        footprint = footprint_of_mlx(lean=True, metal=on_apple_silicon())
+        return peak(training_stages(model, Tokens.of(side).image, lora, 1, mode == "lean", footprint)).total
 
     def to_json(self, limit: int | None) -> JsonObject:
         """Every prediction, and what to choose on a machine that has `limit` bytes for it."""
