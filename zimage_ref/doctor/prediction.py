@@ -39,7 +39,7 @@ SIDES = (512, 768, 1024)
 MODES = ("fast", "lean")
 STEPS = 8  # of a picture, Turbo's
 BITS = {"8": 8, "4": 4}  # precisions that are numbers of bits
-_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
 _AS_GOOD = 1.1  # a choice of more bits is better if it takes at most this times the fastest one's time
 
@@ -194,7 +194,7 @@ class TimeModel:
 @cache
 def _loaded(precision: str, compute: str) -> LoadedModel:
     bits = BITS.get(precision)
-    return LoadedModel(official_model(), _NAMES[compute if bits else precision], Quantization(bits) if bits else None)
+    return LoadedModel(official_model(), NAMES[compute if bits else precision], Quantization(bits) if bits else None)
 
 
 def official_model() -> ModelFolder:
