@@ -207,7 +207,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
 def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
     """The time of the first picture by the doctor's figures, None if there are none for it."""
     pipe, first = run.pipeline, requests[0]
-    figures = Figures.of_this_machine() if pipe.backend == "mlx" else None
+    figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
     predictions = (len(first.sigmas) - 1) * (2 if first.guidance.scale > 0 else 1)

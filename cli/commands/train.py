@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zimage_ref import TrainConfig
+from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.doctor.remembered import Figures, precision_name
+from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
@@ -114,7 +116,12 @@ def _show_options(config: TrainConfig, console: Console) -> None:
 
 def _time(config: TrainConfig) -> dict[str, str]:
     """The time of a step on one picture of the largest resolution by the doctor's figures, if there are any."""
-    figures = Figures.of_this_machine()
+    if Figures.of_this_machine() is None:
+        return {}
+    try:
+        figures = Figures.for_model(ModelFolder.open(config.model_dir, config.parts).transformer)
+    except ZImageError:  # the plan will raise it again, after the errors that it finds before
+        return {}
     if figures is None:
         return {}
     precision = precision_name(*require_mlx("training").resolve_base_precision(config))

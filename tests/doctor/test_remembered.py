@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from zimage_ref.doctor import remembered
 from zimage_ref.doctor.findings import Findings, Machine, Problem
 from zimage_ref.doctor.remembered import Figures, cache_file, precision_name, remember
 from zimage_ref.formats.quantize import Quantization
+from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 
 PREDICTED = {
     "forward_seconds": {"bf16": {"512": 1.0, "1024": 5.0}},
@@ -24,6 +26,8 @@ def test_figures_hold_for_this_machine_and_these_versions(monkeypatch: pytest.Mo
     remember(Findings(True, Machine({}, []), predicted=PREDICTED))
     figures = Figures.of_this_machine()
     assert figures is not None and figures.predicted == PREDICTED
+    assert Figures.for_model(OFFICIAL_TRANSFORMER) == figures
+    assert Figures.for_model(replace(OFFICIAL_TRANSFORMER, n_layers=2)) is None
     monkeypatch.setattr(remembered, "__version__", "another")
     assert Figures.of_this_machine() is None
 

@@ -13,6 +13,7 @@ import numpy as np
 from zimage_ref.errors import FormatError
 from zimage_ref.formats.json_file import JsonObject, read_json, write_json
 from zimage_ref.formats.quantize import Quantization
+from zimage_ref.model.config import OFFICIAL_TRANSFORMER, TransformerConfig
 from zimage_ref.version import __version__
 
 from . import machine
@@ -49,9 +50,14 @@ def remember(findings: Findings) -> None:
 
 @dataclass(frozen=True)
 class Figures:
-    """Predictions for this machine."""
+    """Predictions for the published model on this machine."""
 
     predicted: JsonObject
+
+    @classmethod
+    def for_model(cls, model: TransformerConfig) -> Figures | None:
+        """Those of this machine, if `model` has the sizes of the published one; else None."""
+        return cls.of_this_machine() if model == OFFICIAL_TRANSFORMER else None
 
     @classmethod
     def of_this_machine(cls) -> Figures | None:
@@ -82,7 +88,7 @@ class Figures:
             return None
         known = sorted((int(side) ** 2, seconds) for side, seconds in found.items())
         sizes, seconds = zip(*known, strict=True)
-        inside = min(max(pixels, sizes[0]), sizes[-1])
+        inside: int = min(max(pixels, sizes[0]), sizes[-1])
         return float(np.exp(np.interp(np.log(inside), np.log(sizes), np.log(seconds)))) * pixels / inside
 
 
