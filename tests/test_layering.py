@@ -31,7 +31,7 @@ ROOMS = {
     "zimage_ref.generation": f"{_BASE} version options options_file pictures lora checkpoints memory",
     "zimage_ref.pipeline": "formats model lora networks memory generation",
     "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory generation",
-    "zimage_ref.doctor": "formats model version checkpoints memory",
+    "zimage_ref.doctor": "errors formats model version checkpoints memory",
     "zimage_ref.inspection": "errors formats checkpoints",
     "zimage_ref.requirements": "formats model checkpoints memory training",
     "zimage_ref.tiny": "formats model pictures checkpoints",

@@ -15,7 +15,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.tensors import Array
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import FAST, LEAN, METAL_FAST, METAL_LEAN, Footprint
+from zimage_ref.memory import Footprint, footprint_of_mlx
 from zimage_ref.model.flow import model_time
 
 from . import device
@@ -33,6 +33,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     """A Z-Image model that makes pictures, in bfloat16 on a GPU, float32 on a CPU, or as asked.
+
+    In float16 the matrices of the transformer are float16, see `networks.half`; the other networks are bfloat16.
 
     Each network is loaded when it is first used. The state of sampling is float32 whatever the networks are.
     """
@@ -62,14 +64,17 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the networks compute in."""
+        """What the transformer computes in."""
         return DTYPES[self.precision]
+
+    def _dtype_of(self, component: str) -> mx.Dtype:
+        """What a network computes in. float16 is for the transformer: the others have not been tried in its range."""
+        narrow = self.dtype == mx.float16 and component != "transformer"
+        return mx.bfloat16 if narrow else self.dtype
 
     @classmethod
     def footprint(cls, lean: bool) -> Footprint:
-        if device.on_metal():
-            return METAL_LEAN if lean else METAL_FAST
-        return LEAN if lean else FAST
+        return footprint_of_mlx(lean, device.on_metal())
 
     def set_lean(self, lean: bool) -> None:
         super().set_lean(lean)
@@ -104,7 +109,8 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         """The network `component`; if it is not in memory, `make` gives it and its weights are loaded."""
         if component not in self._networks:
             network = make()
-            load(network, self.folder.weights[component], self.dtype, self.quantization, self.unpack)
+            dtype = self._dtype_of(component)
+            load(network, self.folder.weights[component], dtype, self.quantization, self.unpack)
             self._networks[component] = network
         return cast(Network, self._networks[component])
 
@@ -134,7 +140,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         return to_mlx(self.folder.weights["transformer"][name], self.dtype)
 
     def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
-        """As `Engine`: caption (B, T, D) in the working dtype, and a layout with the rotations and masks."""
+        """As `Engine`: caption (B, T, D) in the dtype of the stream, and a layout with the rotations and masks."""
         return self.transformer.condition(captions, h, w)
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from .checkpoints.folder import ModelFolder
 from .formats.quantize import Quantization
-from .memory import LEAN, LoadedModel, generation_stages, lora_bytes, peak, trainable_parameters, training_stages
+from .memory import (
+    LoadedModel,
+    footprint_of_mlx,
+    generation_stages,
+    lora_bytes,
+    on_apple_silicon,
+    peak,
+    trainable_parameters,
+    training_stages,
+)
 from .model.parameters import lora_modules, transformer_parameters
 from .training.config import TrainConfig
 from .training.optimizers import OPTIMIZERS
@@ -17,7 +26,9 @@ def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
     """The bytes of all weights, and the bytes that generating and training at 1024 x 1024 take at least, by bits.
 
     The estimates are for one network in memory at a time. Activations and weights that are not quantized are bfloat16.
+    On an Apple Silicon Mac they have the margin that `generate` and `train` have there.
     """
+    footprint = footprint_of_mlx(lean=True, metal=on_apple_silicon())
     layers = lora_modules(folder.transformer, TrainConfig.targets)
     trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)
     lora = lora_bytes(trainable, OPTIMIZERS[TrainConfig.optimizer].slots)
@@ -26,7 +37,7 @@ def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
         model = LoadedModel(folder, "bfloat16", Quantization(bits) if bits < 16 else None)
         needs[bits] = {
             "weights": sum(map(model.weight_bytes, folder.weights)),
-            "generate": peak(generation_stages(model, LEAN, (_SIDE, _SIDE))).total,
-            "train": peak(training_stages(model, tokens, lora)).total,
+            "generate": peak(generation_stages(model, footprint, (_SIDE, _SIDE))).total,
+            "train": peak(training_stages(model, tokens, lora, footprint=footprint)).total,
         }
     return needs

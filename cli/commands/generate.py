@@ -10,6 +10,7 @@ from pathlib import Path
 
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.checkpoints.registry import part_options
+from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
 from zimage_ref.formats.quantize import BITS
 from zimage_ref.generation.config import GenerateGroup
@@ -22,6 +23,7 @@ from zimage_ref.options import MEMORY
 from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
+from ..terminal.duration import duration
 from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
 from ..terminal.parser import CommandParser
 from ..terminal.pictures import STDOUT, OutputNames, PictureWriter
@@ -197,5 +199,18 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "mask": config.mask,
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
+        "time": _time(run, requests),
     }
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
+
+
+def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
+    """The time of the first picture by the doctor's figures, None if there are none for it."""
+    pipe, first = run.pipeline, requests[0]
+    figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
+    if figures is None:
+        return None
+    predictions = (len(first.sigmas) - 1) * (2 if first.guidance.scale > 0 else 1)
+    precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory_mode(requests)
+    seconds = figures.picture(precision, first.width * first.height, predictions, mode)
+    return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

@@ -24,6 +24,7 @@ P = ParamSpec("P")
 Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
 _QUERY_ROWS = 1536  # scores held at once by the backward pass: B x H x these x S
+_MOST_SCORES = 1 << 32  # bytes, at most: offsets of 32 bits
 _LONGEST_KERNEL = 1.5e12  # operations of one kernel on Metal: macOS ends a kernel that takes about 5 s
 
 
@@ -82,6 +83,19 @@ def query_chunks(shape: Sequence[int]) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, S, rows)]
 
 
+def in_rows(layer: Callable[[mx.array], mx.array], x: mx.array, outputs: int) -> mx.array:
+    """layer(x), for a Linear layer of `outputs` and x (B, S, D): of all tokens at once, save on Metal.
+
+    There, the feed-forward of two pictures of 2048 x 2048 would be one kernel of 2.6e12 operations.
+    """
+    B, S, D = x.shape
+    count = math.ceil(2 * B * S * D * outputs / _LONGEST_KERNEL) if device.on_metal() else 1
+    if count == 1:
+        return layer(x)
+    rows = -(-S // count)
+    return mx.concatenate([layer(x[:, start : start + rows]) for start in range(0, S, rows)], axis=1)
+
+
 def attention_gradient(
     inputs: QKV, d_out: mx.array, out: mx.array, mask: mx.array | None, run: Run = run_directly
 ) -> QKV:
@@ -90,8 +104,8 @@ def attention_gradient(
     run: how a chunk of rows is run; see `running.RunInPieces`.
     """
     q, k, v = inputs
-    S = q.shape[2]
-    chunks = -(-S // _QUERY_ROWS)
+    B, H, S, _ = q.shape
+    chunks = max(-(-S // _QUERY_ROWS), B * H * S * S * q.dtype.size // _MOST_SCORES + 1)
     rows = -(-S // chunks)  # as equal as can be
     d_wide, v_wide_t = run(_widened, d_out, out, v)
     if chunks == 1:

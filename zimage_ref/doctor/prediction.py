@@ -21,7 +21,15 @@ from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.memory import FAST, LEAN, LoadedModel, generation_stages, lora_bytes, peak, training_stages
+from zimage_ref.memory import (
+    LoadedModel,
+    footprint_of_mlx,
+    generation_stages,
+    lora_bytes,
+    on_apple_silicon,
+    peak,
+    training_stages,
+)
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 
 from . import work
@@ -31,7 +39,7 @@ SIDES = (512, 768, 1024)
 MODES = ("fast", "lean")
 STEPS = 8  # of a picture, Turbo's
 BITS = {"8": 8, "4": 4}  # precisions that are numbers of bits
-_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
 _AS_GOOD = 1.1  # a choice of more bits is better if it takes at most this times the fastest one's time
 
@@ -128,7 +136,8 @@ class TimeModel:
 
     def picture_bytes(self, precision: str, side: int, mode: str) -> int:
         """Memory of making one picture; lean frees each network before it loads the next."""
-        footprint, lean = (FAST, False) if mode == "fast" else (LEAN, True)
+        lean = mode == "lean"
+        footprint = footprint_of_mlx(lean, on_apple_silicon())
         stages = generation_stages(_loaded(precision, self._compute), footprint, (side, side), one_at_a_time=lean)
         return peak(stages).total
 
@@ -137,7 +146,8 @@ class TimeModel:
         blocks = OFFICIAL_TRANSFORMER.n_layers + 2 * OFFICIAL_TRANSFORMER.n_refiner_layers
         lora = lora_bytes(blocks * work.lora_values(OFFICIAL_TRANSFORMER), slots=2)
         model = _loaded(precision, self._compute)
-        return peak(training_stages(model, Tokens.of(side).image, lora, lean=mode == "lean")).total
+        footprint = footprint_of_mlx(lean=True, metal=on_apple_silicon())
+        return peak(training_stages(model, Tokens.of(side).image, lora, 1, mode == "lean", footprint)).total
 
     def to_json(self, limit: int | None) -> JsonObject:
         """Every prediction, and what to choose on a machine that has `limit` bytes for it."""
@@ -184,7 +194,7 @@ class TimeModel:
 @cache
 def _loaded(precision: str, compute: str) -> LoadedModel:
     bits = BITS.get(precision)
-    return LoadedModel(official_model(), _NAMES[compute if bits else precision], Quantization(bits) if bits else None)
+    return LoadedModel(official_model(), NAMES[compute if bits else precision], Quantization(bits) if bits else None)
 
 
 def official_model() -> ModelFolder:
