@@ -1,7 +1,8 @@
 """Attention, rotary embedding and RMS norm: MLX's fused kernels forward, gradients that save memory and passes.
 
-MLX's own gradient of its fused attention materializes all scores at once. Here the queries go through in chunks of
-rows, so memory grows linearly with the sequence. Its gradient of the RMS norm always makes that of the weight, too;
+MLX's own gradient of its fused attention materializes all scores at once, unless it has a kernel for it; see
+`fused_attention`. Without one the queries go through in chunks of rows here, so memory grows linearly with the
+sequence. MLX's gradient of the RMS norm always makes that of the weight, too;
 here that is left to lazy evaluation. Source: FlashAttention-2, arXiv 2307.08691, section 3.1 (backward).
 """
 
@@ -17,6 +18,7 @@ import mlx.nn as nn
 
 from zimage_mlx import device
 
+from . import fused_attention
 from .compiled import fused
 from .running import Run, run_directly
 
@@ -61,6 +63,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
         for part in query_chunks(q.shape):
             allowed = mask[:, :, part] if mask is not None and mask.shape[2] > 1 else mask
             rows = q if part == slice(None) else q[:, :, part]
+            if allowed is not None and device.on_gpu() and not device.on_metal():
+                allowed = fused_attention.additive(allowed, q.dtype)  # a boolean one would be written out for all heads
             outputs.append(mx.fast.scaled_dot_product_attention(rows, k, v, scale=scale, mask=allowed))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
@@ -104,7 +108,10 @@ def attention_gradient(
     run: how a chunk of rows is run; see `running.RunInPieces`.
     """
     q, k, v = inputs
-    B, H, S, _ = q.shape
+    B, H, S, K = q.shape
+    one_row = mask is None or mask.shape[2] == 1
+    if one_row and fused_attention.fused_gradient_exists(H, K, q.dtype):
+        return QKV(*run(fused_attention.fused_gradient, q, k, v, d_out, mask))
     chunks = max(-(-S // _QUERY_ROWS), B * H * S * S * q.dtype.size // _MOST_SCORES + 1)
     rows = -(-S // chunks)  # as equal as can be
     d_wide, v_wide_t = run(_widened, d_out, out, v)
