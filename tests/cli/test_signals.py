@@ -11,8 +11,12 @@ from zimage_cli import app
 from zimage_cli.commands import inspect
 from zimage_cli.terminal.signals import Terminated, noted, unwinding
 
-RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-FATES = ((signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: terminated"))
+RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGHUP: Terminated}
+FATES = (
+    (signal.SIGINT, 130, "error: interrupted"),
+    (signal.SIGTERM, 143, "error: terminated"),
+    (signal.SIGHUP, 129, "error: the terminal was closed"),
+)
 
 
 @pytest.mark.parametrize("first", RAISED)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tiny
+from support.leftovers import leave_half
 from support.training_runs import Workshop, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
@@ -20,7 +21,6 @@ from zimage_mlx import ZImagePipeline, make_plan
 from zimage_mlx.training.encode import EncodedDataset
 from zimage_ref import FormatError, TrainingError
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.formats.files import atomic_write, remove_stale
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16
 from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
@@ -119,15 +119,13 @@ def test_entries_keep_bfloat16_bits(tmp_path: Path) -> None:
         read_entry(tmp_path / "absent.safetensors")
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    stale = tmp_path / "latents" / f".x.safetensors.{int(gone.stdout)}.tmp"
-    stale.parent.mkdir()
-    stale.write_bytes(b"half")
-    with atomic_write(tmp_path / "latents" / "y.safetensors") as file:
-        file.write(b"whole")
-        remove_stale(tmp_path)
-    assert [p.name for p in (tmp_path / "latents").iterdir()] == ["y.safetensors"]
+def test_what_a_killed_process_left_in_the_cache_is_swept(shop: Workshop, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    leave_half(cache / "latents" / "x.safetensors")
+    leave_half(tmp_path / "model" / "y.safetensors")
+    shop.train("swept", steps=1, cache=cache)
+    assert not list(cache.rglob(".*"))
+    assert list((tmp_path / "model").rglob(".*"))  # not of this cache
 
 
 _MEASURE = """
