@@ -175,7 +175,7 @@ def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig
 
 def _prompts(path: Path) -> list[str]:
     try:
-        text = sys.stdin.read() if path == Path("-") else read_text(path)
+        text = sys.stdin.read().removeprefix("\ufeff") if path == Path("-") else read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -40,6 +40,19 @@ def test_each_has_its_exit_code_and_one_line(
         assert capfd.readouterr().err.strip() == line
 
 
+def test_a_program_that_nohup_started_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with unwinding(), noted() as received:
+            signal.raise_signal(signal.SIGHUP)
+            assert received == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)  # the next one unwinds, and this still has no effect
+            signal.raise_signal(signal.SIGHUP)
+            assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_another_thread_leaves_the_handlers_alone() -> None:
     seen, before = [], signal.getsignal(signal.SIGTERM)
 

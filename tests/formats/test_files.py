@@ -211,3 +211,29 @@ def test_a_pipe_or_a_device_is_refused_where_a_file_is_read(tmp_path: Path) -> N
                 read(path)
         with pytest.raises(ConfigError, match="is a pipe"):
             read_options(path, TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["inspect", "--input", "pipe"],
+        ["inspect", "--input", "pipe.png"],
+        ["convert", "--model-type", "lora", "--output", "x.safetensors", "--input", "pipe"],
+        ["convert", "--model-type", "ae", "--output", "x.npz", "--input", "pipe"],
+        [*GENERATE, "--output", "x.png", "--lora", "pipe"],
+        [*GENERATE, "--output", "x.png", "--init-image", "pipe.png"],
+        [*GENERATE, "--output", "x.png", "--vae", "pipe"],
+        ["generate", "--model-dir", "tiny", "--from-image", "pipe.png"],
+        ["generate", "--model-dir", "tiny", "--prompt-file", "pipe"],
+        ["train", "--config", "pipe.toml"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_does_not_wait_for_a_pipe(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe", "pipe.png", "pipe.toml"):
+        os.mkfifo(name)
+    assert main(argv) == 1
+    assert "is a pipe, a socket or a device, not a file" in " ".join(capsys.readouterr().err.split())

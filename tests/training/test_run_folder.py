@@ -82,3 +82,15 @@ def test_a_state_that_is_no_json_object_is_named(text: str | None, run: RunFolde
     file.unlink() if text is None else file.write_text(text, encoding="utf-8")
     saved, (fault,) = run.latest()
     assert saved is not None and saved.step == 1 and "state.json: " in fault
+
+
+def test_the_folder_of_states_may_be_a_link_to_another_disk(run: RunFolder, tmp_path: Path) -> None:
+    resume, disk = run.path / "resume", tmp_path / "disk"
+    resume.rename(disk)
+    resume.symlink_to(disk, target_is_directory=True)
+    run.save(3, {"lora": {}, "optimizer": {}}, FACTS)
+    assert sorted(path.name for path in disk.iterdir()) == ["step2", "step3"]
+    run.clear()
+    assert resume.is_symlink() and not list(disk.iterdir())
+    run.save(4, {"lora": {}, "optimizer": {}}, FACTS)
+    assert run.unfinished() == 4

@@ -16,7 +16,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
-from zimage_ref.pictures.images import GivenPicture, Picture, black_and_white, fit, fit_mask, flat, read_given
+from zimage_ref.pictures.images import Picture, black_and_white, fit, fit_mask, flat, read_given
 
 from .config import (
     BASE,
@@ -44,7 +44,8 @@ class Request:
     noise: Array  # (C, h, w) float32
     picture: Picture | None  # the picture to start from, at the size of the result
     mask: Array | None  # (height, width) boolean, True: to be painted again
-    given: Mapping[str, GivenPicture] = field(default_factory=dict)  # the pictures of the config, by field
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files of pictures, by field
+    remarks: tuple[str, ...] = ()  # on what of these files is not used
 
     def latent_mask(self, h: int, w: int) -> Array | None:
         """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted again, else 0."""
@@ -138,7 +139,8 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
         noise=starting_noise(config.seed, shape),
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
-        given=given,
+        digests={name: each.digest for name, each in given.items()},
+        remarks=tuple(remark for each in given.values() for remark in each.remarks),
     )
 
 

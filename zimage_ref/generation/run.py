@@ -146,7 +146,7 @@ class GenerationRun:
             tokens = self.pipeline.tokenizer.count(text)
             if tokens > MAX_TOKENS:
                 notify(f"prompt cut after {MAX_TOKENS} of {tokens} tokens: {text[:_SHOWN]}...")
-        for remark in dict.fromkeys(text for r in requests for given in r.given.values() for text in given.remarks):
+        for remark in dict.fromkeys(text for request in requests for text in request.remarks):
             notify(remark)
         if not self.settings.force:
             stages = self._memory(requests, lean=self.memory_mode(requests) == "lean")
@@ -193,10 +193,7 @@ class GenerationRun:
         if not self.settings.metadata:
             return [None] * len(requests)
         recorder = Recorder(self.facts, [lora.recorded for lora in loras])
-        return [
-            recorder.record(request.config, {name: given.digest for name, given in request.given.items()})
-            for request in requests
-        ]
+        return [recorder.record(request.config, request.digests) for request in requests]
 
     def _memory(self, requests: Sequence[Request], lean: bool) -> list[Stage]:
         return self.pipeline.memory(requests, self.settings.batch_size, lean)

@@ -171,7 +171,14 @@ class RunFolder:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes `folder`. It is renamed first, so that its name never shows an incomplete folder."""
+    """Deletes `folder`. It is renamed first, so that its name never shows an incomplete folder.
+
+    If it is a link, such as one to another disk, the link stays, and what is in the folder is deleted.
+    """
+    if folder.is_symlink():
+        for inside in folder.iterdir():
+            remove_folder(inside) if inside.is_dir() else inside.unlink()
+        return
     with suppress(FileNotFoundError):
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
