@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import sys
 import unicodedata
 from pathlib import Path
@@ -186,6 +188,22 @@ def test_broken_exif_is_ignored_with_a_word_and_a_sound_one_turns_the_picture(tm
         wide = orientation < 5
         assert Example.open(tmp_path / "turned.png", "", told.append).size == ((40, 20) if wide else (20, 40))
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_with_any_damage_never_ends_in_a_warning_of_pillow_or_a_traceback(format: str) -> None:
+    exif, rng, told = Image.Exif(), random.Random(0), 0
+    exif[274], exif[272] = 6, "a camera"
+    sound = exif.tobytes()
+    for _ in range(60):  # each would fail by a warning, which is an error in tests
+        broken, file = bytearray(sound), io.BytesIO()
+        for _ in range(4):
+            broken[rng.randrange(6, len(broken))] = rng.randrange(256)
+        tiny.photograph(16, 8, seed=1).save(file, format, exif=bytes(broken[: rng.randrange(9, len(broken) + 20)]))
+        decoded = decode(file.getvalue(), Path("x.png"))
+        assert decoded.picture.size in ((16, 8), (8, 16))
+        told += bool(decoded.remarks)
+    assert told > 20
 
 
 def test_a_picture_file_with_several_pictures_is_told(tmp_path: Path) -> None:

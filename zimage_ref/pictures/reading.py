@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +43,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip  EXIF 2.3, tag 274
 _ONE_PICTURE = ("MPO",)  # a photograph of a phone, with a depth map or the like behind it
+_WARNING = threading.Lock()  # what is done with warnings is the same for all threads
 _DEEPEST = 65535  # the largest value of a pixel of 16 bits
 
 
@@ -58,7 +63,7 @@ def missing_reader(format: str) -> str:
             optional_import("pillow_heif", "HEIC pictures need the package pillow-heif").register_heif_opener()
         except BackendError as error:
             return str(error)
-    if format == AVIF and not features.check("avif"):
+    if format == AVIF and not ("avif" in features.modules and features.check("avif")):
         return "AVIF pictures need a newer Pillow: pip install --upgrade pillow"
     return ""
 
@@ -70,25 +75,40 @@ def decode(data: bytes, path: Path) -> Decoded:
     """
     readable = [format for format in READ_FORMATS if not missing_reader(format)]
     try:
-        with Image.open(io.BytesIO(data), formats=readable) as file:
+        with _told() as warned, Image.open(io.BytesIO(data), formats=readable) as file:
             frames = 1 if file.format in _ONE_PICTURE else getattr(file, "n_frames", 1)
             file.load()
-            turn, remarks = _turn(file)
+            turn = _turn(file, warned)
             picture = file.transpose(turn) if turn is not None else file.copy()
     except FAULTS as error:
         raise DatasetError(f"{path}: cannot be read as a picture: {reason(error)}") from error
     _check_depth(picture, path)
+    remarks = ["its EXIF is broken and ignored: see whether the picture is upright"] if warned else []
     if frames > 1:
         remarks.append(f"holds {frames} pictures: only the first is used")
     return Decoded(picture, tuple(f"{path}: {text}" for text in remarks))
 
 
-def _turn(file: Picture) -> tuple[Image.Transpose | None, list[str]]:
-    """How to turn a picture upright, by its EXIF; and a remark if the EXIF is broken."""
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """A block in which Pillow's warnings, which are all of damaged metadata, are collected and not printed."""
+    told: list[str] = []
+    with _WARNING, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter(
+            "ignore", Image.DecompressionBombWarning
+        )  # of a large picture; a too large one is an error
+        yield told
+        told += [str(warning.message) for warning in caught]
+
+
+def _turn(file: Picture, warned: list[str]) -> Image.Transpose | None:
+    """How to turn a picture upright, by its EXIF. If the EXIF is broken, that is added to `warned`."""
     try:
-        return _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1)), []
-    except FAULTS:
-        return None, ["its EXIF is broken and ignored: see whether the picture is upright"]
+        return _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except FAULTS as error:
+        warned.append(str(error))
+        return None
 
 
 def _check_depth(picture: Picture, path: Path) -> None:
