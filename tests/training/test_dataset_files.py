@@ -169,7 +169,7 @@ def test_the_trigger_alone_may_be_the_caption(without: str, tmp_path: Path) -> N
         (data / without).write_text('{"file_name": "p0000.png", "text": "picture 0"}', encoding="utf-8")
     found, notices = listed(data, "sks")
     assert found == {"p0000.png": "sks, picture 0", "p0001.png": "sks"}
-    assert "1 pictures have no caption: `trigger` alone is theirs: p0001.png" in notices
+    assert "pictures without a caption are trained with `trigger` alone (1): p0001.png" in notices
     with pytest.raises(DatasetError):
         list_dataset(data)
 

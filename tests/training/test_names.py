@@ -60,8 +60,10 @@ def test_captions_and_prompts_that_are_too_long_are_named_at_the_start(shop: Wor
     data = pictures(tmp_path / "data", (32, 32), (32, 32), captions=[long, "short"])
     plan = make_plan(shop.config("long", dataset=data, preview_prompt=("short", long)))
     captions, prompts = plan.notices
-    assert captions.startswith("1 captions have more than 512 tokens, and their ends are cut off: ")
-    assert f"{data / 'p0000.png'} (" in captions and prompts.startswith("1 prompts have more than 512 tokens")
+    assert captions.startswith("captions longer than 512 tokens are cut off (1): ")
+    assert f"{data / 'p0000.png'} (" in captions and prompts.startswith(
+        "prompts longer than 512 tokens are cut off (1): "
+    )
     (data / "stray.mp4").write_bytes(b"x")
     run = shop.train("long", dataset=data, steps=1)
     assert "left out 1 (neither a picture nor a caption): stray.mp4" in run.notices and captions in run.notices

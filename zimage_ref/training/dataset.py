@@ -74,7 +74,9 @@ def list_dataset(folder: Path, trigger: str = "", notify: Notify = _ignore) -> l
     for notice in files.notices():
         notify(notice)
     if bare := [picture.name for picture, caption in zip(pictures, captions, strict=True) if not caption]:
-        notify(f"{folder}: {len(bare)} pictures have no caption: `trigger` alone is theirs: {listing(bare, 5)}")
+        notify(
+            f"{folder}: pictures without a caption are trained with `trigger` alone ({len(bare)}): {listing(bare, 5)}"
+        )
     return [(picture, with_trigger(caption, trigger)) for picture, caption in zip(pictures, captions, strict=True)]
 
 

@@ -211,7 +211,7 @@ def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Exam
         counts = {name[:_SHOWN]: count for name, text in named.items() if (count := tokenizer.count(text)) > MAX_TOKENS}
         if counts:
             found = listing([f"{name} ({count})" for name, count in counts.items()], 5)
-            yield f"{len(counts)} {what} have more than {MAX_TOKENS} tokens, and their ends are cut off: {found}"
+            yield f"{what} longer than {MAX_TOKENS} tokens are cut off ({len(counts)}): {found}"
 
 
 def _check_sides(config: TrainConfig, model: ModelFolder) -> None:
