@@ -9,9 +9,9 @@ import pytest
 
 from zimage_cli import app
 from zimage_cli.commands import inspect
-from zimage_cli.terminal.signals import Terminated, noted, unwinding
+from zimage_cli.terminal.signals import STOPPED, Terminated, noted, unwinding
 
-RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGHUP: Terminated}
+RAISED = {signal.SIGINT: KeyboardInterrupt, **dict.fromkeys(STOPPED, Terminated)}
 FATES = (
     (signal.SIGINT, 130, "error: interrupted"),
     (signal.SIGTERM, 143, "error: terminated"),
