@@ -51,7 +51,7 @@ def test_pictures_of_every_format_are_read_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("format", "suffix", "way"), [("HEIF", "heic", r"pip install 'zimage-mlx\[heif\]'"),
-                                                     ("AVIF", "avif", "pip install --upgrade pillow")])  # fmt: skip
+                                                     ("AVIF", "avif", "pip install -U pillow")])  # fmt: skip
 def test_a_format_that_cannot_be_read_here_is_named_with_the_way_out(
     format: str, suffix: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

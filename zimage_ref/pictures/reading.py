@@ -64,7 +64,7 @@ def missing_reader(format: str) -> str:
         except BackendError as error:
             return str(error)
     if format == AVIF and not ("avif" in features.modules and features.check("avif")):
-        return "AVIF pictures need a newer Pillow: pip install --upgrade pillow"
+        return "AVIF pictures need a newer Pillow: pip install -U pillow"
     return ""
 
 
