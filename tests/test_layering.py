@@ -23,7 +23,7 @@ ROOMS = {
     "zimage_ref.formats": "errors extras",
     "zimage_ref.options_file": "errors formats",
     "zimage_ref.model": "errors formats",
-    "zimage_ref.pictures": "errors formats",
+    "zimage_ref.pictures": "errors extras formats",
     "zimage_ref.lora": _BASE,
     "zimage_ref.networks": "formats model lora",
     "zimage_ref.checkpoints": f"{_BASE} extras lora",
@@ -54,7 +54,7 @@ ROOMS = {
     "zimage_cli.commands":
         "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
         "generation training inspection requirements tiny doctor",
-    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors",
+    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors formats",
     "zimage_cli.__main__": "zimage_cli.app",
     "zimage_cli": "",
 }  # fmt: skip

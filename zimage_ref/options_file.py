@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, reason
 from .formats.json_file import read_json
+from .formats.reading import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,7 +99,7 @@ def _boolean(value: Any, what: str) -> bool:
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {reason(error)}") from error
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     for name in ("quantize", "max_shard_size"):
         if getattr(args, name):
             raise ConfigError(f"{flag(name)} is not for LoRAs")
-    check_output(args.output)
+    check_output(args.output, args.naming or DEFAULT_NAMING, with_sidecar=False)
     if args.output.exists() and not args.overwrite:
         raise ConfigError(f"{args.output}: exists: give --overwrite to replace it")
     if args.merge_lora:

@@ -12,7 +12,9 @@ from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
+from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS
+from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
@@ -26,7 +28,7 @@ from ..terminal.console import Console
 from ..terminal.duration import duration
 from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
 from ..terminal.parser import CommandParser
-from ..terminal.pictures import STDOUT, OutputNames, PictureWriter
+from ..terminal.pictures import STDOUT, OutputNames, PictureWriter, preview_path
 from . import interactive
 
 _EXAMPLES = (
@@ -125,6 +127,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         return
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
+    if args.preview_steps:
+        check_writable(*map(preview_path, paths))
     _show_facts(run, requests, console)
     writer.make(requests, paths)
 
@@ -173,7 +177,7 @@ def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig
 
 def _prompts(path: Path) -> list[str]:
     try:
-        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8-sig")
+        text = sys.stdin.read().removeprefix("\ufeff") if path == Path("-") else read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

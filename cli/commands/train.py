@@ -197,6 +197,8 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     dtype, quantization = resolved
     with console.progress() as bars:
         plan = make_plan(config, bars.update)
+    for notice in plan.notices:
+        console.warn(notice)
     stored = plan.stored_bits
     bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{quantization.bits} bits" if quantization else "")
     console.table(("plan", ""), [

@@ -188,7 +188,7 @@ def test_a_failure_half_way_leaves_nothing_and_keeps_what_was_there(output: str,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, code: int, model: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from zimage_ref.formats import tensors; slow = tensors.write_data\n"

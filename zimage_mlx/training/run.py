@@ -65,6 +65,7 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
             yield Stopped(0)
             return
     plan = plan_for(config, dataset, machines.size)
+    yield from map(Notice, plan.notices)
     if plan.turbo and not config.training_adapter:
         yield Notice(TURBO_WARNING)
     run, facts = RunFolder(config.output), plan.facts(environment())

@@ -87,7 +87,7 @@ class Target:
             raise ConfigError(f"the {component.title} is not quantized: {component.not_quantized}")
         if self.quantization and not self.official:
             raise ConfigError(f"quantized weights are written with diffusers names, not {self.naming}")
-        check_writable(self.file)
+        check_writable(*self._names())
         existing = self.existing()
         if existing and not self.overwrite:
             raise ConfigError(f"{existing[0]}: exists: give `overwrite` to replace it")
@@ -106,6 +106,11 @@ class Target:
     def file(self) -> Path:
         """The path of the weights if they are written as one file."""
         return self.path / f"{COMPONENTS[self.component].stem}.safetensors" if self.is_folder else self.path
+
+    def _names(self) -> list[Path]:
+        """Every name that may be written. Names of shards have one length, whatever their number."""
+        config = [self.file.with_name(CONFIG_FILE)] if self.is_folder else []
+        return [self.file, *(shards.names_of_shards(self.file, 1) if self.max_shard_size else ()), *config]
 
     def existing(self) -> list[Path]:
         """Existing files that the conversion would replace: the output, or the files of a sharded output."""

@@ -11,6 +11,7 @@ from zimage_ref.errors import FormatError, listing, reason
 
 from . import burnpack, gguf, npz, quantize, safetensors, shards
 from .json_file import Json, JsonObject
+from .reading import open_file
 from .shards import INDEX_SUFFIX
 from .tensors import Tensor
 
@@ -63,7 +64,7 @@ class Checkpoint:
 def _reader(path: Path) -> tuple[str, Read]:
     """The container of the file `path`, and the function that reads it."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error

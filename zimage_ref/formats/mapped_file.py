@@ -14,6 +14,7 @@ import numpy as np
 
 from zimage_ref.errors import FormatError, reason
 
+from .reading import open_descriptor
 from .tensors import Array, DType
 
 
@@ -28,7 +29,7 @@ class MappedFile:
         """Raises FormatError if `path` cannot be opened."""
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._descriptor = open_descriptor(path)
             self.size = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error

@@ -62,14 +62,15 @@ def write(
     shards = _split(tensors, limit)
     names = [file.name]
     if len(shards) > 1:
-        names = [f"{file.stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        *paths, index_file = names_of_shards(file, len(shards))
+        names = [path.name for path in paths]
     documents: dict[str, object] = dict(beside or {})
     if len(shards) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
         texts = {key: text for key, text in metadata.items() if key != "format"}
         weight_map = {name: home for home, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": total | texts, "weight_map": weight_map}
-        documents = {file.name + INDEX_SUFFIX: index, **documents}
+        documents = {index_file.name: index, **documents}
     with ExitStack() as stack:  # files get their names in reverse order: the index, which readers open first, is last
         for name, data in documents.items():
             stack.enter_context(atomic_write(file.with_name(name))).write(json_bytes(data))
@@ -77,6 +78,12 @@ def write(
         for output, shard in zip(outputs, shards, strict=True):
             safetensors.write_to(output, shard, metadata, progress)
     return [file.with_name(name) for name in (*names, *documents)]
+
+
+def names_of_shards(file: Path, count: int) -> list[Path]:
+    """The files of `count` shards that stand for `file`, and last their index."""
+    shards = [file.with_name(f"{file.stem}-{i:05}-of-{count:05}.safetensors") for i in range(1, count + 1)]
+    return [*shards, file.with_name(file.name + INDEX_SUFFIX)]
 
 
 def written_before(file: Path) -> list[Path]:

@@ -7,7 +7,7 @@ shows whether the model is Turbo or the base model. The picture to start from de
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
-from zimage_ref.pictures.images import Picture, PictureSource, fit, fit_mask, read_mask, to_rgb
+from zimage_ref.pictures.images import Picture, black_and_white, fit, fit_mask, flat, read_given
 
 from .config import (
     BASE,
@@ -44,6 +44,8 @@ class Request:
     noise: Array  # (C, h, w) float32
     picture: Picture | None  # the picture to start from, at the size of the result
     mask: Array | None  # (height, width) boolean, True: to be painted again
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files of pictures, by field
+    remarks: tuple[str, ...] = ()  # on what of these files is not used
 
     def latent_mask(self, h: int, w: int) -> Array | None:
         """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted again, else 0."""
@@ -117,8 +119,10 @@ def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:
 
 
 def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
-    picture = None if config.init_image is None else to_rgb(config.init_image)
-    white = None if config.mask is None or picture is None else _mask(config.mask, config, picture)
+    sources = {"init_image": config.init_image, "mask": config.mask}
+    given = {name: read_given(source) for name, source in sources.items() if source is not None}
+    picture = flat(given["init_image"].picture) if "init_image" in given else None
+    white = None if "mask" not in given or picture is None else _mask(given["mask"].picture, config, picture)
     width, height = _size(config, picture)
     _check_size(width, height, folder)
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
@@ -135,6 +139,8 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
         noise=starting_noise(config.seed, shape),
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
+        digests={name: each.digest for name, each in given.items()},
+        remarks=tuple(remark for each in given.values() for remark in each.remarks),
     )
 
 
@@ -151,14 +157,13 @@ def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConf
     )
 
 
-def _mask(source: PictureSource, config: GenerateConfig, picture: Picture) -> Picture:
-    mask = read_mask(source)
+def _mask(mask: Picture, config: GenerateConfig, picture: Picture) -> Picture:
     if mask.size != picture.size:
         raise ConfigError(
-            f"`mask` {_named(source)} is {mask.width} x {mask.height}, `init_image` {_named(config.init_image)} "
+            f"`mask` {_named(config.mask)} is {mask.width} x {mask.height}, `init_image` {_named(config.init_image)} "
             f"{picture.width} x {picture.height}: they must be of one size"
         )
-    return mask
+    return black_and_white(mask)
 
 
 def _named(source: object) -> str:

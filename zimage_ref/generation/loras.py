@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from zimage_ref.errors import ConfigError
+from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.lora.file import LoRAFile, read_lora
 from zimage_ref.lora.spellings import companions
@@ -31,8 +31,11 @@ class LoRAContent:
 
     @cached_property
     def sha256(self) -> str:
-        """The `digest` of the file, computed on first use."""
-        return digest(self.path)
+        """The `digest` of the file, computed on first use. Raises FormatError if it was written again since."""
+        found = digest(self.path)
+        if self.stamp and _stamp(self.path) != self.stamp:
+            raise FormatError(f"{self.path}: was changed after it was checked: start again")
+        return found
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,19 @@ class Recorder:
         self._loras = [{"file": str(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras]
         self._digests: dict[Path, str] = {}  # digests of pictures
 
-    def record(self, config: GenerateConfig) -> dict[str, object]:
-        """The record of a picture, as flat JSON. Raises FormatError if an input picture cannot be read."""
+    def record(self, config: GenerateConfig, digests: Mapping[str, str] | None = None) -> dict[str, object]:
+        """The record of a picture, as flat JSON.
+
+        digests: SHA-256 of the files that were used, by field; without them, the files are read again. Raises
+        FormatError if one cannot be read.
+        """
+        known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files = {name: values.pop(name) for name in _PICTURES}
         made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
         for name, source in files.items():
             if isinstance(source, (str, Path)):
-                made |= {name: str(source), f"{name}_sha256": self._digest(Path(source))}
+                made |= {name: str(source), f"{name}_sha256": known.get(name) or self._digest(Path(source))}
         return made | {"loras": [dict(lora) for lora in self._loras]} | self._facts
 
     def _digest(self, path: Path) -> str:

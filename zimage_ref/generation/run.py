@@ -133,8 +133,9 @@ class GenerationRun:
     def plan(self, configs: Sequence[GenerateConfig], notify: Notify = lambda notice: None) -> list[Request]:
         """The requests for `configs`. All are checked before any weights are read.
 
-        notify: is called with a notice for each prompt that is cut. Raises ConfigError if options do not fit each
-        other, the model or memory, DatasetError if a picture cannot be read, and the errors of `read_loras`.
+        notify: is called with a notice for each prompt that is cut, and for each part of a picture that is not used.
+        Raises ConfigError if options do not fit each other, the model or memory, DatasetError if a picture cannot be
+        read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
         self.read_loras()
@@ -145,6 +146,8 @@ class GenerationRun:
             tokens = self.pipeline.tokenizer.count(text)
             if tokens > MAX_TOKENS:
                 notify(f"prompt cut after {MAX_TOKENS} of {tokens} tokens: {text[:_SHOWN]}...")
+        for remark in dict.fromkeys(text for request in requests for text in request.remarks):
+            notify(remark)
         if not self.settings.force:
             stages = self._memory(requests, lean=self.memory_mode(requests) == "lean")
             require_memory(stages, self.pipeline.memory_limit())
@@ -190,7 +193,7 @@ class GenerationRun:
         if not self.settings.metadata:
             return [None] * len(requests)
         recorder = Recorder(self.facts, [lora.recorded for lora in loras])
-        return [recorder.record(request.config) for request in requests]
+        return [recorder.record(request.config, request.digests) for request in requests]
 
     def _memory(self, requests: Sequence[Request], lean: bool) -> list[Stage]:
         return self.pipeline.memory(requests, self.settings.batch_size, lean)

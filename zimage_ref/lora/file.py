@@ -111,7 +111,7 @@ def write_lora(
     any `dtype`. Raises ConfigError for an unknown naming or suffix. Raises WeightError if the naming has no keys for an
     update, or the dtype cannot hold a number.
     """
-    check_output(path)
+    check_output(path, naming, with_sidecar)
     if not lora:
         raise ConfigError(f"{path}: not written: the LoRA changes nothing")
     spelling = spelling_of(naming)
@@ -131,11 +131,12 @@ def write_lora(
         safetensors.write(path, tensors, {"format": "pt", **texts})
 
 
-def check_output(path: Path) -> None:
-    """Raises ConfigError if a LoRA cannot be written to `path`."""
+def check_output(path: Path, naming: str, with_sidecar: bool) -> None:
+    """Raises ConfigError if a LoRA, with its sidecar if it gets one, cannot be written to `path`."""
     if path.suffix not in WRITABLE:
         raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(WRITABLE))}")
-    check_writable(path)
+    beside = with_sidecar or spelling_of(naming).alpha is SIDECAR
+    check_writable(path, *([sidecar(path)] if beside else ()))
 
 
 def _cast(path: Path, name: str, array: Array, dtype: str) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 
 from zimage_ref.errors import FormatError
+from zimage_ref.formats.reading import read_text
 from zimage_ref.formats.tensors import Array
 
 MAX_TOKENS = 512  # template included; the end of a longer prompt is cut off, as in the official pipeline
@@ -29,7 +30,7 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         """Raises FormatError unless `path` is a tokenizer with Qwen's chat tokens."""
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # the library raises plain Exception for every fault
             raise FormatError(f"{path}: not a tokenizer.json: {error}") from error
         self._tokenizer.no_padding()

@@ -9,6 +9,7 @@ Sources: PNG, ISO/IEC 15948, tEXt and iTXt; EXIF 2.3, tag 37510.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from zimage_ref.errors import FormatError, reason
+from zimage_ref.formats.reading import read_bytes
 
 Record = Mapping[str, Any]
 KEY = "zimage"
@@ -48,7 +50,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises FormatError if it is not a picture, or holds no record of this program.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(read_bytes(path))) as file:
             text = file.info.get(KEY) or _user_comment(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(f"{path}: cannot be read as a picture: {reason(error)}") from error

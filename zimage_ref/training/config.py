@@ -227,6 +227,11 @@ class TrainConfig:
         """Files to use instead of those in the folder of the model, for `ModelFolder.open`."""
         return {name: getattr(self, name) for name in _PARTS}
 
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for encoded pictures and captions."""
+        return self.cache or self.output.parent / "zimage-cache"
+
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")
         at_least(self, 1, "steps", "validation_every", "resume_every", "preview_every", "preview_steps")
