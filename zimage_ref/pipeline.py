@@ -60,7 +60,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
             tensors = quantize_all(cast, self.quantization, keep=True)
         return Weights(tensors, self.dtype)
 
-    def encode_prompt(self, text: str) -> Array:
+    def _encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -84,9 +84,9 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
     def settle(self, array: Array) -> Array:
         return array
 
-    def encode(self, pixels: Array) -> Array:
+    def _encode(self, pixels: Array) -> Array:
         return self.vae.encode(pixels)
 
-    def decode(self, x: Array) -> Array:
+    def _decode(self, x: Array) -> Array:
         pixels: Array = self.vae.decode(x)[0]
         return pixels

@@ -41,9 +41,15 @@ class Request:
     height: int
     sigmas: tuple[float, ...]  # from the first noise level down to 0
     guidance: Guidance
-    noise: Array  # (C, h, w) float32
+    shape: tuple[int, int, int]  # of the latents: C, h, w
     picture: Picture | None  # the picture to start from, at the size of the result
     mask: Array | None  # (height, width) boolean, True: to be painted again
+    given_noise: Array | None = None  # (C, h, w) float32, instead of the noise of the seed
+
+    @property
+    def noise(self) -> Array:
+        """The noise to start from, (C, h, w) float32. It is made when it is asked for: a run may have many requests."""
+        return starting_noise(self.config.seed, self.shape) if self.given_noise is None else self.given_noise
 
     def latent_mask(self, h: int, w: int) -> Array | None:
         """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted again, else 0."""
@@ -84,7 +90,7 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
         if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
             own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
-            requests.append(replace(last, config=own, noise=starting_noise(config.seed, last.noise.shape)))
+            requests.append(replace(last, config=own))
         else:
             requests.append(_request(config, folder))
     return requests
@@ -132,7 +138,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
         height=height,
         sigmas=_sigmas(config, folder, width * height),
         guidance=Guidance(config.guidance or 0.0, config.cfg_normalization, config.cfg_truncation),
-        noise=starting_noise(config.seed, shape),
+        shape=shape,
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
     )
