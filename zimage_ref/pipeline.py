@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import numpy as np
@@ -77,6 +78,10 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         """See `Engine`: (copies * B, C, h, w) in the working dtype."""
         inputs = np.concatenate([x] * copies)
         return self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """NumPy does not warn of overflow: `check_finite` says it once, as an error."""
+        return np.errstate(all="ignore")
 
     def to_backend(self, array: Array) -> Array:
         return array.astype(self.dtype)

@@ -195,7 +195,7 @@ def test_the_size_comes_from_the_picture(size: Any, asked: Any, expected: Any, m
         ({"init_image": tiny.photograph(32, 32, 1), "mask": Image.new("L", (32, 32))}, "is black"),
         ({"cfg_truncation": -0.1}, "`cfg_truncation` -0.1 must be at least 0"),
         ({"cfg_normalization": float("nan")}, "`cfg_normalization` nan must be at least 0"),
-        ({"shift": 0.0}, "`shift` 0.0 must be above 0"),
+        ({"shift": 0.0}, "`shift` 0.0 must be at least 0.001"),
         ({"prompt": "\udcff"}, "`prompt` is not valid Unicode"),
     ],
 )

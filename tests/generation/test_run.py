@@ -200,8 +200,8 @@ def test_notices_are_told_and_not_printed(pipe: Any) -> None:
     [
         ({}, {"negative_prompt": "snow"}, "", "`negative_prompt` does nothing without guidance"),
         ({}, {}, "missing.safetensors", "missing.safetensors"),
-        ({"batch_size": 0}, {}, "", "`batch_size` must be at least 1"),
-        ({"preview_steps": -1}, {}, "", "`preview_steps` at least 0"),
+        ({"batch_size": 0}, {}, "", "`batch_size` 0 must be at least 1"),
+        ({"preview_steps": -1}, {}, "", "`preview_steps` -1 must be at least 0"),
         ({"memory": "much"}, {}, "", "`memory` 'much' is unknown: known are auto, lean, fast"),
     ],
 )

@@ -20,6 +20,7 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, physical_memory
 from zimage_ref.model.arrays import ArrayT
+from zimage_ref.model.checks import check_maps, checked_numbers
 from zimage_ref.model.tokenizer import Tokenizer
 
 ConditioningT = TypeVar("ConditioningT")
@@ -120,11 +121,13 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     def encode(self, pixels: Array) -> ArrayT:
         """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays."""
         with self.turn():
-            return self.settle(self._encode(pixels))
+            check_maps("pixels", pixels.shape, self.folder.vae.in_channels, self.folder.vae.factor, batch=1)
+            return self.settle(self._encode(checked_numbers("pixels", pixels)))
 
     def decode(self, x: ArrayT) -> Array:
         """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]. Raises ConfigError for other arrays."""
         with self.turn():
+            check_maps("latents", x.shape, self.folder.vae.latent_channels, 1, batch=1)
             return self._decode(x)
 
     @abstractmethod

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from zimage_ref.bounds import PICTURE
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
@@ -71,6 +72,8 @@ def configs_for(
     options: the other fields of GenerateConfig, by name. Raises ConfigError for values out of bounds.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for one in seed if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]:
+        PICTURE["seed"].check("seed", one)
     if isinstance(seed, Sequence):
         pairs = [(text, one) for text in prompts for one in seed]
     else:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 
+from zimage_ref.bounds import RUN
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import LoadedModel, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
+from zimage_ref.model.checks import check_finite, checked_numbers
 from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
 
 from .config import GenerateConfig, config_of
@@ -46,7 +48,6 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
     """A Z-Image model that makes pictures. The methods of the engine compute; the methods here plan and call them.
 
     Several threads and open streams may share a pipeline. They take turns, and each keeps its own LoRAs.
-
     `output` selects the form of pictures: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w)
     float32.
     """
@@ -158,8 +159,13 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         return plain_steps(self, x, captions, steps, guidance)
 
     def picture(self, x: ArrayT) -> Picture:
-        """Latents (1, C, h, w) as a picture."""
-        return to_picture(to_unit(self.decode(x)))
+        """Latents (1, C, h, w) as a picture. Raises ConfigError if they are not, or the picture is not finite."""
+        return to_picture(self._unit(x))
+
+    def _unit(self, x: ArrayT) -> Array:
+        pixels = self.decode(x)
+        check_finite("the pixels of this picture", pixels)  # it would be a black picture
+        return to_unit(pixels)
 
     def read_loras(self, loras: Sequence[LoRASource]) -> list[tuple[LoRAFile, float]]:
         """The LoRA files of `loras` with their scales. See `LoRACache.read`."""
@@ -170,7 +176,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         requests = plan_requests(configs, self.folder)
         if latents is None:
             return requests
-        noise, shape = np.asarray(latents, np.float32), (len(requests), *requests[0].shape)
+        noise, shape = checked_numbers("latents", latents), (len(requests), *requests[0].shape)
         if noise.shape != shape:
             raise ConfigError(f"latents have shape {noise.shape}, the request needs {shape}")
         return [replace(request, given_noise=own) for request, own in zip(requests, noise, strict=True)]
@@ -216,9 +222,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """
         if output not in get_args(Output):
             raise ConfigError(f"output {output!r} must be one of {', '.join(get_args(Output))}")
-        size = len(requests) if batch_size is None else batch_size
-        if size < 1:
-            raise ConfigError(f"batch size {size} must be at least 1")
+        size = max(1, len(requests)) if batch_size is None else batch_size
+        RUN["batch_size"].check("batch_size", size)
         terms = Terms(self.lean, self.read_loras(loras))
         return zip(requests, self._made(requests, size, terms, output, progress, watch), strict=True)
 
@@ -270,6 +275,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
                 if step is None:
                     return
                 self.settle(step.x_0)  # another thread may compute while this step is looked at
+                check_finite(f"the latents after step {step.index} of {step.total}", np.asarray(step.x))
             yield step
 
     def _fit_together(self, requests: Sequence[Request], size: int) -> bool:
@@ -315,7 +321,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         if output == "latents":
             latents: Array = np.asarray(x, np.float32)[0]
             return latents
-        pixels = to_unit(self.decode(x))  # (H, W, 3)
+        pixels = self._unit(x)  # (H, W, 3)
         if request.picture is not None and request.mask is not None:
             pixels = np.where(request.mask[..., None], pixels, np.asarray(request.picture, np.float32) / 255)
         return to_picture(pixels) if output == "pil" else pixels

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar
 
+from zimage_ref.bounds import RUN, check_bounds
 from zimage_ref.errors import ConfigError
 from zimage_ref.memory import Stage, peak, require_memory
 from zimage_ref.model.arrays import ArrayT
@@ -50,8 +51,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         one_of("memory", self.memory, MEMORY)
-        if self.batch_size < 1 or self.preview_steps < 0:
-            raise ConfigError("`batch_size` must be at least 1 and `preview_steps` at least 0")
+        check_bounds(self, RUN)
 
 
 @dataclass(frozen=True)

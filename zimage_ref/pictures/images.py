@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from zimage_ref.errors import DatasetError, reason
+from zimage_ref.errors import DatasetError
 from zimage_ref.formats.files import atomic_write
 from zimage_ref.formats.tensors import Array
 
+from . import files
+from .files import opened
 from .formats import check_suffix
 from .metadata import Record, metadata
 
@@ -25,18 +26,18 @@ def read_picture(path: Path) -> Picture:
 
     Raises DatasetError naming the file if it cannot be read completely.
     """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: cannot be read as a picture: {reason(error)}") from error
-    return _flat(picture)
+    with opened(path, DatasetError) as file:
+        file.load()
+        return _flat(ImageOps.exif_transpose(file))
 
 
 def to_rgb(source: PictureSource) -> Picture:
     """`source`, a picture or a file, as an RGB picture. Raises DatasetError as `read_picture` does."""
-    return _flat(source) if isinstance(source, Picture) else read_picture(Path(source))
+    if not isinstance(source, Picture):
+        return read_picture(Path(source))
+    if not all(source.size):
+        raise DatasetError(f"(a picture in memory): has {source.width} x {source.height} pixels: it is empty")
+    return _flat(source)
 
 
 def _flat(picture: Picture) -> Picture:
@@ -60,10 +61,9 @@ def mirror(picture: Picture) -> Picture:
 
 def thumbnail(path: Path, side: int) -> bytes:
     """The picture in `path` as the bytes of a JPEG that fits into a square of `side` pixels."""
-    picture, buffer = read_picture(path), io.BytesIO()
+    picture = read_picture(path)
     picture.thumbnail((side, side))
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+    return files.encoded(picture, "JPEG", quality=85)
 
 
 FITS = ("crop", "pad", "stretch")
@@ -126,9 +126,7 @@ def to_picture(pixels: Array) -> Picture:
 
 def encoded(picture: Picture, format: str, record: Record | None = None) -> bytes:
     """The bytes of `picture` in Pillow's `format`, with `record` in the metadata."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format, quality=95, **(metadata(format, record) if record else {}))
-    return buffer.getvalue()
+    return files.encoded(picture, format, quality=95, **(metadata(format, record) if record else {}))
 
 
 def save_picture(picture: Picture, path: Path, record: Record | None = None) -> None:
