@@ -38,6 +38,12 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     except OSError as error:  # such as a full disk, or a folder without permission to write
         console.error(f"{error.filename or 'file system'}: {reason(error)}")
         return 1
+    except MemoryError as error:
+        console.error(f"this machine has no memory left: {error}: take a smaller size")
+        return 1
+    except UnicodeError as error:
+        console.error(f"a text or a path is not valid Unicode: {error}")
+        return 1
     except KeyboardInterrupt:
         console.error("interrupted")
         return INTERRUPTED

@@ -120,7 +120,7 @@ def test_a_record_keeps_paths_that_are_not_unicode(tmp_path: Path) -> None:
     record = {
         "prompt": "é狐",
         "model": "m",
-        "init_image": "caf\udce9.png",
+        "init_image": "tea\udce9.png",
         "loras": [{"file": "\udcff.st", "scale": 1}],
     }
     for suffix in (".png", ".jpg", ".webp"):
