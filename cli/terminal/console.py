@@ -39,7 +39,7 @@ class Console:
     """The two streams of the terminal."""
 
     def __init__(self, out: rich.console.Console | None = None, err: rich.console.Console | None = None) -> None:
-        shown, warnings = cast("IO[str]", Shown(sys.stdout, sys.stderr)), cast("IO[str]", Shown(sys.stderr))
+        shown, warnings = cast(IO[str], Shown(sys.stdout, sys.stderr)), cast(IO[str], Shown(sys.stderr))
         self.out = out or rich.console.Console(theme=THEME, highlight=False, emoji=False, file=shown)
         self.err = err or rich.console.Console(theme=THEME, highlight=False, emoji=False, file=warnings)
         self._bars: Bars | None = None  # the bars that are on the screen now
