@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
         fact = "the disk is full: make room and start again" if disk_is_full(error) else reason(error)
         console.error(f"{error.filename or 'file system'}: {fact}")
         return 1
+    except MemoryError as error:
+        console.error(f"this machine has no memory left: {error}: take a smaller size")
+        return 1
+    except UnicodeError as error:
+        console.error(f"a text or a path is not valid Unicode: {error}")
+        return 1
     except KeyboardInterrupt:
         console.error("interrupted")
         return INTERRUPTED

@@ -126,7 +126,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
             self._adapters = None
         mx.clear_cache()
 
-    def encode_prompt(self, text: str) -> mx.array:
+    def _encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -162,10 +162,10 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         mx.eval(array)
         return array
 
-    def encode(self, pixels: Array) -> mx.array:
+    def _encode(self, pixels: Array) -> mx.array:
         return self.vae.encode(mx.array(pixels), self._strips()).astype(mx.float32)
 
-    def decode(self, x: mx.array) -> Array:
+    def _decode(self, x: mx.array) -> Array:
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:

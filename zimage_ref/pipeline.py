@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import numpy as np
@@ -60,7 +61,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
             tensors = quantize_all(cast, self.quantization, keep=True)
         return Weights(tensors, self.dtype)
 
-    def encode_prompt(self, text: str) -> Array:
+    def _encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -78,15 +79,19 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         inputs = np.concatenate([x] * copies)
         return self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
 
+    def guarded(self) -> AbstractContextManager[None]:
+        """NumPy does not warn of overflow: `check_finite` says it once, as an error."""
+        return np.errstate(all="ignore")
+
     def to_backend(self, array: Array) -> Array:
         return array.astype(self.dtype)
 
     def settle(self, array: Array) -> Array:
         return array
 
-    def encode(self, pixels: Array) -> Array:
+    def _encode(self, pixels: Array) -> Array:
         return self.vae.encode(pixels)
 
-    def decode(self, x: Array) -> Array:
+    def _decode(self, x: Array) -> Array:
         pixels: Array = self.vae.decode(x)[0]
         return pixels

@@ -56,7 +56,9 @@ def root_parser(words: Collection[str] = tuple(COMMANDS)) -> CommandParser:
     root.add_argument(
         "--version", action="version", version=f"zimage-mlx {__version__}", help="Show the version and stop."
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    commands = root.add_subparsers(
+        prog="zimage", dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, prog=f"zimage {name}", help=summary, description=summary)
         root.commands[name] = command

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zimage_ref import ConfigError, GenerateConfig
+from zimage_ref.bounds import COUNT
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
@@ -165,8 +166,8 @@ def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateCo
     template = _template(args, repeat)
     if not prompts and not repeat:
         raise ConfigError("--prompt or --prompt-file must be given")
-    if args.count < 1:
-        raise ConfigError(f"--count {args.count} must be at least 1")
+    COUNT.check("count", args.count)
+    COUNT.check("count", args.count * max(1, len(prompts)) * max(1, len(args.seeds)))
     seeds = [seed + i for seed in args.seeds or [template.seed] for i in range(args.count)]
     return [replace(template, prompt=p, seed=seed) for p in prompts or [template.prompt] for seed in seeds]
 

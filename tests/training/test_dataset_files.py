@@ -18,9 +18,9 @@ from support import tiny
 from support.training_runs import pictures
 
 from zimage_ref import DatasetError, FormatError
-from zimage_ref.pictures import reading
+from zimage_ref.pictures.files import missing_reader
 from zimage_ref.pictures.images import black_and_white, read_given
-from zimage_ref.pictures.reading import decode, missing_reader
+from zimage_ref.pictures.reading import decode
 from zimage_ref.training.dataset import Example, list_dataset
 
 
@@ -34,7 +34,7 @@ def listed(folder: Path, trigger: str = "") -> tuple[dict[str, str], str]:
 def test_pictures_of_every_format_are_read_upright(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    reading.missing_reader("HEIF")  # registers the reader and writer of HEIC
+    missing_reader("HEIF")  # registers the reader and writer of HEIC
     for suffix, format in (("gif", "GIF"), ("bmp", "BMP"), ("tif", "TIFF"), ("jfif", "JPEG"), ("HEIC", "HEIF")):
         tiny.photograph(40, 24, seed=1).save(data / f"{suffix}.{suffix}", format)
         (data / f"{suffix}.txt").write_text("a fox", encoding="utf-8")

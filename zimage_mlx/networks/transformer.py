@@ -17,6 +17,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.model.positions import padded
 
@@ -273,6 +274,7 @@ class Transformer(nn.Module):
 
     def denoise(self, x: mx.array, t: mx.array, conditioning: Conditioning) -> mx.array:
         """The raw output for conditioned latents; see `__call__`. t may be (1,), for the whole batch."""
+        check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
         _, _, h, w = x.shape
         layout = conditioning.layout
         tokens = self.embed_image(x)  # (B, L, D)

@@ -66,7 +66,7 @@ def _reader(path: Path) -> tuple[str, Read]:
     try:
         with open_file(path) as file:
             magic = file.read(4)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no path can have such characters
         raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
     return _READERS.get(magic, ("safetensors", safetensors.read))
 

@@ -108,7 +108,7 @@ def sha256(path: Path) -> str:
         with open_file(path) as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
     return digest.hexdigest()
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -18,13 +20,25 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, physical_memory
 from zimage_ref.model.arrays import ArrayT
+from zimage_ref.model.checks import check_maps, checked_numbers
 from zimage_ref.model.tokenizer import Tokenizer
 
 ConditioningT = TypeVar("ConditioningT")
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a request wants of the engine. It keeps its terms while other requests use the same engine."""
+
+    lean: bool  # one network in memory at a time
+    loras: Sequence[tuple[LoRAFile, float]]  # LoRA, scale
+
+
 class Engine(ABC, Generic[ArrayT, ConditioningT]):
-    """The networks of one model. ArrayT: the engine's arrays. ConditioningT: the conditioning of its transformer."""
+    """The networks of one model. ArrayT: the engine's arrays. ConditioningT: the conditioning of its transformer.
+
+    Threads may share an engine: `turn` lets one compute at a time. `encode_prompt`, `encode` and `decode` take a turn.
+    """
 
     backend: ClassVar[str]  # its name
     dtypes: ClassVar[tuple[str, ...]]  # names of the precisions that it offers
@@ -46,6 +60,7 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
         self.folder, self._lean = folder, lean
+        self._lock = threading.RLock()
         self.precision = dtype or self.default_dtype()  # the name of the dtype that the networks compute in
         self.parts = {name: path for name, path in (parts or {}).items() if path is not None}
         self.quantization = Quantization(quantize) if quantize else None
@@ -85,9 +100,47 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """A block in which an error of the engine's device becomes a BackendError."""
         return nullcontext()
 
-    @abstractmethod
+    @contextmanager
+    def turn(self, terms: Terms | None = None) -> Iterator[None]:
+        """A block in which no other thread uses the engine, and its memory mode and LoRAs are those of `terms`.
+
+        None changes nothing. An error of the engine's device becomes a BackendError. A turn may hold another turn.
+        A request takes a turn for each prompt, step and picture. So a request that waits for its user blocks nobody.
+        """
+        with self._lock, self.guarded():
+            if terms is not None:
+                self.set_lean(terms.lean)
+                self.use_loras(terms.loras)
+            yield
+
     def encode_prompt(self, text: str) -> ArrayT:
         """(T, cap_feat_dim): the encoder's hidden_states[-2] for `text` in the chat template, without padding."""
+        with self.turn():
+            return self.settle(self._encode_prompt(text))
+
+    def encode(self, pixels: Array) -> ArrayT:
+        """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays."""
+        with self.turn():
+            check_maps("pixels", pixels.shape, self.folder.vae.in_channels, self.folder.vae.factor, batch=1)
+            return self.settle(self._encode(checked_numbers("pixels", pixels)))
+
+    def decode(self, x: ArrayT) -> Array:
+        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]. Raises ConfigError for other arrays."""
+        with self.turn():
+            check_maps("latents", x.shape, self.folder.vae.latent_channels, 1, batch=1)
+            return self._decode(x)
+
+    @abstractmethod
+    def _encode_prompt(self, text: str) -> ArrayT:
+        """See `encode_prompt`."""
+
+    @abstractmethod
+    def _encode(self, pixels: Array) -> ArrayT:
+        """See `encode`."""
+
+    @abstractmethod
+    def _decode(self, x: ArrayT) -> Array:
+        """See `decode`."""
 
     @abstractmethod
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -120,11 +173,3 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def settle(self, array: ArrayT) -> ArrayT:
         """The array, fully computed. An engine with lazy arrays evaluates it here."""
-
-    @abstractmethod
-    def encode(self, pixels: Array) -> ArrayT:
-        """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w)."""
-
-    @abstractmethod
-    def decode(self, x: ArrayT) -> Array:
-        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from zimage_ref.bounds import LORA_SCALE
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.lora.file import LoRAFile, read_lora
@@ -52,11 +52,11 @@ class LoadedLoRA:
 
 
 def with_scale(source: LoRASource) -> tuple[NamedLoRA, float]:
-    """A LoRA and its scale. Raises ConfigError for a scale that is not finite."""
+    """A LoRA and its scale. Raises ConfigError for a scale out of bounds."""
     named, scale = source if isinstance(source, tuple) else (source, 1.0)
-    if not math.isfinite(scale):
+    if fault := LORA_SCALE.fault(scale):
         path = named.path if isinstance(named, LoRAFile) else named
-        raise ConfigError(f"{path}: LoRA scale {scale} must be a finite number")
+        raise ConfigError(f"{path}: LoRA scale {scale} {fault}")
     return named, float(scale)
 
 

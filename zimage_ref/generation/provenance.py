@@ -170,4 +170,6 @@ def _recorded_loras(loras: object) -> list[RecordedLoRA]:
     """The LoRAs of a record. Raises KeyError, TypeError, ValueError or OverflowError if they have a wrong form."""
     if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
         raise TypeError("loras is not a list of objects")
-    return [RecordedLoRA(Path(lora["file"]), float(lora["scale"]), str(lora["sha256"])) for lora in loras]
+    return [
+        RecordedLoRA(typed(lora["file"], Path, "loras"), float(lora["scale"]), str(lora["sha256"])) for lora in loras
+    ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar
 
+from zimage_ref.bounds import RUN, check_bounds
 from zimage_ref.errors import ConfigError
 from zimage_ref.memory import Stage, peak, require_memory
 from zimage_ref.model.arrays import ArrayT
@@ -50,8 +51,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         one_of("memory", self.memory, MEMORY)
-        if self.batch_size < 1 or self.preview_steps < 0:
-            raise ConfigError("`batch_size` must be at least 1 and `preview_steps` at least 0")
+        check_bounds(self, RUN)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelCh
 class GenerationRun:
     """Plans and makes pictures with one pipeline, as often as you ask.
 
-    You can change the LoRAs between two pictures. A LoRA is read and hashed once, and again only if its file changes.
+    You can change the LoRAs between two pictures, or give each request its own. A LoRA is read and hashed once, and
+    again only if its file changes. Threads may share a run: each gets the pictures that it asked for.
     """
 
     def __init__(
@@ -110,9 +111,9 @@ class GenerationRun:
         opened = ModelChoice(pipe.folder.path, pipe.backend, pipe.precision, bits, pipe.parts)
         return {**opened.facts(), **identity(pipe.folder), "version": __version__}
 
-    def read_loras(self) -> list[LoadedLoRA]:
-        """The LoRAs in use. Raises FormatError, WeightError or ConfigError if one cannot be used."""
-        return self.pipeline.lora_cache.read(self.loras)
+    def read_loras(self, loras: Sequence[LoRASource] | None = None) -> list[LoadedLoRA]:
+        """The LoRAs `loras`; None: those of the run. Raises FormatError, WeightError or ConfigError for a bad one."""
+        return self.pipeline.lora_cache.read(self.loras if loras is None else loras)
 
     def use_loras(self, loras: Sequence[LoRASource]) -> None:
         """Uses other LoRAs from now on. If it raises (see `read_loras`), the earlier LoRAs stay in use."""
@@ -130,15 +131,20 @@ class GenerationRun:
             f"{path}: is not the same as when {repeat.source} was made: the picture will differ" for path in changed
         ]
 
-    def plan(self, configs: Sequence[GenerateConfig], notify: Notify = lambda notice: None) -> list[Request]:
+    def plan(
+        self,
+        configs: Sequence[GenerateConfig],
+        notify: Notify = lambda notice: None,
+        loras: Sequence[LoRASource] | None = None,
+    ) -> list[Request]:
         """The requests for `configs`. All are checked before any weights are read.
 
         notify: is called with a notice for each prompt that is cut, and for each part of a picture that is not used.
-        Raises ConfigError if options do not fit each other, the model or memory, DatasetError if a picture cannot be
-        read, and the errors of `read_loras`.
+        loras: as in `make`. Raises ConfigError if options do not fit each other, the model or memory, DatasetError if a
+        picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
-        self.read_loras()
+        self.read_loras(loras)
         for request in requests:
             request.config.check_guidance()
         for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
@@ -162,15 +168,16 @@ class GenerationRun:
         requests: Sequence[Request],
         progress: StageProgress = ignore_progress,
         preview: Preview = lambda index, picture: None,
+        loras: Sequence[LoRASource] | None = None,
     ) -> Iterator[MadePicture]:
         """Yields the picture of each request, in order, as soon as it is decoded. Sets `lean` as `memory_mode` says.
 
         progress: as in `Pipeline.__call__`. preview: takes each unfinished picture every `preview_steps` steps.
-        Raises FormatError if a picture or LoRA is no longer readable.
+        loras: those of these requests; None: those of the run. All that is set when you call this stays so until the
+        last picture. Raises FormatError if a picture or LoRA is no longer readable.
         """
-        loras, pipe = self.read_loras(), self.pipeline
-        records = self._records(requests, loras)
-        pipe.set_lean(self.memory_mode(requests) == "lean")
+        adapters, pipe = self.read_loras(loras), self.pipeline
+        records = self._records(requests, adapters)
         every = self.settings.preview_steps
 
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
@@ -178,15 +185,16 @@ class GenerationRun:
                 for i, place in enumerate(places):
                     preview(place, pipe.picture(step.x_0[i : i + 1]))
 
-        made = pipe.generate(
-            requests,
-            batch_size=self.settings.batch_size,
-            loras=[(lora.content.file, lora.scale) for lora in loras],
-            progress=progress,
-            watch=watch,
-        )
-        for index, (request, picture) in enumerate(made):
-            yield MadePicture(index, request, picture, records[index])
+        with pipe.turn():  # no other thread may change `lean` before `generate` has read it
+            pipe.set_lean(self.memory_mode(requests) == "lean")
+            made = pipe.generate(
+                requests,
+                batch_size=self.settings.batch_size,
+                loras=[(lora.content.file, lora.scale) for lora in adapters],
+                progress=progress,
+                watch=watch,
+            )
+        return (MadePicture(i, request, picture, records[i]) for i, (request, picture) in enumerate(made))
 
     def _records(self, requests: Sequence[Request], loras: Sequence[LoadedLoRA]) -> list[dict[str, object] | None]:
         """The record of each request. They are made before the work, because a file may change during the work."""

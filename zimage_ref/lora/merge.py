@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from zimage_ref.errors import ConfigError, WeightError
+from zimage_ref.bounds import LORA_RANK
+from zimage_ref.errors import WeightError
 from zimage_ref.formats.tensors import DTYPES, Array, Tensor, Tensors, cast
 
 from .arithmetic import NumPyArithmetic
@@ -38,8 +39,8 @@ def combine_loras(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) 
     most that rank (truncated SVD). Updates of other kinds become dense if they are added to others.
     Raises WeightError for DoRA with others or at a scale other than 1, because DoRA depends on the base weight.
     """
-    if rank is not None and rank < 1:
-        raise ConfigError(f"`rank` {rank} must be at least 1")
+    if rank is not None:
+        LORA_RANK.check("rank", rank)
     result: LoRA = {}
     for parameter, updates in by_parameter(loras).items():
         name = parameter.removesuffix(".weight")

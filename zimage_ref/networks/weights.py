@@ -44,5 +44,6 @@ class Weights:
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
         """Gives W + sum of scale * update from now on, in every part too. Replaces the LoRAs of an earlier call."""
+        found = by_parameter(loras)
         self.loras.clear()
-        self.loras.update(by_parameter(loras))
+        self.loras.update(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from zimage_ref.formats.files import atomic_write
 from zimage_ref.formats.reading import read_bytes
 from zimage_ref.formats.tensors import Array
 
+from . import files
 from .formats import check_suffix
 from .metadata import Record, metadata
 from .reading import decode
@@ -52,6 +52,8 @@ class GivenPicture:
 def read_given(source: PictureSource) -> GivenPicture:
     """The picture `source`, or that in the file. The file is read once. Raises DatasetError as `read_picture` does."""
     if isinstance(source, Picture):
+        if not all(source.size):
+            raise DatasetError(f"(a picture in memory): has {source.width} x {source.height} pixels: it is empty")
         return GivenPicture(source)
     path = Path(source)
     data = picture_bytes(path)
@@ -81,10 +83,9 @@ def mirror(picture: Picture) -> Picture:
 
 def thumbnail(path: Path, side: int) -> bytes:
     """The picture in `path` as the bytes of a JPEG that fits into a square of `side` pixels."""
-    picture, buffer = read_picture(path), io.BytesIO()
+    picture = read_picture(path)
     picture.thumbnail((side, side))
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+    return files.encoded(picture, "JPEG", quality=85)
 
 
 FITS = ("crop", "pad", "stretch")
@@ -147,9 +148,7 @@ def to_picture(pixels: Array) -> Picture:
 
 def encoded(picture: Picture, format: str, record: Record | None = None) -> bytes:
     """The bytes of `picture` in Pillow's `format`, with `record` in the metadata."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format, quality=95, **(metadata(format, record) if record else {}))
-    return buffer.getvalue()
+    return files.encoded(picture, format, quality=95, **(metadata(format, record) if record else {}))
 
 
 def save_picture(picture: Picture, path: Path, record: Record | None = None) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image
 
-from zimage_ref.errors import BackendError, DatasetError, reason
-from zimage_ref.extras import optional_import
+from zimage_ref.errors import DatasetError
 
-from .formats import AVIF, HEIF, READ_FORMATS
+from .files import opened
 
 Picture = Image.Image
 FAULTS = (
@@ -55,33 +52,16 @@ class Decoded:
     remarks: tuple[str, ...] = ()
 
 
-@cache
-def missing_reader(format: str) -> str:
-    """Why this installation cannot read `format`, one of READ_FORMATS, and the way out. "" if it can."""
-    if format == HEIF:
-        try:
-            optional_import("pillow_heif", "HEIC pictures need the package pillow-heif").register_heif_opener()
-        except BackendError as error:
-            return str(error)
-    if format == AVIF and not ("avif" in features.modules and features.check("avif")):
-        return "AVIF pictures need a newer Pillow: pip install -U pillow"
-    return ""
-
-
 def decode(data: bytes, path: Path) -> Decoded:
     """The picture that the file `path` with the content `data` holds; the first, if it holds several.
 
     Raises DatasetError naming the file if it cannot be read completely.
     """
-    readable = [format for format in READ_FORMATS if not missing_reader(format)]
-    try:
-        with _told() as warned, Image.open(io.BytesIO(data), formats=readable) as file:
-            frames = 1 if file.format in _ONE_PICTURE else getattr(file, "n_frames", 1)
-            file.load()
-            turn = _turn(file, warned)
-            picture = file.transpose(turn) if turn is not None else file.copy()
-    except FAULTS as error:
-        raise DatasetError(f"{path}: cannot be read as a picture: {reason(error)}") from error
+    with _told() as warned, opened(path, DatasetError, data) as file:
+        frames = 1 if file.format in _ONE_PICTURE else getattr(file, "n_frames", 1)
+        file.load()
+        turn = _turn(file, warned)
+        picture = file.transpose(turn) if turn is not None else file.copy()
     _check_depth(picture, path)
     remarks = ["its EXIF is broken and ignored: see whether the picture is upright"] if warned else []
     if frames > 1:

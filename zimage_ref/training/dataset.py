@@ -13,9 +13,10 @@ import numpy as np
 from zimage_ref.errors import DatasetError, listing
 from zimage_ref.formats.content import Content
 from zimage_ref.formats.tensors import Array
+from zimage_ref.pictures.files import missing_reader
 from zimage_ref.pictures.formats import PICTURE_SUFFIXES, format_of
 from zimage_ref.pictures.images import cover, flat, mirror, picture_bytes, to_array
-from zimage_ref.pictures.reading import decode, missing_reader
+from zimage_ref.pictures.reading import decode
 
 from .captions import is_caption, is_list, read_captions
 from .dataset_files import DatasetFiles, find_files
