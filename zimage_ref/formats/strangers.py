@@ -1,0 +1,50 @@
+"""Names files that are not what their suffix says: pointers of git-lfs, web pages, empty and half-downloaded files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from zimage_ref.errors import FormatError
+
+_HEAD = 512  # bytes that are looked at
+_AGAIN = "download it again"
+# the start of a file -> what it is, and the way out
+_STARTS = (
+    (rb"version https://git-lfs", "a pointer of git-lfs, not the file: run `git lfs pull`, or download the file"),
+    (rb"\s*(<!doctype html|<html|<\?xml|<head)", f"a web page, not the file: the download failed; {_AGAIN}"),
+    (rb'\s*\{"error"|\s*(Entry not found|Invalid (username|credentials)|Access to (model|this))',
+     f"an error message of the server, not the file; {_AGAIN}, logged in if the model asks for it"),
+    (rb"\x00\x05\x16\x07", "a file that macOS left (AppleDouble), not weights: take the one without `._`"),
+    (rb"(?s)\x80[\x02-\x05](?!.{6}\{)", "a pickle, which could run programs and is never opened: take safetensors"),
+)  # fmt: skip
+_PARTLY = (".part", ".crdownload", ".download", ".incomplete", ".aria2", ".tmp")  # of programs that download
+
+
+def check_not_stranger(path: Path) -> None:
+    """Raises FormatError if the first bytes of `path` show that it is none of the files that are read here."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return  # whoever opens it next says why
+    if not head:
+        raise FormatError(f"{path}: is empty: {_AGAIN}")
+    for pattern, fact in _STARTS:
+        if re.match(pattern, head, re.IGNORECASE):
+            raise FormatError(f"{path}: is {fact}")
+    if not head.strip(b"\0"):
+        raise FormatError(f"{path}: begins with zeros only: it was not downloaded to its end; {_AGAIN}")
+
+
+def partly_downloaded(path: Path, there: int, needed: int) -> FormatError:
+    """The error for a file of which only `there` of `needed` bytes exist."""
+    return FormatError(
+        f"{path}: is not whole: {there:,} of {needed:,} bytes are there: it was not downloaded to its end, "
+        f"or is still being downloaded; {_AGAIN}"
+    )
+
+
+def unfinished(folder: Path) -> list[str]:
+    """The names of files in `folder` that a program is still downloading."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in _PARTLY) if folder.is_dir() else []
