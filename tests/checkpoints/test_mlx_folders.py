@@ -76,7 +76,9 @@ def test_bits_and_group_follow_from_the_shapes_alone(bits: int, group: int, tmp_
             assert (tensor.quantization, tensor.shape) == (Quantization(bits, group), TEXTS[name].shape)
             assert bare.tensors[name].shape == TEXTS[name].shape
             step = (TEXTS[name].max() - TEXTS[name].min()) / (2**bits - 1)
-            assert np.abs(tensor.read() - TEXTS[name]).max() <= 0.75 * step
+            assert (
+                np.abs(tensor.read() - TEXTS[name]).max() <= 1.05 * step
+            )  # the edge of a group is moved to a whole step
     assert count > 10 and isinstance(source.tensors["model.embed_tokens.weight"], QuantizedTensor)
     assert bare.parameters == sum(array.size for array in TEXTS.values())
 
@@ -136,7 +138,7 @@ def test_shards_without_an_index_are_one_set(tmp_path: Path) -> None:
     assert describe(Checkpoint.open(folder)).written_by == "Z-Image.swift"
     assert len(open_source(folder, "transformer").tensors) == len(ARRAYS)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FormatError, match="holds 2"):
+    with pytest.raises(FormatError, match=r"lacks model-00002-of-00003\.safetensors of 3 shards"):
         Checkpoint.open(folder)
 
 

@@ -4,7 +4,7 @@
     comfy          ComfyUI's single file: q, k and v are one matrix, names have no patch size
     burn           the original Rust tool: comfy's names, Linear weights (in, out), gamma for norms
     burn of 2025   the same, with the patch size in the names
-    mflux          the official names but three, as mflux-save writes them
+    mflux          the official names except three, as mflux-save writes them
 
 Sources: convert_z_image_transformer_checkpoint_to_diffusers in diffusers' single_file_utils.py; burn's nn modules.
 """

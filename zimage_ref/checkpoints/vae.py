@@ -3,7 +3,7 @@
     diffusers   the official names: `model.parameters`
     ldm         CompVis's names: up blocks counted from the other end, attention as 1x1 convolutions
     burn        the original Rust tool: LDM's names, gamma and beta for norms
-    mflux       the official names but for the ends of both halves; convolutions are channels last
+    mflux       the official names except at the ends of both halves; convolutions are channels last
     channels last   the official names, and such convolutions
 
 Sources: convert_ldm_vae_checkpoint in diffusers' single_file_utils.py; burn's nn modules.

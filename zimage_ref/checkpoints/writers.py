@@ -1,6 +1,6 @@
 """Who wrote a file: told by its metadata, and by the files and tensors that only one program writes.
 
-Sources: the savers of mflux, Z-Image.swift, mlx-gen, mlx-lm, ComfyUI, musubi-tuner, diffusers; each as of 2026.
+Sources: the savers of mflux, Z-Image.swift, mlx-gen, mlx-lm, ComfyUI, musubi-tuner, diffusers, in 2026.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Finds the quantized layers of a file, and makes one tensor of each.
 
-What a file says about its layers is in tensors X.comfy_quant or in its metadata. If nothing is said, the types and
+A file names the layouts of its layers in tensors X.comfy_quant or in its metadata. If nothing is said, the types and
 shapes of the tensors decide.
 Source: ComfyUI's comfy/utils.py, convert_old_quants and detect_layer_quantization.
 """

@@ -38,7 +38,7 @@ def check_not_stranger(path: Path) -> None:
 
 
 def partly_downloaded(path: Path, there: int, needed: int) -> FormatError:
-    """The error for a file of which only `there` of `needed` bytes exist."""
+    """The error for a file that has only `there` of `needed` bytes."""
     return FormatError(
         f"{path}: is not whole: {there:,} of {needed:,} bytes are there: it was not downloaded to its end, "
         f"or is still being downloaded; {_AGAIN}"
