@@ -165,7 +165,7 @@ def w4a8(weight: np.ndarray) -> Made:
         "weight": ("I8", (q[:, 1::2] << 4 | q[:, ::2]).view(np.int8)),
         "weight_s_rel": ("F8_E4M3", codes),
         "weight_s_channel": ("F32", channel),
-        "comfy_quant": _note(format="asym_w4a8_int8", convrot=True, convrot_groupsize=16, group_size=16),
+        "comfy_quant": _note(format="asym_w4a8_int8", convrot_groupsize=16, group_size=16),
     }
     return stored, _rotated(values, 16).astype(np.float32)
 

@@ -20,6 +20,7 @@ from .packed import PackedTensor, as_float32
 from .small_floats import E4M3, decoded
 from .tensors import DTYPE_NAMES, FLOATS, Array, Tensor
 
+_ROTATED = ("convrot_w4a4", "asym_w4a8_int8")  # their layers are rotated though no option says so
 HINTS = ("input_scale", "comfy_quant", "weight_correction")  # parts that do not change the weights
 
 
@@ -90,7 +91,7 @@ def _scale_fits(layer: Layer, shape: tuple[int, ...]) -> bool:
 
 def _group_of(layer: Layer) -> int:
     """The size of the rotation of a layer, 1 if it is not rotated."""
-    rotated = layer.options.get("convrot", layer.options.get("format") == "convrot_w4a4")
+    rotated = layer.options.get("convrot", layer.options.get("format") in _ROTATED)
     size = layer.options.get("convrot_groupsize", 256)
     return size if rotated and isinstance(size, int) else 1
 
