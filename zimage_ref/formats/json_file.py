@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from zimage_ref.errors import FormatError, ZImageError, reason
 
 from .files import atomic_write
+from .strangers import stranger_in
 
 # A JSON object. Its values are whatever the file holds: check one before you rely on it
 Json: TypeAlias = Mapping[str, Any]
@@ -21,6 +22,8 @@ def read_json(path: Path, error: type[ZImageError] = FormatError) -> JsonObject:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
+        if stranger := stranger_in(path):
+            raise error(stranger) from cause
         raise error(f"{path}: cannot be read as JSON: {reason(cause)}") from cause
     if not isinstance(data, dict):
         raise error(f"{path}: holds a JSON {type(data).__name__}, not an object")

@@ -23,18 +23,28 @@ _PARTLY = (".part", ".crdownload", ".download", ".incomplete", ".aria2", ".tmp")
 
 def check_not_stranger(path: Path) -> None:
     """Raises FormatError if the first bytes of `path` show that it is none of the files that are read here."""
+    head = _head(path)
+    if head == b"":
+        raise FormatError(f"{path}: is empty: {_AGAIN}")
+    if stranger := stranger_in(path):
+        raise FormatError(stranger)
+    if head and not head.strip(b"\0"):
+        raise FormatError(f"{path}: begins with zeros only: it was not downloaded to its end; {_AGAIN}")
+
+
+def stranger_in(path: Path) -> str:
+    """A line that says what `path` is, if it is something else than its name says; else ""."""
+    head = _head(path) or b""
+    fact = next((fact for pattern, fact in _STARTS if re.match(pattern, head, re.IGNORECASE)), "")
+    return f"{path}: is {fact}" if fact else ""
+
+
+def _head(path: Path) -> bytes | None:
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD)
+            return file.read(_HEAD)
     except OSError:
-        return  # whoever opens it next says why
-    if not head:
-        raise FormatError(f"{path}: is empty: {_AGAIN}")
-    for pattern, fact in _STARTS:
-        if re.match(pattern, head, re.IGNORECASE):
-            raise FormatError(f"{path}: is {fact}")
-    if not head.strip(b"\0"):
-        raise FormatError(f"{path}: begins with zeros only: it was not downloaded to its end; {_AGAIN}")
+        return None  # whoever opens it next says why
 
 
 def partly_downloaded(path: Path, there: int, needed: int) -> FormatError:
