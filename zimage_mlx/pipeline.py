@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
@@ -49,8 +50,9 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        group_size: int = GROUP_SIZE,
     ) -> None:
-        super().__init__(folder, dtype, lean, quantize, parts)
+        super().__init__(folder, dtype, lean, quantize, parts, group_size)
         self.unpack = True  # whether quantized weights are unpacked for a product of many rows
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
         if self.precision == "float32":

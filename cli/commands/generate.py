@@ -14,7 +14,7 @@ from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
 from zimage_ref.formats.files import check_writable
-from zimage_ref.formats.quantize import BITS
+from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.jobs import Request
@@ -68,6 +68,8 @@ def _add_model(parser: CommandParser) -> None:
         model, action="append", metavar="FILE[:X]")  # fmt: skip
     add("--quantize", "Bits of the large matrices. They are quantized while they load.", model,
         type=int, choices=BITS, metavar="BITS")  # fmt: skip
+    add("--group-size", "Weights that share one scale, if --quantize is given. A smaller group is more exact.", model,
+        essential=False, type=int, choices=GROUP_SIZES, shown=str(GROUP_SIZE), metavar="N")  # fmt: skip
     add("--dtype", "Precision of the networks, such as bfloat16 or float32.", model,
         essential=False, shown="the engine's", metavar="NAME")  # fmt: skip
     for part, help in part_options().items():
@@ -144,7 +146,7 @@ def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, 
 def _open(args: argparse.Namespace, repeat: Repeat | None) -> AnyPipeline:
     """The model of the command line, else the one in the record."""
     parts = {name: path for name in part_options() if (path := getattr(args, name)) is not None}
-    asked = ModelChoice(args.model_dir, args.backend, args.dtype, args.quantize, parts)
+    asked = ModelChoice(args.model_dir, args.backend, args.dtype, args.quantize, parts, args.group_size)
     recorded = repeat.choice if repeat else ModelChoice()
     return open_pipeline(pipeline(asked.backend or recorded.backend or DEFAULT), asked, recorded)
 

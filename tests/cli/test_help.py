@@ -95,7 +95,7 @@ def test_choices_and_defaults_are_shown(helps) -> None:
     ("argv", "known"),
     [
         (["train", "--optimizer=adamw8bit"], "adamw"),
-        (["train", "--base-precision=3"], "bf16"),
+        (["train", "--base-precision=2"], "bf16"),
         (["generate", "--sampler=ddim"], "heun"),
         (["convert", "--model-type=unet"], "transformer"),
     ],

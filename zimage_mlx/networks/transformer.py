@@ -3,8 +3,7 @@
     raw = final( layers( [ noise_refiner(x) ; context_refiner(caption) ], t ) )
 
 Source: transformer_z_image.py of diffusers (ZImageTransformer2DModel); Z-Image, arXiv 2511.22699. Attribute names are
-the checkpoint's. For the letters in shape comments see `zimage_ref`; for the direction of time and noise see
-`zimage_ref.model.flow`.
+the checkpoint's. For the letters in shapes see `zimage_ref`; for time and noise see `zimage_ref.model.flow`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from zimage_ref.errors import FormatError, ZImageError, reason
 
 from .files import atomic_write
 from .reading import read_text
+from .strangers import stranger_in
 
 # A JSON object. Its values are whatever the file holds: check one before you rely on it
 Json: TypeAlias = Mapping[str, Any]
@@ -26,6 +27,8 @@ def read_json(path: Path, error: type[ZImageError] = FormatError, unique: bool =
     try:
         data = json.loads(read_text(path), object_pairs_hook=_unique if unique else None)
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
+        if stranger := stranger_in(path):
+            raise error(stranger) from cause
         raise error(f"{path}: cannot be read as JSON: {reason(cause)}") from cause
     if not isinstance(data, dict):
         raise error(f"{path}: holds a JSON {type(data).__name__}, not an object")

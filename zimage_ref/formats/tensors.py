@@ -69,6 +69,11 @@ class Tensor:
         """The bytes of data in `dtype`."""
         return self.size * self.dtype.itemsize
 
+    @property
+    def stored_nbytes(self) -> int:
+        """The bytes that the file holds."""
+        return self.nbytes
+
     @classmethod
     def of(cls, array: Array) -> Tensor:
         """An array in memory as a Tensor."""
@@ -86,6 +91,15 @@ class Tensor:
     def view(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Tensor:
         """A tensor of `shape`. When you read it, `change` makes its data from this tensor's data."""
         return Tensor(shape, self.dtype, lambda: change(self.read()))
+
+    def fitted(self, shape: tuple[int, ...]) -> Tensor:
+        """The same data as a tensor of `shape`, if its stored form leaves a choice and allows this one; else itself."""
+        return self
+
+    def rows(self, indices: Array) -> Array:
+        """The data of the rows `indices` of a matrix."""
+        found: Array = self.read()[indices]
+        return found
 
 
 Tensors = Mapping[str, Tensor]

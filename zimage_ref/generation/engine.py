@@ -15,7 +15,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.quantize import Quantization
+from zimage_ref.formats.quantize import GROUP_SIZE, Quantization
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, physical_memory
@@ -50,10 +50,12 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        group_size: int = GROUP_SIZE,
     ) -> None:
         """dtype: one of `dtypes`, or None for the engine's default. lean: keep only one network in memory at a time.
 
-        quantize: 4 or 8 bits for the large matrices of transformer and text encoder; they are quantized on loading.
+        quantize: 3, 4, 5, 6 or 8 bits for the large matrices of transformer and text encoder; they are quantized on
+        loading. group_size: the weights that then share one scale.
         parts: files that were used instead of those in `folder`, for the record.
         Raises ConfigError for an unknown dtype, and if the tokenizer does not belong to the text encoder.
         """
@@ -63,7 +65,7 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         self._lock = threading.RLock()
         self.precision = dtype or self.default_dtype()  # the name of the dtype that the networks compute in
         self.parts = {name: path for name, path in (parts or {}).items() if path is not None}
-        self.quantization = Quantization(quantize) if quantize else None
+        self.quantization = Quantization(quantize, group_size) if quantize else None
         self.tokenizer = Tokenizer(folder.tokenizer)
         if self.tokenizer.vocab_size > folder.text_encoder.vocab_size:
             raise ConfigError(

@@ -19,6 +19,7 @@ import numpy as np
 from zimage_ref.bounds import RUN
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import LoadedModel, Stage, generation_stages, largest
@@ -65,14 +66,16 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        group_size: int = GROUP_SIZE,
     ) -> Self:
         """Opens the model in `model_dir`, in any layout of `checkpoints.folder`, and checks all names and shapes.
 
-        quantize: 4 or 8 bits, applied on loading. Weights that are stored quantized do not change.
+        quantize: 3, 4, 5, 6 or 8 bits, applied on loading. Weights that are stored quantized do not change.
+        group_size: the weights that share one scale then: 32, 64 or 128.
         parts: files to use instead of those in the folder, by transformer, text_encoder, vae, tokenizer.
         Weights are read on their first use. Raises ConfigError, FormatError or WeightError.
         """
-        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts)
+        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts, group_size)
 
     @overload
     def __call__(

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 
 from zimage_ref.bounds import RUN, check_bounds
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.memory import Stage, peak, require_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import MAX_TOKENS
@@ -86,7 +87,10 @@ def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelCh
     choice = asked.otherwise(recorded or ModelChoice(), engine.dtypes)
     if choice.model is None:
         raise ConfigError("`model_dir` must be given: a folder with the Z-Image model")
-    return engine.from_pretrained(choice.model, choice.dtype, quantize=choice.quantize, parts=choice.parts)
+    return engine.from_pretrained(
+        choice.model, choice.dtype, quantize=choice.quantize, parts=choice.parts,
+        group_size=choice.group_size or GROUP_SIZE,
+    )  # fmt: skip
 
 
 class GenerationRun:
@@ -107,8 +111,9 @@ class GenerationRun:
     def facts(self) -> dict[str, object]:
         """The fields for the model and the engine in every record of this run."""
         pipe = self.pipeline
-        bits = pipe.quantization.bits if pipe.quantization else None
-        opened = ModelChoice(pipe.folder.path, pipe.backend, pipe.precision, bits, pipe.parts)
+        how = pipe.quantization
+        bits, group_size = (how.bits, how.group_size) if how else (None, None)
+        opened = ModelChoice(pipe.folder.path, pipe.backend, pipe.precision, bits, pipe.parts, group_size)
         return {**opened.facts(), **identity(pipe.folder), "version": __version__}
 
     def read_loras(self, loras: Sequence[LoRASource] | None = None) -> list[LoadedLoRA]:

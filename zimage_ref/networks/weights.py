@@ -37,7 +37,7 @@ class Weights:
     def rows(self, name: str, indices: Array) -> Array:
         """The rows `indices` of a matrix. The others are not read."""
         tensor = self.tensors[self.prefix + name]
-        return cast(tensor.read()[indices], self.dtype)
+        return cast(tensor.rows(indices), self.dtype)
 
     def _stored(self, name: str) -> Tensor:
         return self.tensors[self.prefix + name].cast(DTYPE_NAMES[self.dtype])

@@ -18,6 +18,7 @@ from pathlib import Path
 from zimage_ref.bounds import TRAINING, check_bounds
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.generation.config import by_model, check_area, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
@@ -34,7 +35,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 _PARTS = part_options()  # name -> help; each has a field below
-PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # those of the frozen base
+# Those of the frozen base. 4/32 is 4 bits in groups of 32
+PRECISIONS = (
+    "auto", "bf16", "f32", *map(str, reversed(BITS)),
+    *(f"{bits}/{group}" for bits in reversed(BITS) for group in GROUP_SIZES if group != GROUP_SIZE),
+)  # fmt: skip
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
@@ -153,7 +158,7 @@ class TrainConfig:
     )
     base_precision: str = option(
         "auto",
-        "Precision of the base model: a type, or bits. auto is bf16 on a GPU.",
+        "Precision of the base model: a type, or bits, such as 4, or 4/32 in groups of 32. auto is bf16 on a GPU.",
         MEMORY_USE,
         choices=PRECISIONS,
         value="NAME",
