@@ -88,7 +88,7 @@ HOMES = {  # a library -> the only files that may import it; a folder stands for
     "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
     "safetensors": ("zimage_ref/formats/safetensors.py",),
     "fastapi": ("zimage_serve/web",), "starlette": ("zimage_serve/web",), "uvicorn": ("zimage_serve/server.py",),
-    "sqlite3": ("zimage_serve/store/database.py",),
+    "mcp": ("zimage_serve/web/agent.py",), "sqlite3": ("zimage_serve/store/database.py",),
     "torch": (), "diffusers": (), "transformers": (), "peft": (),
 }  # fmt: skip
 
@@ -98,6 +98,7 @@ LATE = {  # the only files that import when they run, not when they are read -> 
     "cli/commands/__init__.py": "the command that was asked for",
     "cli/commands/inspect.py": "what shows folders, LoRAs and pictures: a checkpoint needs none of it",
     "cli/commands/serve.py": "the server: its packages belong to an extra",
+    "zimage_serve/server.py": "the interface of agents: it needs an extra",
     "cli/terminal/backends.py": "MLX: may be absent, and needs a fast BLAS before it",
 }
 

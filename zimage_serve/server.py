@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from types import FrameType
 
 import uvicorn
@@ -11,10 +13,11 @@ import uvicorn
 from zimage_ref.errors import ConfigError
 from zimage_serve.engines import Engines
 from zimage_serve.settings import ServeSettings
-from zimage_serve.web.app import application
+from zimage_serve.web.app import Addition, application
 from zimage_serve.work.studio import Studio
 from zimage_serve.work.worker import GRACE
 
+_AGENT = "zimage_serve.web.agent"  # it needs the extra mcp
 _CONNECTIONS = 1000  # at most; more are told that the server is busy
 
 
@@ -27,8 +30,9 @@ class Server(uvicorn.Server):
         self.studio, self._ready = studio, ready
         super().__init__(
             uvicorn.Config(
-                application(studio), access_log=False, log_config=None, server_header=False, ws="none", lifespan="on",
-                limit_concurrency=_CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=int(2 * GRACE),
+                application(studio, _agent(studio)), access_log=False, log_config=None, server_header=False, ws="none",
+                lifespan="on", limit_concurrency=_CONNECTIONS, timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(2 * GRACE),
             )
         )  # fmt: skip
         self.socket = _bound(settings.host, settings.port)
@@ -52,6 +56,25 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def serve_agent(settings: ServeSettings, engines: Engines) -> None:
+    """Serves one agent through stdin and stdout until it leaves. Raises the errors of `serve`."""
+    studio = Studio(settings, engines)
+    studio.start()
+    try:
+        import_module(_AGENT).serve_stdio(studio)
+    finally:
+        studio.close()
+        studio.join()
+
+
+def _agent(studio: Studio) -> Addition | None:
+    """The interface of agents, if its package is installed."""
+    if find_spec("mcp") is None:
+        return None
+    found: Addition = import_module(_AGENT).addition(studio)
+    return found
+
+
 def serve(settings: ServeSettings, engines: Engines, ready: Callable[[str], None]) -> None:
     """Serves until SIGINT or SIGTERM. Raises ConfigError and other ZImageErrors before it listens."""
     studio = Studio(settings, engines)
@@ -65,7 +88,9 @@ def serve(settings: ServeSettings, engines: Engines, ready: Callable[[str], None
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that is bound to the address. Raises ConfigError."""
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers at once (TCP_NODELAY) only if the protocol is named; else each would take 40 ms
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))

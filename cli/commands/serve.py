@@ -39,6 +39,7 @@ _EXAMPLES = (
         "Serve your home network. The key is read from the environment:",
         "zimage serve --model-dir ~/Z-Image-Turbo --host 0.0.0.0 --allow-host studio.local",
     ),
+    ("Serve an agent through stdin and stdout:", "zimage serve --mcp"),
 )
 
 
@@ -56,6 +57,8 @@ def add_options(parser: CommandParser) -> None:
         add(flag(part), in_flags(help), model, essential=False, type=Path, metavar="PATH")
     add("--backend", "Engine.", model, choices=BACKENDS, shown=f"{DEFAULT} on this computer", metavar="NAME")
     add_fields(parser, ServeSettings)
+    add("--mcp", "Serve an agent by the Model Context Protocol through stdin and stdout, instead of HTTP.",
+        ServeGroup.ADDRESS, action="store_true")  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
@@ -63,8 +66,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if not args.api_key:
         args.api_key = os.environ.get(KEY_VARIABLE, "")
     settings = from_args(ServeSettings, args)
-    for package in _PACKAGES:
-        optional_import(package, "zimage serve")
+    for package in (*_PACKAGES, "mcp") if args.mcp else _PACKAGES:
+        optional_import(package, "zimage serve --mcp" if args.mcp else "zimage serve")
     server = import_module("zimage_serve.server")  # it needs these packages
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     choice = _choice(args)
@@ -73,7 +76,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if backend == "mlx" and (note := blas.advice()):
         console.note(note)
     engines = engines_of(backend, choice)
-    server.serve(settings, engines, lambda address: console.note(f"serving {address} (Ctrl-C ends it)"))
+    if args.mcp:
+        server.serve_agent(settings, engines)
+    else:
+        server.serve(settings, engines, lambda address: console.note(f"serving {address} (Ctrl-C ends it)"))
 
 
 def engines_of(backend: str, choice: ModelChoice) -> Engines:

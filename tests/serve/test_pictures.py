@@ -78,6 +78,7 @@ def test_a_stream_goes_on_after_the_last_event_that_the_client_has(served: Serve
     assert numbers == list(range(4, 4 + len(numbers))) and len(numbers) >= 3
 
 
+@pytest.mark.slow
 def test_the_first_event_comes_at_once(served: Served) -> None:
     """Also while another picture is made."""
     busy = served.client.post("/api/jobs", json={**SMALL, "width": 128, "height": 128, "steps": 8}).json()["id"]
@@ -185,6 +186,7 @@ def test_what_cannot_be_made_is_refused_at_once(served: Served, fields: dict[str
     assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_used_leaves_memory(tmp_path: Path) -> None:
     with serving(tmp_path, idle_minutes=0.01) as served:
         assert served.make()["state"] == "done"
@@ -214,6 +216,7 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Captur
     assert "another server uses it" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_ends_jobs_and_streams(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         ids = [served.client.post("/api/jobs", json={**SMALL, "seed": i}).json()["id"] for i in range(4)]

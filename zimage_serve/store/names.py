@@ -20,9 +20,14 @@ def new_id() -> str:
     return f"{time.time_ns() // 10**6:012x}-{secrets.token_hex(6)}"
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` can be the name of a file on every system, and is not hidden."""
+    return NAME.fullmatch(name) is not None and name[-1] not in " ." and not _RESERVED.fullmatch(name)
+
+
 def checked_name(name: object, what: str) -> str:
-    """`name`, if it can be the name of a file on every system. Raises RefusedError naming `what`."""
-    if not isinstance(name, str) or not NAME.fullmatch(name) or name[-1] in " ." or _RESERVED.fullmatch(name):
+    """`name`, if it is one by `is_name`. Raises RefusedError naming `what`."""
+    if not isinstance(name, str) or not is_name(name):
         raise RefusedError(f"{what}: a name is 1 to 100 letters, digits and . _ + - and begins with a letter or digit")
     return name
 

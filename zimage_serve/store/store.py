@@ -139,6 +139,10 @@ class Store:
             save_picture(picture, path)
         return id
 
+    def has_picture(self, id: str) -> bool:
+        """Whether there is an upload or a result with this id."""
+        return bool(ID.fullmatch(id)) and any((each / f"{id}.png").is_file() for each in (self.uploads, self.pictures))
+
     def upload_path(self, id: object, what: str) -> Path:
         """The file of the upload or the result `id`. Raises UnknownError naming `what`."""
         checked = checked_id(id, what)

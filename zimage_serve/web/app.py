@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+
 from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from zimage_ref.version import __version__
 from zimage_serve.refusals import RefusedError
@@ -17,9 +21,26 @@ from .errors import answer_errors, refusal
 from .safety import Safety
 
 
-def application(studio: Studio) -> ASGIApp:
-    """The ASGI application of `studio`."""
-    app = FastAPI(title="zimage serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+@dataclass(frozen=True)
+class Addition:
+    """Another application, which answers at one path."""
+
+    path: str
+    app: ASGIApp
+    run: Callable[[], AbstractAsyncContextManager[None]]  # a block in which it works
+
+
+def application(studio: Studio, addition: Addition | None = None) -> ASGIApp:
+    """The ASGI application of `studio`, with an `addition` at its path."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        async with addition.run() if addition else nullcontext():
+            yield
+
+    app = FastAPI(
+        lifespan=life, title="zimage serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.studio = studio
     answer_errors(app)
     for interface in (picture_api, lora_api, run_api, openai_api, sdapi):
@@ -27,7 +48,20 @@ def application(studio: Studio) -> ASGIApp:
     for path, function in (("/", home), ("/docs", docs), ("/docs/style.css", style), ("/health", health)):
         app.add_api_route(path, function, include_in_schema=False)
     app.add_api_route("/login", login, methods=["POST"], include_in_schema=False)
-    return Safety(app, studio.settings, studio.closing.is_set)
+    both = _Fork(app, addition) if addition else app
+    return Safety(both, studio.settings, studio.closing.is_set)
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """Passes requests for one path to another application."""
+
+    app: ASGIApp
+    addition: Addition
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        other = scope["type"] == "http" and scope["path"] == self.addition.path
+        await (self.addition.app if other else self.app)(scope, receive, send)
 
 
 def home() -> Response:

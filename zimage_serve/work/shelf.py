@@ -18,7 +18,7 @@ from zimage_ref.pictures.formats import PICTURE_SUFFIXES
 from zimage_ref.pictures.images import read_picture, save_picture, thumbnail
 from zimage_ref.pictures.received import received
 from zimage_serve.refusals import ConflictError, RefusedError, UnknownError
-from zimage_serve.store.names import checked_name, file_in
+from zimage_serve.store.names import checked_name, file_in, is_name
 from zimage_serve.store.store import MOST_RECEIVED
 
 _LORA = ".safetensors"
@@ -42,8 +42,8 @@ class LoRAShelf:
 
     def names(self) -> list[str]:
         """The names of all LoRAs."""
-        found = (path for path in self.folder.glob(f"*{_LORA}") if path.is_file() and not path.name.startswith("."))
-        return sorted(path.name for path in found)
+        found = (path for path in self.folder.glob(f"*{_LORA}") if path.is_file() and not path.is_symlink())
+        return sorted(path.name for path in found if is_name(path.name))
 
     def facts(self, name: str) -> dict[str, object]:
         """Facts from the headers of a LoRA, or the reason why it cannot be used. Raises UnknownError."""
@@ -115,7 +115,7 @@ class DatasetShelf:
 
     def names(self) -> list[str]:
         """The names of all datasets."""
-        return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and is_name(path.name))
 
     def make(self, name: object) -> str:
         """Makes an empty dataset. Raises ConflictError if there is one with this name."""
