@@ -99,48 +99,62 @@ def test_memory_stays_flat_over_thousands_of_requests(tmp_path: Path) -> None:
         process.communicate(timeout=60)
 
 
+ALONE = """
+import json, sys, time
+from zimage_cli.commands.serve import engines_of
+from zimage_cli.terminal.backends import DEFAULT
+from zimage_ref import GenerateConfig
+from zimage_ref.generation.provenance import ModelChoice
+from zimage_ref.generation.run import GenerationRun, RunSettings
+from zimage_ref.pictures.images import save_picture
+from pathlib import Path
+run = GenerationRun(engines_of(DEFAULT, ModelChoice("tiny")).open(), RunSettings(memory="fast"))
+for line in sys.stdin:
+    began = time.perf_counter()
+    for made in run.make(run.plan([GenerateConfig(**json.loads(line))])):
+        save_picture(made.picture, Path(sys.argv[1]), made.record)
+    print(time.perf_counter() - began, flush=True)
+"""
+
+
 def test_the_server_adds_little_time(tmp_path: Path) -> None:
-    """To a picture, in its own process, against the same run without a server."""
+    """To a picture, in turns with the same run without a server. The best of each counts: others use the machine."""
     picture = {**SMALL, "width": 128, "height": 128, "steps": 8}
-    program = (
-        "import json, sys, time\n"
-        "from zimage_cli.commands.serve import engines_of\n"
-        "from zimage_cli.terminal.backends import DEFAULT\n"
-        "from zimage_ref import GenerateConfig\n"
-        "from zimage_ref.generation.provenance import ModelChoice\n"
-        "from zimage_ref.generation.run import GenerationRun, RunSettings\n"
-        "run = GenerationRun(engines_of(DEFAULT, ModelChoice('tiny')).open(), RunSettings(memory='fast'))\n"
-        "for i in range(12):\n"
-        "    began = time.perf_counter()\n"
-        "    list(run.make(run.plan([GenerateConfig(**json.loads(sys.argv[1]), seed=i)])))\n"
-        "    print(time.perf_counter() - began, flush=True)\n"
-    )
-    alone = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(picture)], capture_output=True, text=True, check=True
-    )
-    without = sorted(map(float, alone.stdout.split()))[5]
+    argv = [sys.executable, "-c", ALONE, str(tmp_path / "alone.png")]
+    alone = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process, url = started(tmp_path)
+    without, served, waits = [], [], []
     try:
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
-            took, waits = [], []
-            for i in range(12):
+            for seed in range(25):
+                assert alone.stdin and alone.stdout
+                alone.stdin.write(json.dumps({**picture, "seed": seed}) + "\n")
+                alone.stdin.flush()
+                without.append(float(alone.stdout.readline()))
                 began = time.perf_counter()
-                make(client, **picture, seed=i)
-                took.append(time.perf_counter() - began)
-                began = time.perf_counter()
-                id = client.post("/api/jobs", json=SMALL).json()["id"]
-                with client.stream("GET", f"/api/jobs/{id}/events") as stream:
-                    lines = stream.iter_lines()
-                    next(lines)
-                    waits.append(time.perf_counter() - began)
-                    list(lines)
-        with_server, first = sorted(took)[5], sorted(waits)[5]
-        sys.stdout.write(f"alone {without:.3f} s, served {with_server:.3f} s, first event {first * 1000:.0f} ms\n")
-        assert with_server - without < max(ADDED * without, ADDED_SECONDS)
-        assert first < FIRST_EVENT
+                make(client, **picture, seed=seed)
+                served.append(time.perf_counter() - began)
+                waits.append(first_event(client))
     finally:
-        process.terminate()
-        process.communicate(timeout=60)
+        for each in (process, alone):
+            each.terminate()
+            each.communicate(timeout=60)
+    added, first = min(served) - min(without), sorted(waits)[len(waits) // 2]
+    sys.stdout.write(f"alone {min(without):.3f} s, added {added * 1000:.0f} ms, first event {first * 1000:.0f} ms\n")
+    assert added < max(ADDED * min(without), ADDED_SECONDS)
+    assert first < FIRST_EVENT
+
+
+def first_event(client: httpx.Client) -> float:
+    """Seconds from the request for a picture to its first event."""
+    began = time.perf_counter()
+    id = client.post("/api/jobs", json=SMALL).json()["id"]
+    with client.stream("GET", f"/api/jobs/{id}/events") as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        seconds = time.perf_counter() - began
+        list(lines)
+    return seconds
 
 
 def test_a_kill_loses_nothing_that_was_reported(tmp_path: Path) -> None:

@@ -37,19 +37,24 @@ class Database:
         """Opens or makes the database in `path`. Raises ConfigError if it cannot be used."""
         self._lock = threading.RLock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._connection.row_factory = sqlite3.Row
         try:
-            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._connection.row_factory = sqlite3.Row
-            found = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
-            if found > _VERSION:
-                raise ConfigError(f"{path}: was written by a newer zimage: update, or give another `folder`")
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
-            for statement in _TABLES:
-                self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+            self._prepare(path)
         except sqlite3.Error as error:
+            self._connection.close()
             raise ConfigError(f"{path}: cannot be used as the server's database: {error}") from error
+
+    def _prepare(self, path: Path) -> None:
+        """Makes the tables that are missing."""
+        if int(self._run("PRAGMA user_version")[0]["user_version"]) > _VERSION:
+            self._connection.close()
+            raise ConfigError(f"{path}: was written by a newer zimage: update, or give another `folder`")
+        self._run("PRAGMA journal_mode = WAL")
+        self._run("PRAGMA synchronous = NORMAL")  # a killed process loses nothing
+        for statement in _TABLES:
+            self._run(statement)
+        self._run(f"PRAGMA user_version = {_VERSION}")
 
     def close(self) -> None:
         """Closes the database."""

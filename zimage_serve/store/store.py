@@ -51,7 +51,11 @@ class Store:
             except OSError:
                 self._lock.close()
                 raise ConfigError(f"{folder}: another server uses it: give another `folder`") from None
-        self.database = Database(folder / "studio.db")
+        try:
+            self.database = Database(folder / "studio.db")
+        except ConfigError:
+            self._lock.close()
+            raise
         self._recover()
 
     def close(self) -> None:

@@ -54,7 +54,11 @@ class Tools:
 
     def server(self) -> MCPServer:
         """A server with all tools."""
-        server = MCPServer("zimage", instructions="Makes pictures with Z-Image, changes pictures, and trains LoRAs.")
+        server = MCPServer(
+            "zimage",
+            log_level="WARNING",
+            instructions="Makes pictures with Z-Image, changes pictures, and trains LoRAs.",
+        )
         for tool in (self.generate, self.edit, self.list_loras, self.train, self.status):
             server.add_tool(_told(tool))
         return server
