@@ -26,7 +26,7 @@ from zimage_serve.web.access import Gate, same_origin
 SECRET = "the content of a file outside"
 PATHS = ["../../secret.safetensors", "link.safetensors"]
 MORE_PATHS = [
-    "../secret",     "..%2f..%2fsecret", "%2e%2e/secret.png", "/etc/passwd", "....//secret",
+    "../secret", "..%2f..%2fsecret", "%2e%2e/secret.png", "/etc/passwd", "....//secret",
     "..\\secret.png", "secret.png\0.png", "~/secret", "file:///etc/passwd", "C:\\secret.png", "nul", ".hidden",
     "a/../b", "", " ", "x" * 300, "\u202egnp.exe",
 ]  # fmt: skip

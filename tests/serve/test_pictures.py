@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from support.serving import SMALL, Served, serving
+from support.serving import SMALL, Served, engines, serving
 
 from zimage_cli.app import main
 
@@ -184,6 +184,34 @@ def test_what_cannot_be_made_is_refused_at_once(served: Served, fields: dict[str
     answer = served.client.post("/api/jobs", content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 404), answer.text
     assert words in answer.json()["error"]["message"]
+
+
+def test_numpy_serves_the_pictures_of_generate_too(tmp_path: Path) -> None:
+    with serving(tmp_path / "studio", engines(backend="numpy")) as served:
+        made = served.make(seed=5, steps=1)
+        data = served.client.get(f"/api/pictures/{made['pictures'][0]}/file").content
+        assert served.client.get("/api/model").json()["backend"] == "numpy"
+    argv = ["generate", "--backend=numpy", "--model-dir=tiny", "--prompt=a red star", "--seed=5", "--width=32"]
+    argv += ["--height=32", "--steps=1", "--guidance=0", f"--output={tmp_path}/a.png", "--no-thumbnail"]
+    assert main(argv) == 0
+    assert data == (tmp_path / "a.png").read_bytes()
+
+
+def test_equal_requests_are_denoised_together(tmp_path: Path) -> None:
+    with serving(tmp_path, batch_size=4, memory="fast") as served:
+
+        def post(**fields: Any) -> str:
+            id: str = served.client.post("/api/jobs", json={**SMALL, **fields}).json()["id"]
+            return id
+
+        first = post(width=48, steps=30)  # the others wait for it
+        ids = [post(seed=i) for i in range(4)]
+        ends = [served.wait(id) for id in (first, *ids)]
+        assert {end["state"] for end in ends} == {"done"}
+        told = [list(events(served.client, id)) for id in ids]
+        encoded = next(facts["total"] for kind, facts in told[0] if kind == "progress")
+        steps = [[f["done"] for kind, f in each if kind == "progress" and f["stage"] == "denoise"] for each in told]
+        assert steps == [[1, 2]] * 4 and encoded == 1  # two steps of one batch, and one prompt
 
 
 @pytest.mark.slow
