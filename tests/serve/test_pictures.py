@@ -256,3 +256,16 @@ def test_a_server_that_stops_ends_jobs_and_streams(tmp_path: Path) -> None:
         thread.join(30)
         assert ended and ended[-1] in ("failed", "done")
         assert served.client.get("/health").status_code == 503
+
+
+def test_a_picture_that_cannot_be_saved_fails_alone(tmp_path: Path) -> None:
+    with serving(tmp_path) as served:
+        folder = served.studio.store.pictures
+        folder.rename(tmp_path / "gone")
+        folder.write_text("in its place", encoding="utf-8")
+        failed = served.make()
+        assert failed["state"] == "failed" and "cannot be saved" in failed["error"]
+        assert str(tmp_path) not in failed["error"]
+        folder.unlink()
+        (tmp_path / "gone").rename(folder)
+        assert served.make()["state"] == "done"

@@ -108,3 +108,20 @@ def test_lists(served: Served) -> None:
     assert served.client.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "tiny"
     assert {"euler", "heun"} <= {each["name"] for each in served.client.get("/sdapi/v1/samplers").json()}
     assert served.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "sdxl"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch_size": "x"},
+        {"resize_mode": [1], "path": "img2img"},
+        {"loras": 1, "prompt": "x <lora:fox:1>"},
+        {"width": {}},
+    ],
+)
+def test_values_of_other_types_are_refused(served: Served, fields: dict[str, Any]) -> None:
+    Image.new("RGB", (16, 16)).save(buffer := io.BytesIO(), "PNG")
+    path = fields.get("path", "txt2img")
+    if path == "img2img":
+        fields = {**fields, "init_images": [base64.b64encode(buffer.getvalue()).decode()]}
+    assert served.client.post(f"/sdapi/v1/{path}", json={**SMALL, **fields}).status_code == 400

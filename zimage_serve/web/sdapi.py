@@ -67,9 +67,9 @@ def _start(asked: Mapping[str, object], picture: object, studio: Studio) -> dict
     id, _ = studio.store.receive(from_base64(picture, "init_images"), "`init_images`")
     start: dict[str, object] = {"init_image": id}
     mode = asked.get("resize_mode") or 0
-    if mode not in _FITS:
+    if not isinstance(mode, int) or mode not in _FITS:
         raise RefusedError("`resize_mode` must be 0, 1, 2 or 3")
-    start["fit"] = _FITS[int(str(mode))]
+    start["fit"] = _FITS[mode]
     if asked.get("mask"):
         mask = received(from_base64(asked["mask"], "mask"), "`mask`", MOST_RECEIVED).picture
         start["mask"] = studio.store.keep(inverted(mask) if asked.get("inpainting_mask_invert") else mask)
@@ -93,7 +93,10 @@ def _order(asked: JsonObject, start: Mapping[str, object], studio: Studio) -> tu
     prompt, loras = split_loras(str(order.get("prompt", "")))
     order["prompt"], notes = prompt, []
     if loras:
-        order["loras"] = [*(order.get("loras") or []), *loras]  # type: ignore[misc]
+        named = order.get("loras") or []
+        if not isinstance(named, list):
+            raise RefusedError("`loras` must be a list")
+        order["loras"] = [*named, *loras]
     if order.get("guidance") == 1:  # no guidance, as these programs count it
         order["guidance"] = 0
     if not order.get("guidance", studio.usual_guidance) and order.pop("negative_prompt", None):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from zimage_ref.errors import ZImageError
+from zimage_ref.errors import ZImageError, reason
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.run import GenerationRun, MadePicture, RunSettings
 from zimage_ref.pictures.images import Picture, encoded
@@ -91,7 +91,7 @@ class Maker:
                 log.exception("a job failed")
                 self._run = None
             for job in left:
-                self._end(job, State.FAILED, str(error) if isinstance(error, ZImageError) else _BUG)
+                self._end(job, State.FAILED, _said(error))
 
     def _produce(self, jobs: Sequence[Job]) -> None:
         order = jobs[0].order
@@ -141,6 +141,13 @@ class Maker:
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _said(error: Exception) -> str:
+    """The line about an error that the client gets."""
+    if isinstance(error, OSError):
+        return f"the picture cannot be saved: {reason(error)}"  # without the path of a file of this machine
+    return str(error) if isinstance(error, ZImageError) else _BUG
 
 
 def _tell_all(jobs: Sequence[Job], kind: str, facts: dict[str, object]) -> None:
