@@ -83,6 +83,11 @@ TRAINING = {  # fields of TrainConfig
     "keep_last": _count(1e9, low=0), "preview_every": _EVERY, "preview_size": _SIDE, "preview_steps": _STEPS,
     "preview_guidance": _GUIDANCE,
 }  # fmt: skip
+SERVER = {  # fields of ServeSettings
+    "port": _count(65_535, low=0), "queue_size": _count(1e6), "max_pixels": _count(1e9), "max_steps": _STEPS,
+    "max_count": COUNT, "max_upload_mb": _count(1e6), "max_lora_mb": _count(1e6), "batch_size": RUN["batch_size"],
+    "idle_minutes": Bounds(0, 1e6),
+}  # fmt: skip
 
 _WIDTH, _HEADS, _LAYERS = _count(1 << 17), _count(4096), _count(999)
 _EPS, _THETA = Bounds(0, 1, above=True), Bounds(0, 1e12, above=True)

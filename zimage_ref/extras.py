@@ -7,11 +7,11 @@ from types import ModuleType
 
 from .errors import BackendError
 
+# package -> the extra of zimage-mlx that installs it
 EXTRAS = {
-    "gguf": "gguf",
-    "huggingface_hub": "hub",
-    "pillow_heif": "heif",
-}  # package -> the extra of zimage-mlx that installs it
+    "gguf": "gguf", "huggingface_hub": "hub", "pillow_heif": "heif", "fastapi": "serve", "uvicorn": "serve",
+    "python_multipart": "serve", "mcp": "mcp",
+}  # fmt: skip
 
 
 def optional_import(package: str, need: str) -> ModuleType:

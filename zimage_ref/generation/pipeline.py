@@ -1,9 +1,7 @@
-"""Prompt to picture with any engine. The NumPy pipeline and the MLX pipeline share this code.
+"""Prompt to picture with any engine. Source: pipeline_z_image.py of diffusers.
 
-    plan        options -> requests: decides and checks everything before any weights are read
-    generate    requests -> pictures: encodes all prompts, then denoises and decodes one batch after the other
-
-Source: pipeline_z_image.py of diffusers.
+plan        options -> requests: decides and checks everything before any weights are read
+generate    requests -> pictures: encodes all prompts, then denoises and decodes one batch after the other
 """
 
 from __future__ import annotations
@@ -48,9 +46,8 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 class Pipeline(Engine[ArrayT, ConditioningT]):
     """A Z-Image model that makes pictures. The methods of the engine compute; the methods here plan and call them.
 
-    Several threads and open streams may share a pipeline. They take turns, and each keeps its own LoRAs.
-    `output` selects the form of pictures: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w)
-    float32.
+    Several threads and open streams may share a pipeline. They take turns, and each keeps its own LoRAs. `output` is
+    the form of pictures: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w) float32.
     """
 
     @cached_property
