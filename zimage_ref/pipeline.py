@@ -17,6 +17,7 @@ from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import Weights
+from .streaming import Mode
 
 
 class ZImagePipeline(Pipeline[Array, Conditioning]):
@@ -35,7 +36,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         return np.dtype(self.precision)
 
     @classmethod
-    def footprint(cls, lean: bool) -> Footprint:
+    def footprint(cls, mode: Mode) -> Footprint:
         return NUMPY
 
     @cached_property

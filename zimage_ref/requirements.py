@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from .checkpoints.folder import ModelFolder
 from .formats.quantize import Quantization
-from .memory import LEAN, LoadedModel, generation_stages, lora_bytes, peak, trainable_parameters, training_stages
+from .memory import (
+    LEAN,
+    STREAM,
+    LoadedModel,
+    generation_stages,
+    lora_bytes,
+    peak,
+    trainable_parameters,
+    training_stages,
+)
 from .model.parameters import lora_modules, transformer_parameters
+from .streaming import can_stream
 from .training.config import TrainConfig
 from .training.optimizers import OPTIMIZERS
 
@@ -16,7 +26,8 @@ _SIDE = 1024  # pixels of the square picture that memory is estimated for
 def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
     """The bytes of all weights, and the bytes that generating and training at 1024 x 1024 take at least, by bits.
 
-    The estimates are for one network in memory at a time. Activations and weights that are not quantized are bfloat16.
+    The estimates are for one network in memory at a time, and for blocks that are read when they are needed if the
+    files allow that. Activations and weights that are not quantized are bfloat16.
     """
     layers = lora_modules(folder.transformer, TrainConfig.targets)
     trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)
@@ -29,4 +40,7 @@ def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
             "generate": peak(generation_stages(model, LEAN, (_SIDE, _SIDE))).total,
             "train": peak(training_stages(model, tokens, lora)).total,
         }
+        if can_stream(folder):
+            needs[bits]["generate, streamed"] = peak(generation_stages(model, STREAM, (_SIDE, _SIDE))).total
+            needs[bits]["train, streamed"] = peak(training_stages(model, tokens, lora, footprint=STREAM)).total
     return needs

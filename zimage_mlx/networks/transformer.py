@@ -21,7 +21,7 @@ from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_D
 from zimage_ref.model.positions import padded
 
 from .ops import QKV, Rotation, SiLU, attention, rms_norm, rotate, silu
-from .running import RunHalf, output_of
+from .running import RESIDENT, RunHalf, Weights, output_of
 from .token_layout import TokenLayout
 
 
@@ -227,9 +227,10 @@ class FinalLayer(nn.Module):
 class Transformer(nn.Module):
     """The whole denoiser."""
 
-    def __init__(self, config: TransformerConfig, run: RunBlock = Block.__call__) -> None:
+    def __init__(self, config: TransformerConfig, run: RunBlock = Block.__call__, weights: Weights = RESIDENT) -> None:
+        """weights: for those that run blocks in another way than `run`."""
         super().__init__()
-        self.config, self.run = config, run
+        self.config, self.run, self.weights = config, run, weights
         self.all_x_embedder = {config.patch_key: nn.Linear(config.patch_dim, config.dim)}
         self.all_final_layer = {config.patch_key: FinalLayer(config)}
         self.t_embedder = TimestepEmbedder(config)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.tensors import Array, Tensor, Tensors
+from zimage_ref.formats.tensors import Array, Span, Tensor, Tensors
 from zimage_ref.model.parameters import Shapes
 
 Shape = tuple[int, ...]
@@ -90,7 +91,11 @@ def extract(stored: Tensor, placement: Placement, shape: Shape) -> Tensor:
         rows = array.T if placement.transposed else array
         return rows[placement.part * shape[0] : (placement.part + 1) * shape[0]].reshape(shape)
 
-    return stored.view(shape, take)
+    part = stored.view(shape, take)
+    if stored.span is None or placement.transposed:
+        return part
+    offset = stored.span.offset + placement.part * prod(shape) * stored.dtype.itemsize  # whole rows lie together
+    return replace(part, span=Span(stored.span.file, offset))
 
 
 def _joined(parts: Sequence[tuple[Tensor, Placement]]) -> Tensor:

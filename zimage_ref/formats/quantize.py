@@ -84,6 +84,11 @@ class QuantizedTensor(Tensor):
         """The stored tensors by the last part of their names: weight, scales, biases."""
         return {"weight": self.packed, "scales": self.scales, "biases": self.biases}
 
+    @property
+    def streamable(self) -> bool:
+        """As that of a Tensor: all three parts are stored as they are."""
+        return all(part.streamable for part in self.parts.values())
+
     def cast(self, name: str | None) -> Tensor:
         """The same tensor with scales and biases in another float dtype. The dequantized weights get it too."""
         return self.of_parts(self.packed, self.scales.cast(name), self.biases.cast(name), self.quantization)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,7 +51,7 @@ def _mapped(file: MappedFile, start: int, name: str, entry: Json) -> Tensor:
         raise FormatError(f"{file.path}: {name} has dtype {entry['dtype']}, which this program cannot read")
     dtype = DTYPES[_TAGS[entry["dtype"]]]
     shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-    return Tensor(shape, dtype, partial(file.array, offset, shape, dtype))
+    return file.tensor(offset, shape, dtype)
 
 
 def write(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,29 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("f64", "f32", "f16", "bf16")
 
 
+class ReadableFile(Protocol):
+    """A file whose parts can be read into memory of the caller, see `mapped_file.MappedFile`."""
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` from byte `offset`. Raises FormatError if that fails."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a file that holds the data of a tensor as it is: in C order, not compressed."""
+
+    file: ReadableFile
+    offset: int  # bytes
+
+    def read_into(self, buffer: memoryview, skip: int = 0) -> None:
+        """Fills `buffer` with the bytes after the first `skip`. Raises FormatError if that fails."""
+        self.file.read_into(buffer, self.offset + skip)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """The shape and dtype of a tensor, known before its data is read. `read()` gives the data.
@@ -53,6 +77,7 @@ class Tensor:
     dtype: DType
     read: Callable[[], Array]
     storage: str = ""  # the file's own format if it is not `dtype`, such as a quantized one
+    span: Span | None = None  # where the data of `read` lies in a file; None if `read` computes it
 
     @property
     def stored_as(self) -> str:
@@ -86,6 +111,11 @@ class Tensor:
     def view(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Tensor:
         """A tensor of `shape`. When you read it, `change` makes its data from this tensor's data."""
         return Tensor(shape, self.dtype, lambda: change(self.read()))
+
+    @property
+    def streamable(self) -> bool:
+        """Whether a file holds the data as it is, so that it can be read again and again at no cost but the reading."""
+        return self.span is not None
 
 
 Tensors = Mapping[str, Tensor]

@@ -19,6 +19,7 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, physical_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import Tokenizer
+from zimage_ref.streaming import Mode
 
 ConditioningT = TypeVar("ConditioningT")
 
@@ -36,8 +37,11 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        stream: bool = False,
     ) -> None:
         """dtype: one of `dtypes`, or None for the engine's default. lean: keep only one network in memory at a time.
+
+        stream: as lean, and read the weights of a block when it is needed.
 
         quantize: 4 or 8 bits for the large matrices of transformer and text encoder; they are quantized on loading.
         parts: files that were used instead of those in `folder`, for the record.
@@ -45,7 +49,7 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
-        self.folder, self._lean = folder, lean
+        self.folder, self._mode = folder, _mode(lean, stream)
         self.precision = dtype or self.default_dtype()  # the name of the dtype that the networks compute in
         self.parts = {name: path for name, path in (parts or {}).items() if path is not None}
         self.quantization = Quantization(quantize) if quantize else None
@@ -59,13 +63,18 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @property
     def lean(self) -> bool:
         """Whether only one network is in memory at a time."""
-        return self._lean
+        return self._mode != "fast"
 
-    def set_lean(self, lean: bool) -> None:
-        """Changes `lean`. If a transformer is loaded for the other mode, it is freed."""
-        if lean != self._lean:
-            self.release("transformer")
-            self._lean = lean
+    @property
+    def mode(self) -> Mode:
+        """The memory mode; see `zimage_ref.streaming`."""
+        return self._mode
+
+    def set_mode(self, mode: Mode) -> None:
+        """Changes `mode`. Networks that are loaded for another mode are freed."""
+        if mode != self._mode:
+            self.release("transformer", *(["text_encoder"] if "stream" in (mode, self._mode) else []))
+            self._mode = mode
 
     @classmethod
     @abstractmethod
@@ -74,8 +83,8 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
     @classmethod
     @abstractmethod
-    def footprint(cls, lean: bool) -> Footprint:
-        """The memory for activations that the engine takes, with `lean` or without."""
+    def footprint(cls, mode: Mode) -> Footprint:
+        """The memory that the engine takes in `mode`, beside weights."""
 
     def memory_limit(self) -> int | None:
         """The bytes of memory that the engine may use. None if they are not known."""
@@ -128,3 +137,9 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def decode(self, x: ArrayT) -> Array:
         """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]."""
+
+
+def _mode(lean: bool, stream: bool) -> Mode:
+    if stream:
+        return "stream"
+    return "lean" if lean else "fast"

@@ -23,6 +23,7 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import LoadedModel, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
+from zimage_ref.streaming import Mode
 
 from .config import GenerateConfig, config_of
 from .denoising import DenoisingStep, denoised, plain_steps
@@ -63,14 +64,16 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        stream: bool = False,
     ) -> Self:
         """Opens the model in `model_dir`, in any layout of `checkpoints.folder`, and checks all names and shapes.
 
         quantize: 4 or 8 bits, applied on loading. Weights that are stored quantized do not change.
         parts: files to use instead of those in the folder, by transformer, text_encoder, vae, tokenizer.
+        stream: as `lean`, and blocks are read from the file when they are needed.
         Weights are read on their first use. Raises ConfigError, FormatError or WeightError.
         """
-        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts)
+        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts, stream)
 
     @overload
     def __call__(
@@ -220,14 +223,14 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
             for place, made in enumerate(self._made(requests, size, adapters, output, progress, watch)):
                 yield requests[place], made
 
-    def memory(self, requests: Sequence[Request], batch_size: int, lean: bool | None = None) -> list[Stage]:
-        """The estimated memory of each stage of making `requests`. lean: None means the current setting."""
-        one_at_a_time = self.lean if lean is None else lean
-        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(one_at_a_time)
+    def memory(self, requests: Sequence[Request], batch_size: int, mode: Mode | None = None) -> list[Stage]:
+        """The estimated memory of each stage of making `requests`. mode: None means the current one."""
+        mode = mode or self.mode
+        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(mode)
         batch = min(batch_size, len(requests))
         sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
         return largest(
-            generation_stages(model, footprint, (width, height), batch * (1 + guided), one_at_a_time)
+            generation_stages(model, footprint, (width, height), batch * (1 + guided), mode != "fast")
             for width, height, guided in sizes
         )
 
