@@ -15,14 +15,6 @@ from zimage_ref.requirements import WEIGHT_BITS, memory_needs
 from ..terminal.console import Console
 from .inspect import show_faults, verified
 
-_HEADS = {  # of `memory_needs`
-    "weights": "all weights",
-    "generate": "generate 1024 x 1024",
-    "train": "train 1024 x 1024",
-    "generate, streamed": "generate, --memory stream",
-    "train, streamed": "train, --memory stream",
-}
-
 
 def show(path: Path, args: argparse.Namespace, console: Console) -> int:
     """Prints the file of each part, problems, and the memory that the model needs. Returns 1 if there are problems."""
@@ -61,8 +53,9 @@ def _show_folder(path: Path, parts: list[Part], needs: dict[int, dict[str, int]]
             console.print(f"{part.component}: {part.problem}")
     if needs:
         console.table(
-            ("memory, about", *(_HEADS[name] for name in needs[WEIGHT_BITS[0]])),
-            [(f"{bits} bits a weight", *(f"{n / 1e9:.1f} GB" for n in need.values())) for bits, need in needs.items()],
+            ("GB, about", *needs[WEIGHT_BITS[0]]),
+            [(f"{bits} bits", *(f"{n / 1e9:.1f}" for n in need.values())) for bits, need in needs.items()],
+            title="1024 x 1024, lean or streamed",
         )
 
 

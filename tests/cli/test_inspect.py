@@ -76,7 +76,8 @@ def test_a_models_folder_tells_files_and_memory(model: Path, capfd: pytest.Captu
     assert found["memory"].keys() == {"16", "8", "4"}
     assert main(["inspect", "--input", str(model)]) == 0
     text = capfd.readouterr().out
-    assert "transformer/diffusion_pytorch_model.safetensors" in text and "4 bits a weight" in text
+    assert "transformer/diffusion_pytorch_model.safetensors" in text and "4 bits" in text
+    assert "train, streamed" in text
 
 
 def test_what_a_models_folder_lacks_is_told(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
