@@ -77,10 +77,15 @@ def random_tensors(name: str, shape: tuple[int, ...], precision: str) -> dict[st
     words = (rows, shape[1] * FOUR.bits // 32)
     step = SPREAD / 4  # values from -8 to 7 times this
     return {
-        f"{layer}weight": Tensor(words, DTYPES["u32"], lambda: np.array(mx.random.bits(words))),
+        f"{layer}weight": Tensor(words, DTYPES["u32"], lambda: random_words(words)),
         f"{layer}scales": Tensor(groups, BFLOAT16, lambda: random_values(groups, 0, step)),
         f"{layer}biases": Tensor(groups, BFLOAT16, lambda: random_values(groups, 0, -8 * step)),
     }
+
+
+def random_words(shape: tuple[int, ...]) -> Array:
+    """Random packed weights in uint32, made on the device."""
+    return np.array(mx.random.randint(-(2**31), 2**31 - 1, shape).view(mx.uint32))
 
 
 def random_values(shape: tuple[int, ...], spread: float, near: float) -> Array:
@@ -115,13 +120,20 @@ def measured(work: str, model: Path, side: int, memory: str, steps: int) -> dict
         for event in train(TrainConfig(model, data, output, force=True, **options)):
             if isinstance(event, Step):
                 times.append(event.seconds)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "peak_gb": round(max([*peaks, mx.get_peak_memory()]) / 1e9, 3),
-        "resident_gb": round(resident / 1e9, 3),
+        "resident_gb": round(most_resident() / 1e9, 3),
         "seconds_a_step": round(min(times[1:] or times), 3),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def most_resident() -> int:
+    """Bytes of memory that this process held at most. Linux would count its parent's, too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:
@@ -146,8 +158,11 @@ def main() -> None:
             model = home / precision / "model"
             if not model.exists():
                 start = time.perf_counter()
-                model.mkdir(parents=True)
-                write_model(model, precision, args.blocks, args.small)
+                unfinished = home / precision / "unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+                write_model(unfinished, precision, args.blocks, args.small)
+                unfinished.rename(model)
                 print(f"files of {precision}: {time.perf_counter() - start:.0f} s", flush=True)
             for work in args.works:
                 for side in args.sides:
