@@ -24,7 +24,7 @@ from zimage_cli.commands import root_parser
 from zimage_cli.terminal.parser import OptionInfo
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cli", "zimage_mlx", "zimage_ref")
+PACKAGES = ("cli", "zimage_mlx", "zimage_ref", "zimage_serve")
 _OPTIONS = re.compile(r"(<!-- options: (\w+): ([\w :-]+?) -->\n)(.*?)(<!-- end of options -->)", re.DOTALL)
 _ROOMS = re.compile(r"(<!-- rooms -->\n)(.*?)(<!-- end of rooms -->)", re.DOTALL)
 _GROUP = "group: "

@@ -12,6 +12,7 @@ from support import tiny
 from zimage_ref import ConfigError, GenerateConfig, ModelFolder
 from zimage_ref import ZImagePipeline as NumPyPipeline
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
+from zimage_ref.doctor.prediction import official_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
 from zimage_ref.memory import (
@@ -225,3 +226,14 @@ def test_memory_of_the_official_model_is_what_its_parameters_need() -> None:
         assert needs[bits]["weights"] < needs[16]["weights"] * (bits + 2.5) / 16
         assert needs[bits]["generate"] < needs[16]["generate"]
     assert all(need["train"] > need["generate"] for need in needs.values())
+
+
+def test_inspect_and_the_doctor_have_the_margin_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, here = official_model(), memory_needs(official_model())
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    there = memory_needs(model)
+    for bits, needs in here.items():
+        assert there[bits]["weights"] == needs["weights"]
+    assert there[16]["generate"] == pytest.approx(1.15 * here[16]["generate"])
+    assert there[16]["train"] == pytest.approx(1.15 * here[16]["train"])

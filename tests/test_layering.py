@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"cli": "zimage_cli", "zimage_mlx": "zimage_mlx", "zimage_ref": "zimage_ref"}
+PACKAGES = {
+    "cli": "zimage_cli", "zimage_mlx": "zimage_mlx", "zimage_ref": "zimage_ref", "zimage_serve": "zimage_serve",
+}  # fmt: skip
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # A room is a folder, or a module at the top of a package. Each may import the rooms named beside it, all of them
@@ -17,27 +19,30 @@ _BASE = "errors formats model"
 ROOMS = {
     "zimage_ref.lazy": "",
     "zimage_ref.errors": "",
+    "zimage_ref.bounds": "errors",
     "zimage_ref.options": "errors",
     "zimage_ref.extras": "errors",
     "zimage_ref.version": "",
     "zimage_ref.formats": "errors extras",
     "zimage_ref.options_file": "errors formats",
-    "zimage_ref.model": "errors formats",
-    "zimage_ref.pictures": "errors formats",
-    "zimage_ref.lora": _BASE,
+    "zimage_ref.model": "errors bounds formats",
+    "zimage_ref.pictures": "errors extras formats",
+    "zimage_ref.lora": f"{_BASE} bounds",
     "zimage_ref.networks": "formats model lora",
     "zimage_ref.checkpoints": f"{_BASE} extras lora",
     "zimage_ref.memory": f"{_BASE} checkpoints",
     "zimage_ref.streaming": f"{_BASE} checkpoints memory",
-    "zimage_ref.generation": f"{_BASE} version options options_file pictures lora checkpoints memory streaming",
-    "zimage_ref.pipeline": "formats model lora networks memory streaming generation",
-    "zimage_ref.training": f"{_BASE} options options_file pictures lora checkpoints memory streaming generation",
-    "zimage_ref.doctor": "formats model version checkpoints memory streaming",
+    "zimage_ref.generation":
+        f"{_BASE} bounds version options options_file pictures lora checkpoints memory streaming",
+    "zimage_ref.pipeline": "formats model lora networks memory generation",
+    "zimage_ref.training":
+        f"{_BASE} bounds options options_file pictures lora checkpoints memory streaming generation",
+    "zimage_ref.doctor": "errors formats model version checkpoints memory",
     "zimage_ref.inspection": "errors formats checkpoints",
     "zimage_ref.requirements": "formats model checkpoints memory streaming training",
     "zimage_ref.tiny": "formats model pictures checkpoints",
     "zimage_ref": f"lazy version {_BASE} lora checkpoints generation pipeline training",
-    "zimage_mlx.device": "errors streaming",
+    "zimage_mlx.device": "errors memory",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
     "zimage_mlx.lora": "zimage_mlx.networks formats model lora",
     "zimage_mlx.pipeline":
@@ -48,21 +53,36 @@ ROOMS = {
         "pictures lora memory generation training",
     "zimage_mlx.doctor":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_mlx.training formats model "
-        "pictures networks checkpoints memory streaming doctor",
+        "pictures networks checkpoints memory doctor",
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
     "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_mlx.doctor zimage_ref lazy training",
+    "zimage_serve.refusals": "errors",
+    "zimage_serve.settings": "errors bounds options generation",
+    "zimage_serve.engines": "formats memory generation training",
+    "zimage_serve.store": "zimage_serve.refusals errors formats pictures",
+    "zimage_serve.work":
+        "zimage_serve.refusals zimage_serve.settings zimage_serve.engines zimage_serve.store errors options_file "
+        "formats model pictures lora checkpoints memory generation training",
+    "zimage_serve.web":
+        "zimage_serve.refusals zimage_serve.settings zimage_serve.store zimage_serve.work version errors options "
+        "formats pictures generation training",
+    "zimage_serve.server":
+        "zimage_serve.settings zimage_serve.engines zimage_serve.web zimage_serve.work errors",
+    "zimage_serve": "",
     "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
     "zimage_cli.commands":
-        "zimage_cli.terminal zimage_ref errors formats options options_file pictures lora checkpoints memory "
-        "generation training inspection requirements tiny doctor",
-    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors",
+        "zimage_cli.terminal zimage_serve.settings zimage_serve.engines zimage_ref errors bounds extras formats "
+        "options options_file pictures lora checkpoints memory generation training inspection requirements tiny "
+        "doctor",
+    "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors formats",
     "zimage_cli.__main__": "zimage_cli.app",
     "zimage_cli": "",
 }  # fmt: skip
 FORBIDDEN = {  # package -> what its files may not import, besides
     "zimage_ref": {"mlx"},
     "zimage_mlx": {"rich"},
+    "zimage_serve": {"mlx", "rich"},
     "zimage_cli": {"cli", "mlx", "numpy"},
 }
 HOMES = {  # a library -> the only files that may import it; a folder stands for all of its files
@@ -73,6 +93,8 @@ HOMES = {  # a library -> the only files that may import it; a folder stands for
     "argparse": ("cli", "zimage_mlx/tiny/__main__.py"),
     "tokenizers": ("zimage_ref/model/tokenizer.py", "zimage_ref/tiny/files.py"),
     "safetensors": ("zimage_ref/formats/safetensors.py",),
+    "fastapi": ("zimage_serve/web",), "starlette": ("zimage_serve/web",), "uvicorn": ("zimage_serve/server.py",),
+    "mcp": ("zimage_serve/web/agent.py",), "sqlite3": ("zimage_serve/store/database.py",),
     "torch": (), "diffusers": (), "transformers": (), "peft": (),
 }  # fmt: skip
 
@@ -81,6 +103,8 @@ LATE = {  # the only files that import when they run, not when they are read -> 
     "zimage_ref/extras.py": "packages of an extra: they may be absent",
     "cli/commands/__init__.py": "the command that was asked for",
     "cli/commands/inspect.py": "what shows folders, LoRAs and pictures: a checkpoint needs none of it",
+    "cli/commands/serve.py": "the server: its packages belong to an extra",
+    "zimage_serve/server.py": "the interface of agents: it needs an extra",
     "cli/terminal/backends.py": "MLX: may be absent, and needs a fast BLAS before it",
 }
 
@@ -201,7 +225,10 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
         if isinstance(node.args[0], ast.Constant)
     }
-    libraries = {"diffusers", "gguf", "huggingface_hub", "mlx", "peft", "torch", "transformers"}
+    libraries = {
+        "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft", "torch",
+        "transformers",
+    }  # fmt: skip
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
     for top, *below in (name.split(".") for name in names):
         file = ROOT.joinpath(folders.get(top, top), *below)

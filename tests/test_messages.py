@@ -15,7 +15,7 @@ from zimage_ref.training.dataset import list_dataset
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"zimage_mlx/tiny/__main__.py"}  # a command line of its own
 FILES = [
-    path for package in ("zimage_ref", "zimage_mlx") for path in sorted((ROOT / package).rglob("*.py"))
+    path for package in ("zimage_ref", "zimage_mlx", "zimage_serve") for path in sorted((ROOT / package).rglob("*.py"))
     if path.relative_to(ROOT).as_posix() not in COMMANDS
 ]  # fmt: skip
 FLAG = re.compile(r"(^|[ =]|[^r]\()--[a-z]")

@@ -46,7 +46,9 @@ def test_macs_get_an_mlx_that_reports_errors_of_the_gpu() -> None:
 
 def test_nothing_asks_for_wired_memory() -> None:
     """Wired pages cannot be compressed or swapped: a Mac of 8 or 16 GB freezes without them."""
-    sources = [path for folder in ("cli", "zimage_mlx", "zimage_ref") for path in (ROOT / folder).rglob("*.py")]
+    sources = [
+        path for folder in ("cli", "zimage_mlx", "zimage_ref", "zimage_serve") for path in (ROOT / folder).rglob("*.py")
+    ]
     assert not [path for path in sources if "set_wired_limit" in path.read_text(encoding="utf-8")]
 
 
@@ -101,7 +103,10 @@ def test_every_error_is_public_and_a_zimage_error() -> None:
 
 
 def test_importing_a_package_loads_no_library() -> None:
-    program = "import sys, zimage_mlx, zimage_ref; print(*{'mlx.core', 'numpy', 'PIL'} & sys.modules.keys())"
+    program = (
+        "import sys, zimage_mlx, zimage_ref, zimage_serve;"
+        "print(*{'mlx.core', 'numpy', 'PIL', 'fastapi'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
@@ -120,7 +125,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree, installed in an environment of its own that borrows this one's other packages."""
     home = tmp_path_factory.mktemp("wheel")
     source = home / "source"  # a copy: building leaves files behind, and old ones would get into the wheel
-    for folder in ("cli", "zimage_mlx", "zimage_ref"):
+    for folder in ("cli", "zimage_mlx", "zimage_ref", "zimage_serve"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)

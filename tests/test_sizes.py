@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 330, 45  # lines
-FILES = [path for folder in ("cli", "docs", "examples", "tests", "zimage_mlx", "zimage_ref")
+FILES = [path for folder in ("cli", "docs", "examples", "tests", "zimage_mlx", "zimage_ref", "zimage_serve")
          for path in sorted((ROOT / folder).rglob("*.py"))]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.errors import BackendError, TrainingError, ZImageError
-from zimage_ref.streaming import Mode
+from zimage_ref.memory import Mode
 
 _METAL = ("[METAL]", "[metal::")  # that MLX's errors from Metal are marked with
 _RELAXED = "set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"  # an environment variable that makes macOS more patient

@@ -12,12 +12,13 @@ import mlx.nn as nn
 import numpy as np
 
 from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import FAST, LEAN, METAL_FAST, METAL_LEAN, METAL_STREAM, STREAM, Footprint
+from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
-from zimage_ref.streaming import STREAMED, Mode, require_streamable
+from zimage_ref.streaming import STREAMED, require_streamable
 
 from . import device
 from .device import gpu_errors_explained, gpu_memory, limit_memory, multiply_in_float32, on_gpu
@@ -36,6 +37,8 @@ Network = TypeVar("Network", bound=nn.Module)
 class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     """A Z-Image model that makes pictures, in bfloat16 on a GPU, float32 on a CPU, or as asked.
 
+    In float16 the matrices of the transformer are float16, see `networks.half`; the other networks are bfloat16.
+
     Each network is loaded when it is first used. The state of sampling is float32 whatever the networks are.
     """
 
@@ -49,9 +52,12 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        group_size: int = GROUP_SIZE,
         stream: bool = False,
     ) -> None:
-        super().__init__(folder, dtype, lean, quantize, parts, stream)
+        if stream:
+            require_streamable(folder)
+        super().__init__(folder, dtype, lean, quantize, parts, group_size, stream)
         self.unpack = True  # whether quantized weights are unpacked for a product of many rows
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
         self._streams: dict[str, Stream] = {}  # what reads their blocks, in the mode stream
@@ -66,23 +72,26 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What the networks compute in."""
+        """What the transformer computes in."""
         return DTYPES[self.precision]
+
+    def _dtype_of(self, component: str) -> mx.Dtype:
+        """What a network computes in. float16 is for the transformer: the others have not been tried in its range."""
+        narrow = self.dtype == mx.float16 and component != "transformer"
+        return mx.bfloat16 if narrow else self.dtype
 
     @classmethod
     def footprint(cls, mode: Mode) -> Footprint:
-        if device.on_metal():
-            return {"fast": METAL_FAST, "lean": METAL_LEAN, "stream": METAL_STREAM}[mode]
-        return {"fast": FAST, "lean": LEAN, "stream": STREAM}[mode]
+        return footprint_of_mlx(mode, device.on_metal())
 
     def set_mode(self, mode: Mode) -> None:
+        if mode == "stream" != self.mode:
+            require_streamable(self.folder)
         super().set_mode(mode)
         self._adapt_to(mode)
 
     def _adapt_to(self, mode: Mode) -> None:
-        """Sets what the mode needs set. Raises ConfigError if the model's files cannot be streamed."""
-        if mode == "stream":
-            require_streamable(self.folder)
+        """Sets what the mode needs set."""
         limit_memory(mode)
         self.unpack = mode == "fast" or not device.on_metal()
 
@@ -114,7 +123,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     def _network(self, component: str, make: Callable[[Weights], Network]) -> Network:
         """The network `component`; if it is not in memory, `make` gives it and its weights are loaded."""
         if component not in self._networks:
-            how = self.folder.weights[component], self.dtype, self.quantization, self.unpack
+            how = self.folder.weights[component], self._dtype_of(component), self.quantization, self.unpack
             if self.mode == "stream" and component in STREAMED:
                 stream = Stream()
                 network = make(stream)
@@ -140,7 +149,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
             self._adapters = None
         mx.clear_cache()
 
-    def encode_prompt(self, text: str) -> mx.array:
+    def _encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -154,7 +163,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         return to_mlx(self.folder.weights["transformer"][name], self.dtype)
 
     def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
-        """As `Engine`: caption (B, T, D) in the working dtype, and a layout with the rotations and masks."""
+        """As `Engine`: caption (B, T, D) in the dtype of the stream, and a layout with the rotations and masks."""
         return self.transformer.condition(captions, h, w)
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
@@ -176,10 +185,10 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         mx.eval(array)
         return array
 
-    def encode(self, pixels: Array) -> mx.array:
+    def _encode(self, pixels: Array) -> mx.array:
         return self.vae.encode(mx.array(pixels), self._strips()).astype(mx.float32)
 
-    def decode(self, x: mx.array) -> Array:
+    def _decode(self, x: mx.array) -> Array:
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:

@@ -12,6 +12,7 @@ A message is one line. It names the file, the fact and the way out. An exception
 Messages name options as fields in backticks: "`strength` needs `init_image`". The command line shows them as flags.
 """
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -20,7 +21,7 @@ class ZImageError(Exception):
 
     def __str__(self) -> str:
         """The message as one printable line, even if the names of tensors in a damaged file are not printable."""
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return printable(super().__str__(), keep="")
 
 
 class FormatError(ZImageError):
@@ -45,6 +46,19 @@ class TrainingError(ZImageError):
 
 class BackendError(ZImageError):
     """The work needs software that is not installed, or the GPU has failed."""
+
+
+_JOINERS = "\u200c\u200d"  # they are inside of words and emoji
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """`text` with an escape for each character that could control a terminal. `keep`: characters that stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep or c in _JOINERS or unicodedata.category(c) == "Zs" else repr(c)[1:-1]
+        for c in text
+    )
 
 
 def reason(error: Exception) -> str:

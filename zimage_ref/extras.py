@@ -7,7 +7,11 @@ from types import ModuleType
 
 from .errors import BackendError
 
-EXTRAS = {"gguf": "gguf", "huggingface_hub": "hub"}  # package -> the extra of zimage-mlx that installs it
+# package -> the extra of zimage-mlx that installs it
+EXTRAS = {
+    "gguf": "gguf", "huggingface_hub": "hub", "pillow_heif": "heif", "fastapi": "serve", "uvicorn": "serve",
+    "python_multipart": "serve", "mcp": "mcp",
+}  # fmt: skip
 
 
 def optional_import(package: str, need: str) -> ModuleType:

@@ -12,11 +12,13 @@ import numpy as np
 
 from .checkpoints.component import AnyComponent
 from .checkpoints.folder import component_file, find_component, find_tokenizer
-from .checkpoints.identify import config_of, identify, looks_like, official_weights
+from .checkpoints.identify import config_of, identify, ignored_in, looks_like, official_weights
 from .checkpoints.registry import COMPONENTS, TOKENIZER
+from .checkpoints.writers import written_by
 from .errors import ZImageError
 from .formats import npz
 from .formats.checkpoint import READABLE, Checkpoint
+from .formats.folders import own_files
 from .formats.json_file import JsonObject
 from .formats.quantize import bytes_by_dtype, unfold
 from .formats.tensors import DTYPE_NAMES, FLOATS, count_nonfinite
@@ -41,6 +43,8 @@ class Description:
     dialect: str | None
     model_type: str | None
     looks_like: str  # what the file seems to be, in words
+    written_by: str  # the program that wrote it; "" if nothing tells
+    ignored: list[str]  # names of tensors that no network uses
     parameters: int
     tensors: list[TensorLine]
     dtypes: dict[str, dict[str, int]]  # dtype -> number of tensors, bytes
@@ -54,6 +58,8 @@ class Description:
             "dialect": self.dialect,
             "model_type": self.model_type,
             "looks_like": self.looks_like,
+            "written_by": self.written_by or None,
+            "ignored": self.ignored,
             "parameters": self.parameters,
             "tensors": [vars(line) | {"shape": list(line.shape)} for line in self.tensors],
             "dtypes": self.dtypes,
@@ -77,6 +83,8 @@ def describe(file: Checkpoint, pattern: str = "*") -> Description:
         dialect=identity.dialect.name if identity else None,
         model_type=identity.component if identity else None,
         looks_like=looks_like(file.tensors, identity),
+        written_by=written_by(file),
+        ignored=ignored_in(file, COMPONENTS[identity.component]) if identity else [],
         parameters=file.parameters,
         tensors=lines,
         dtypes={dtype: {"tensors": n, "bytes": sizes[dtype]} for dtype, n in counts.most_common()},
@@ -127,7 +135,7 @@ def is_model_folder(path: Path) -> bool:
     if not path.is_dir():
         return False
     found = sum(_finds(path, component) for component in COMPONENTS.values())
-    own = any(file.suffix in READABLE for file in path.iterdir())
+    own = any(file.suffix in READABLE for file in own_files(path))
     return (path / "model_index.json").is_file() or found > 1 or (found == 1 and not own)
 
 

@@ -7,9 +7,12 @@ optimizer state are exact. Activations are multiples of tokens or pixels, fitted
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .checkpoints.folder import ModelFolder
 from .errors import ConfigError
@@ -22,9 +25,11 @@ from .model.positions import padded
 from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
+Mode = Literal["fast", "lean", "stream"]  # a memory mode; `zimage_ref.streaming` says what each holds
 CAPTION_TOKENS = 128  # the padded length of an ordinary caption
 # Values of one block in memory at once, for each token, in widths of the stream and of the feed-forward
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
+_WIDE_WIDTHS = 6  # of them, those of the stream itself, its norms and sums; float32 beside matrices in float16
 # Training: the number of blocks whose values are in memory at once, besides the values that are kept for the gradient
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks with matrices unpacked at once: two feed-forwards, one attention
@@ -83,6 +88,18 @@ METAL_FAST, METAL_LEAN = replace(FAST, margin=0.15), replace(LEAN, margin=0.15, 
 METAL_STREAM = replace(METAL_LEAN, streamed=STREAM.streamed)
 # NumPy in float32 on a CPU: 57 MB for the transformer at 288 tokens, 199 MB for decoding 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
+
+
+def footprint_of_mlx(mode: Mode, metal: bool) -> Footprint:
+    """That of MLX in one mode, on the GPU of a Mac (`metal`) or elsewhere."""
+    if metal:
+        return {"fast": METAL_FAST, "lean": METAL_LEAN, "stream": METAL_STREAM}[mode]
+    return {"fast": FAST, "lean": LEAN, "stream": STREAM}[mode]
+
+
+def on_apple_silicon() -> bool:
+    """Whether MLX would compute on the GPU of a Mac here; asked without MLX."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,7 @@ def generation_stages(
     if not one_at_a_time:
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
-    denoise = tokens * _block_values(folder.transformer) * footprint.blocks
+    denoise = tokens * _block_values(folder.transformer, wide=model.precision == "float16") * footprint.blocks
     denoise += footprint.unpacked * _quantized_values(model)
     stages = [
         ("encode", weights["text_encoder"], model.itemsize * _encode_values(folder, footprint)),
@@ -213,7 +230,7 @@ def lora_bytes(trainable: int, slots: int, ema: bool = False) -> int:
 def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:
     """The arrays that a block keeps from its forward pass for its gradient: (name, values for each token).
 
-    They are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.transformer, in this order. scale
+    They are the fields of AttentionKept and FeedForwardKept in zimage_mlx.networks.kept, in this order. scale
     and gate are left out, because they have no tokens. A test compares names and bytes.
     """
     D, F = config.dim, config.ffn_dim
@@ -267,8 +284,9 @@ def require_memory(stages: Sequence[Stage], limit: int | None, bits: str = "quan
     )
 
 
-def _block_values(config: TransformerConfig) -> int:
-    return _STREAM_WIDTHS * config.dim + _FFN_WIDTHS * config.ffn_dim
+def _block_values(config: TransformerConfig, wide: bool = False) -> int:
+    """The values of a block for each token. wide: the stream is float32, and a value of it counts as two."""
+    return (_STREAM_WIDTHS + wide * _WIDE_WIDTHS) * config.dim + _FFN_WIDTHS * config.ffn_dim
 
 
 def _quantized_values(model: LoadedModel) -> int:

@@ -70,20 +70,6 @@ def check_choices(config: Any) -> None:
                 one_of(each.name, item, known)
 
 
-def at_least(config: object, low: float, *names: str) -> None:
-    """Raises ConfigError if one of the fields `names` of `config` is not None and is below `low`."""
-    for name in names:
-        if getattr(config, name) is not None and not getattr(config, name) >= low:
-            raise ConfigError(f"`{name}` {getattr(config, name)} must be at least {low}")
-
-
-def at_most(config: object, high: float, *names: str) -> None:
-    """Raises ConfigError if one of the fields `names` of `config` is not None and is above `high`."""
-    for name in names:
-        if getattr(config, name) is not None and not getattr(config, name) <= high:
-            raise ConfigError(f"`{name}` {getattr(config, name)} must be at most {high}")
-
-
 def one_of(name: str, value: object, known: Collection[object]) -> None:
     """Raises ConfigError unless `value` of the field `name` is one of `known`."""
     if value not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, reason
 from .formats.json_file import read_json
+from .formats.reading import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,6 +74,7 @@ def typed(value: Any, hint: Any, what: str) -> Any:
     if hint is bool:
         return _boolean(value, what)
     if isinstance(value, str) and hint in (str, Path):
+        _check_characters(value, what, is_path=hint is Path)
         return hint(value)
     if isinstance(value, (str, int, float)) and not isinstance(value, bool) and hint in (int, float):
         try:
@@ -88,6 +91,16 @@ def typed(value: Any, hint: Any, what: str) -> Any:
 _KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
 
 
+def _check_characters(text: str, what: str, is_path: bool) -> None:
+    """Raises ConfigError if `text` cannot be written as UTF-8, or is no path of this system."""
+    try:
+        os.fsencode(text) if is_path else text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what}: {text!r} is not valid Unicode: {error.reason}") from error
+    if is_path and "\0" in text:
+        raise ConfigError(f"{what}: {text!r} has a character that no path can have")
+
+
 def _boolean(value: Any, what: str) -> bool:
     if isinstance(value, bool):
         return value
@@ -98,8 +111,8 @@ def _boolean(value: Any, what: str) -> bool:
 
 def _read_toml(path: Path) -> Mapping[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {reason(error)}") from error
 
 

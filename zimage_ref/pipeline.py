@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import numpy as np
@@ -10,14 +11,13 @@ import numpy as np
 from .formats.tensors import DTYPE_NAMES, Array
 from .generation.pipeline import Pipeline
 from .lora.file import LoRAFile
-from .memory import NUMPY, Footprint
+from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
 from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import Weights
-from .streaming import Mode
 
 
 class ZImagePipeline(Pipeline[Array, Conditioning]):
@@ -61,7 +61,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
             tensors = quantize_all(cast, self.quantization, keep=True)
         return Weights(tensors, self.dtype)
 
-    def encode_prompt(self, text: str) -> Array:
+    def _encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -79,15 +79,19 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         inputs = np.concatenate([x] * copies)
         return self.transformer.denoise(inputs, np.full(len(inputs), model_time(sigma), self.dtype), conditioning)
 
+    def guarded(self) -> AbstractContextManager[None]:
+        """NumPy does not warn of overflow: `check_finite` says it once, as an error."""
+        return np.errstate(all="ignore")
+
     def to_backend(self, array: Array) -> Array:
         return array.astype(self.dtype)
 
     def settle(self, array: Array) -> Array:
         return array
 
-    def encode(self, pixels: Array) -> Array:
+    def _encode(self, pixels: Array) -> Array:
         return self.vae.encode(pixels)
 
-    def decode(self, x: Array) -> Array:
+    def _decode(self, x: Array) -> Array:
         pixels: Array = self.vae.decode(x)[0]
         return pixels

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from .checkpoints.folder import ModelFolder
 from .checkpoints.registry import COMPONENTS
 from .errors import ConfigError, listing
 from .formats.quantize import bytes_by_dtype
-from .memory import Stage, peak
+from .memory import Mode, Stage, peak
 from .model.parameters import EMBEDDING, block_of
 
-Mode = Literal["fast", "lean", "stream"]
 STREAMED = ("text_encoder", "transformer")  # the networks whose blocks are read as they are needed
 _NAMED = 2  # tensors that an error names
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Make pictures from prompts.",
     "convert": "Write weights or LoRAs in another file format, naming or precision.",
     "inspect": "Show the contents of a weights file or a model folder, or how a picture was made.",
+    "serve": "Serve pictures and training to a browser, to programs and to agents.",
     "doctor": "Check and measure this machine, and predict how long pictures and training take.",
     "demo": "Teach a small built-in model a new word, from eight drawings.",
     "completions": "Print a script with which a shell completes commands and options.",
@@ -56,7 +57,9 @@ def root_parser(words: Collection[str] = tuple(COMMANDS)) -> CommandParser:
     root.add_argument(
         "--version", action="version", version=f"zimage-mlx {__version__}", help="Show the version and stop."
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    commands = root.add_subparsers(
+        prog="zimage", dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, prog=f"zimage {name}", help=summary, description=summary)
         root.commands[name] = command

@@ -90,7 +90,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
         overwrite=args.overwrite,
     )
     source = open_source(Path(args.inputs[0]), target.component)
-    tensors = _with_loras(source, args.merge_lora, console)
+    if source.ignored:
+        count = len(source.ignored)
+        console.note(
+            f"{source.path}: {count} tensor{'s' * (count > 1)} without use ignored: {listing(source.ignored, 3)}"
+        )
+    tensors = _with_loras(source, args.merge_lora, args.dtype, console)
     started = time.monotonic()
     with console.progress() as bars:
 
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     summarize(report, console)
 
 
-def _with_loras(source: CheckpointSource, loras: list[str], console: Console) -> dict[str, Tensor]:
+def _with_loras(source: CheckpointSource, loras: list[str], dtype: str | None, console: Console) -> dict[str, Tensor]:
     """The tensors of `source` with `loras`, each PATH[:SCALE], merged in."""
     if not loras:
         return source.tensors
@@ -112,7 +117,7 @@ def _with_loras(source: CheckpointSource, loras: list[str], console: Console) ->
     files = [(read_lora(path, parameters), scale) for path, scale in map(path_and_scale, loras)]
     for file, scale in files:
         console.facts(str(file.path), {**file.facts(), "merged at": f"{scale:g}"})
-    return merge_loras(source.tensors, [(file.updates, scale) for file, scale in files])
+    return merge_loras(source.tensors, [(file.updates, scale) for file, scale in files], dtype)
 
 
 def summarize(report: ConversionReport, console: Console) -> None:

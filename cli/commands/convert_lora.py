@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from zimage_ref import ConfigError
+from zimage_ref.lora.clients import losses
 from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
 from zimage_ref.lora.merge import combine_loras
 from zimage_ref.lora.spellings import DEFAULT_NAMING
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     for name in ("quantize", "max_shard_size"):
         if getattr(args, name):
             raise ConfigError(f"{flag(name)} is not for LoRAs")
-    check_output(args.output)
+    check_output(args.output, args.naming or DEFAULT_NAMING, with_sidecar=False)
     if args.output.exists() and not args.overwrite:
         raise ConfigError(f"{args.output}: exists: give --overwrite to replace it")
     if args.merge_lora:
@@ -45,7 +46,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
     lora = combine_loras([(file.updates, scale) for file, scale in loras], args.rank)
     record = {"sources": ", ".join(f"{file.path.name}:{scale:g}" for file, scale in loras)}
     dtype = args.dtype or _widest([file for file, _ in loras])
-    write_lora(args.output, lora, record, args.naming or DEFAULT_NAMING, dtype, with_sidecar=False)
+    naming = args.naming or DEFAULT_NAMING
+    write_lora(args.output, lora, record, naming, dtype, with_sidecar=False)
+    for sentence in losses(lora, naming):
+        console.warn(sentence)
     console.wrote(args.output)
 
 

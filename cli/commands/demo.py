@@ -48,8 +48,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.note(note)
     folder: Path = args.model_dir
     sheet = args.output / ("before-after.png" if DEFAULT == "mlx" else "pictures.png")
-    check_writable(sheet)
     dataset, lora = args.output / "dataset", args.output / f"{WORD}.safetensors"
+    check_writable(sheet, lora, *(dataset / f"{stem}{suffix}" for stem in _STEMS for suffix in (".png", ".txt")))
     new, known = examination(WORD)[:PICTURES], take(PICTURES, seed=2, held_out=True)
     if DEFAULT != "mlx":
         pictures = generate(folder, known, [], console, "generate")

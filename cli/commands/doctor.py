@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from zimage_ref.doctor import machine
 from zimage_ref.doctor.findings import Findings, Machine, Problem, Progress, Verdict
 from zimage_ref.doctor.prediction import MODES, SIDES
-from zimage_ref.errors import BackendError
+from zimage_ref.doctor.remembered import cache_file, remember
+from zimage_ref.errors import BackendError, reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.json_file import JsonObject, write_json
 
 from ..terminal import blas
 from ..terminal.backends import require_mlx
 from ..terminal.console import Bars, Console
+from ..terminal.duration import duration
 from ..terminal.parser import CommandParser
 
 _SECTIONS = {
@@ -39,7 +40,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Examines this machine. Returns 1 if something is wrong."""
     if args.json:
         check_writable(args.json)
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read when MLX is first used: float32 is compared with float32
     try:
         mlx = require_mlx("zimage doctor")
     except BackendError as error:
@@ -48,6 +48,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with console.progress() as bars:
             findings = mlx.diagnose(args.quick, _follow(bars))
     show(findings, console)
+    try:
+        remember(findings)
+    except OSError as error:
+        console.warn(f"{cache_file()}: the figures cannot be kept: {reason(error)}")
     if args.json:
         write_json(args.json, findings.to_json())
         console.wrote(args.json)
@@ -110,15 +114,7 @@ def _choice(predicted: JsonObject, work: str, precision: str, mode: str, side: i
     if limit and nbytes > limit:
         return f"- {nbytes / 1e9:.0f} GB"
     best = predicted["best"][work][str(side)] == {"precision": precision, "mode": mode}
-    return f"{duration(seconds)} {nbytes / 1e9:.0f} GB{_BEST if best else ''}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is easy to read."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 3 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{duration(seconds)}, {nbytes / 1e9:.0f} GB{_BEST if best else ''}"
 
 
 def _show_faults(findings: Findings, console: Console) -> None:

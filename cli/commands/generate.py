@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from zimage_ref import ConfigError, GenerateConfig
+from zimage_ref.bounds import COUNT
 from zimage_ref.checkpoints.registry import part_options
+from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
-from zimage_ref.formats.quantize import BITS
+from zimage_ref.formats.files import check_writable
+from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
+from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
@@ -22,9 +26,10 @@ from zimage_ref.options import MEMORY
 from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
+from ..terminal.duration import duration
 from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
 from ..terminal.parser import CommandParser
-from ..terminal.pictures import STDOUT, OutputNames, PictureWriter
+from ..terminal.pictures import STDOUT, OutputNames, PictureWriter, preview_path
 from . import interactive
 
 _EXAMPLES = (
@@ -63,6 +68,8 @@ def _add_model(parser: CommandParser) -> None:
         model, action="append", metavar="FILE[:X]")  # fmt: skip
     add("--quantize", "Bits of the large matrices. They are quantized while they load.", model,
         type=int, choices=BITS, metavar="BITS")  # fmt: skip
+    add("--group-size", "Weights that share one scale, if --quantize is given. A smaller group is more exact.", model,
+        essential=False, type=int, choices=GROUP_SIZES, shown=str(GROUP_SIZE), metavar="N")  # fmt: skip
     add("--dtype", "Precision of the networks, such as bfloat16 or float32.", model,
         essential=False, shown="the engine's", metavar="NAME")  # fmt: skip
     for part, help in part_options().items():
@@ -124,6 +131,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         return
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
+    if args.preview_steps:
+        check_writable(*map(preview_path, paths))
     _show_facts(run, requests, console)
     writer.make(requests, paths)
 
@@ -138,7 +147,7 @@ def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, 
 def _open(args: argparse.Namespace, repeat: Repeat | None) -> AnyPipeline:
     """The model of the command line, else the one in the record."""
     parts = {name: path for name in part_options() if (path := getattr(args, name)) is not None}
-    asked = ModelChoice(args.model_dir, args.backend, args.dtype, args.quantize, parts)
+    asked = ModelChoice(args.model_dir, args.backend, args.dtype, args.quantize, parts, args.group_size)
     recorded = repeat.choice if repeat else ModelChoice()
     return open_pipeline(pipeline(asked.backend or recorded.backend or DEFAULT), asked, recorded)
 
@@ -160,8 +169,8 @@ def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateCo
     template = _template(args, repeat)
     if not prompts and not repeat:
         raise ConfigError("--prompt or --prompt-file must be given")
-    if args.count < 1:
-        raise ConfigError(f"--count {args.count} must be at least 1")
+    COUNT.check("count", args.count)
+    COUNT.check("count", args.count * max(1, len(prompts)) * max(1, len(args.seeds)))
     seeds = [seed + i for seed in args.seeds or [template.seed] for i in range(args.count)]
     return [replace(template, prompt=p, seed=seed) for p in prompts or [template.prompt] for seed in seeds]
 
@@ -172,7 +181,7 @@ def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig
 
 def _prompts(path: Path) -> list[str]:
     try:
-        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8-sig")
+        text = sys.stdin.read().removeprefix("\ufeff") if path == Path("-") else read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
@@ -199,5 +208,18 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
         "memory": run.memory(requests).sentence(run.pipeline.folder),
+        "time": _time(run, requests),
     }
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
+
+
+def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
+    """The time of the first picture by the doctor's figures, None if there are none for it."""
+    pipe, first = run.pipeline, requests[0]
+    figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
+    if figures is None:
+        return None
+    predictions = (len(first.sigmas) - 1) * (2 if first.guidance.scale > 0 else 1)
+    precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory(requests).mode
+    seconds = figures.picture(precision, first.width * first.height, predictions, mode)
+    return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

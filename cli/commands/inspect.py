@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from zimage_ref.checkpoints.hub import resolved
-from zimage_ref.errors import ConfigError
+from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.inspection import Description, Fault, describe, is_model_folder, verify
 from zimage_ref.lora.spellings import is_lora
@@ -92,6 +92,11 @@ def _show(description: Description, limit: int, console: Console) -> None:
     total = sum(summary["tensors"] for summary in description.dtypes.values())
     console.print(f"{description.container}: {total} tensors, {description.parameters:,} parameters")
     console.print(f"{description.path}: {description.looks_like}")
+    if description.written_by:
+        console.print(f"written by {description.written_by}")
+    if description.ignored:
+        count = len(description.ignored)
+        console.print(f"{count} of the tensors {'is' if count == 1 else 'are'} ignored: {listing(description.ignored)}")
     console.table(
         ("dtype", "tensors", "MB"),
         [(dtype, s["tensors"], f"{s['bytes'] / 1e6:,.1f}") for dtype, s in description.dtypes.items()],

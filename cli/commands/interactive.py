@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import get_type_hints
 
 from zimage_ref import ConfigError, GenerateConfig, ZImageError
+from zimage_ref.errors import reason
 from zimage_ref.generation.config import config_of
 from zimage_ref.options_file import typed
 
@@ -36,6 +37,9 @@ class Session:
         while True:
             try:
                 line = self._console.ask("> ")
+            except UnicodeDecodeError as error:
+                self._console.error(f"this line is not valid Unicode: {error.reason}")
+                continue
             except (EOFError, KeyboardInterrupt):
                 return
             if line in ("/quit", "/exit"):
@@ -44,6 +48,10 @@ class Session:
                 self._take(line)
             except ZImageError as error:
                 self._console.error(str(error))
+            except OSError as error:  # such as a full disk: there may be room again
+                self._console.error(f"{error.filename or 'file system'}: {reason(error)}")
+            except (MemoryError, UnicodeError) as error:
+                self._console.error(f"this picture cannot be made: {error or type(error).__name__}")
             except KeyboardInterrupt:
                 self._console.note("stopped")
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zimage_ref import TrainConfig
+from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.doctor.remembered import Figures, precision_name
+from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
@@ -20,6 +23,7 @@ from ..terminal import blas
 from ..terminal.awake import keep_awake
 from ..terminal.backends import pipeline, require_mlx
 from ..terminal.console import Bars, Console
+from ..terminal.duration import duration
 from ..terminal.options import add_fields, from_args
 from ..terminal.parser import CommandParser
 from ..terminal.signals import noted
@@ -106,8 +110,26 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
-        "report": RunFolder(config.output).report,
+        "report": RunFolder(config.output).report, **_time(config),
     })  # fmt: skip
+
+
+def _time(config: TrainConfig) -> dict[str, str]:
+    """The time of a step on one picture of the largest resolution by the doctor's figures, if there are any."""
+    if Figures.of_this_machine() is None:
+        return {}
+    try:
+        figures = Figures.for_model(ModelFolder.open(config.model_dir, config.parts).transformer)
+    except ZImageError:  # the plan will raise it again, after the errors that it finds before
+        return {}
+    if figures is None:
+        return {}
+    precision = precision_name(*require_mlx("training").resolve_base_precision(config))
+    side, mode = max(config.resolution), "fast" if config.memory == "fast" else "lean"
+    seconds = figures.step(precision, side * side, mode)
+    if seconds is None:
+        return {}
+    return {"time": f"about {duration(seconds)} a step for each picture of {side} x {side}, by `zimage doctor`"}
 
 
 class _Display:
@@ -175,6 +197,8 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     dtype, quantization = resolved
     with console.progress() as bars:
         plan = make_plan(config, bars.update)
+    for notice in plan.notices:
+        console.warn(notice)
     engine = pipeline("mlx")
     limit = engine(plan.model, dtype).memory_limit()
     choice = plan.choose_memory(dtype, quantization, limit, engine.footprint)

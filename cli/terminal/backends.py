@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import zimage_mlx
 import zimage_ref
 from zimage_ref.errors import BackendError
+from zimage_ref.options import one_of
 
 from . import blas
 
@@ -63,6 +64,7 @@ def _lacking() -> str:
 
 def pipeline(backend: str) -> type[AnyPipeline]:
     """The pipeline class of `backend`, "mlx" or "numpy". Raises BackendError as `require_mlx` does."""
+    one_of("backend", backend, BACKENDS)  # a record may name any
     package = zimage_ref if backend == "numpy" else require_mlx("--backend mlx")
     chosen: type[AnyPipeline] = package.ZImagePipeline
     return chosen

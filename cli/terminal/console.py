@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from typing import IO, cast
 
 import rich.console
 from rich.color import Color
@@ -21,7 +22,10 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.theme import Theme
 
+from zimage_ref.errors import ConfigError, printable
+
 from .options import in_flags
+from .streams import Shown
 
 with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
@@ -35,17 +39,18 @@ class Console:
     """The two streams of the terminal."""
 
     def __init__(self, out: rich.console.Console | None = None, err: rich.console.Console | None = None) -> None:
-        self.out = out or rich.console.Console(theme=THEME, highlight=False, emoji=False)
-        self.err = err or rich.console.Console(theme=THEME, highlight=False, emoji=False, stderr=True)
+        shown, warnings = cast(IO[str], Shown(sys.stdout, sys.stderr)), cast(IO[str], Shown(sys.stderr))
+        self.out = out or rich.console.Console(theme=THEME, highlight=False, emoji=False, file=shown)
+        self.err = err or rich.console.Console(theme=THEME, highlight=False, emoji=False, file=warnings)
         self._bars: Bars | None = None  # the bars that are on the screen now
 
     def error(self, message: str) -> None:
         """Prints an error as one line."""
-        self._say(f"[bad]error:[/] {escape(message)}")
+        self._say(f"[bad]error:[/] {_plain(message)}")
 
     def note(self, message: str) -> None:
         """Prints information as one line."""
-        self._say(f"[muted]{escape(message)}[/]")
+        self._say(f"[muted]{_plain(message)}[/]")
 
     def _say(self, markup: str) -> None:
         """Prints one line of text. It is wrapped between words on a terminal, but not for another program."""
@@ -55,29 +60,31 @@ class Console:
         """Prints the path of a result on stdout."""
         # Bars would overwrite text of another stream on the same terminal, so the path is printed above them
         above = self._bars and self.out.is_terminal and self.err.is_terminal
-        (self.err if above else self.out).print(escape(str(path)), style="good", soft_wrap=True)
+        (self.err if above else self.out).print(_plain(path), style="good", soft_wrap=True)
 
     def facts(self, title: str, facts: Mapping[str, object]) -> None:
         """Prints a panel with facts about the work that follows."""
         grid = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            grid.add_row(f"[muted]{escape(name)}[/]", f"[fact]{escape(str(value))}[/]")
-        self.err.print(Panel(grid, title=Text(title), title_align="left", expand=False))
+            grid.add_row(f"[muted]{_plain(name)}[/]", f"[fact]{_plain(value)}[/]")
+        self.err.print(Panel(grid, title=Text(printable(title)), title_align="left", expand=False))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
         """Prints a table of results. Long names are wrapped, not cut."""
-        table = Table(*(Column(name, overflow="fold") for name in columns))
-        table.title, table.title_justify = escape(title) or None, "left"
+        table = Table(*(Column(_plain(name), overflow="fold") for name in columns))
+        table.title, table.title_justify = _plain(title) or None, "left"
         for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
+            table.add_row(*map(_plain, row))
         self.out.print(table)
 
     def print(self, text: str) -> None:
         """Prints a plain line of the result."""
-        self.out.print(escape(text), soft_wrap=True)
+        self.out.print(_plain(text), soft_wrap=True)
 
     def raw(self, data: bytes) -> None:
         """Writes a binary result to stdout."""
+        if sys.stdout is None:
+            raise ConfigError("--output -: stdout is closed")
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -97,7 +104,7 @@ class Console:
 
     def warn(self, message: str) -> None:
         """Prints a warning as one line."""
-        self._say(f"[warn]warning:[/] {escape(message)}")
+        self._say(f"[warn]warning:[/] {_plain(message)}")
 
     def ask(self, prompt: str) -> str:
         """Reads a line from the user. Raises EOFError at the end of the input."""
@@ -128,6 +135,11 @@ class Console:
         finally:
             self._bars.finish()
             self._bars = None
+
+
+def _plain(value: object) -> str:
+    """`value` as text without markup and without characters that control a terminal: it may come from a file."""
+    return escape(printable(str(value)))
 
 
 class Bars:

@@ -49,19 +49,23 @@ class OutputNames:
         paths = [self.fill(config, index) for index, config in enumerate(configs, start=1)]
         if len(set(paths)) < len(paths):  # if the pattern gives equal names, add numbers
             paths = [path.with_stem(f"{path.stem}-{index}") for index, path in enumerate(paths, start=1)]
+        check_writable(*paths)
         for path in paths:
-            check_writable(path)
             if path.exists() and not self.overwrite:
                 raise ConfigError(f"{path}: exists: give --overwrite, or another --output such as picture-{{seed}}.png")
         return paths
 
     def free(self, config: GenerateConfig) -> Path:
-        """The next file of the pattern that does not exist. If the pattern has no number, one is added."""
+        """The next file of the pattern that does not exist. If the pattern has no number, one is added.
+
+        Raises ConfigError if it is not writable.
+        """
         path, index = self.fill(config, 1), 1
         while path.exists() and not self.overwrite:
             index += 1
             numbered = self.fill(config, index)
             path = numbered if "{index}" in str(self.pattern) else numbered.with_stem(f"{numbered.stem}-{index}")
+        check_writable(path)
         return path
 
     def fill(self, config: GenerateConfig, index: int) -> Path:

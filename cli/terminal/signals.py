@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: how they stop the program.
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal): how they stop the program.
 
-Both raise an exception, so that no incomplete file stays. Training can stop better after a step. So it uses `noted`:
-the first signal is only noted, and the next one, of either kind, raises.
+All raise an exception, so that no incomplete file stays. Training can stop better after a step. So it uses `noted`:
+the first signal is only noted, and the next one, of any kind, raises.
 """
 
 from __future__ import annotations
@@ -12,38 +12,45 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes
+INTERRUPTED = 128 + signal.SIGINT  # an exit code
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+STOPPED: dict[int, str] = {signal.SIGTERM: "terminated"} | ({HANGUP: "the terminal was closed"} if HANGUP else {})
 
 _Handler = Callable[[int, FrameType | None], object]
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM, as KeyboardInterrupt is raised on Ctrl-C."""
+    """Raised on a signal in STOPPED, as KeyboardInterrupt is raised on Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
-_UNWINDING: dict[int, _Handler] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+_UNWINDING: dict[int, _Handler] = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(STOPPED, _terminate)}
 
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """A block in which SIGTERM raises Terminated. Ctrl-C raises KeyboardInterrupt without it."""
-    with _handled({signal.SIGTERM: _terminate}):
+    """A block in which SIGTERM and SIGHUP raise Terminated. Ctrl-C raises KeyboardInterrupt without it."""
+    with _handled(dict.fromkeys(STOPPED, _terminate)):
         yield
 
 
 @contextmanager
 def noted() -> Iterator[list[int]]:
-    """A block that notes the first Ctrl-C or SIGTERM in the list that it gives. The next one raises."""
+    """A block that notes the first signal in the list that it gives. The next one raises."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for each, handler in _UNWINDING.items():
-            signal.signal(each, handler)
+            if not _ignored(each):
+                signal.signal(each, handler)
 
     with _handled(dict.fromkeys(_UNWINDING, note)):
         yield received
@@ -55,9 +62,15 @@ def _handled(handlers: Mapping[int, _Handler]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # handlers can be set in the main thread only
         yield
         return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    handled = {number: handler for number, handler in handlers.items() if not _ignored(number)}
+    before = {number: signal.signal(number, handler) for number, handler in handled.items()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ignored(number: int) -> bool:
+    """Whether the program was started by `nohup`, so that SIGHUP has no effect."""
+    return number == HANGUP and signal.getsignal(number) is signal.SIG_IGN

@@ -132,7 +132,7 @@ def test_what_fits_one_shard_is_one_file_and_replaces_old_shards(model: Path, tm
         (["--output=x.safetensors", "--max-shard-size=much"], "size 'much': give a number and a unit"),
         (["--output=x.npz", "--model-type=te"], "holds no text encoder: it looks like a Z-Image transformer"),
         (["--output=x.npz", "--naming=ldm"], "--naming ldm is not for the transformer: known are diffusers, comfy"),
-        (["--output=x.npz", "--naming=comfy", "--quantize=4"], "quantized weights are written with diffusers names"),
+        (["--output=x.npz", "--naming=comfy", "--quantize=4"], "joins matrices, so they are not quantized"),
         (["--output=x.npz", "--model-type=ae", "--quantize=4"], "the autoencoder is not quantized"),
         (["--output=x.npz", "--input=nowhere"], "nowhere: cannot be opened"),
         (["--output=precious.npz/x.npz", "--overwrite"], "x.npz: cannot be written: "),
@@ -188,7 +188,7 @@ def test_a_failure_half_way_leaves_nothing_and_keeps_what_was_there(output: str,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, code: int, model: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from zimage_ref.formats import tensors; slow = tensors.write_data\n"

@@ -151,7 +151,7 @@ def test_a_picture_and_a_mask_change_what_is_made(run, tmp_path: Path) -> None:
         (["--prompt=x", "--count=2", "--output=-"], "--output - takes one picture, not 2"),
         (["--prompt=x", "--output={size}.png"], "{size} is unknown: known are {seed}, {index}, {prompt}"),
         (["--prompt=x", "--count=0"], "--count 0 must be at least 1"),
-        (["--prompt=x", "--batch-size=0"], "--batch-size must be at least 1"),
+        (["--prompt=x", "--batch-size=0"], "--batch-size 0 must be at least 1"),
         (["--prompt-file=missing.txt"], "missing.txt: cannot be read"),
         (["--prompt-file=empty.txt"], "empty.txt: holds no prompts"),
         (["--prompt=x", "--lora=missing.safetensors:0.5"], "missing.safetensors"),

@@ -9,10 +9,14 @@ import pytest
 
 from zimage_cli import app
 from zimage_cli.commands import inspect
-from zimage_cli.terminal.signals import Terminated, noted, unwinding
+from zimage_cli.terminal.signals import STOPPED, Terminated, noted, unwinding
 
-RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-FATES = ((signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: terminated"))
+RAISED = {signal.SIGINT: KeyboardInterrupt, **dict.fromkeys(STOPPED, Terminated)}
+FATES = (
+    (signal.SIGINT, 130, "error: interrupted"),
+    (signal.SIGTERM, 143, "error: terminated"),
+    (signal.SIGHUP, 129, "error: the terminal was closed"),
+)
 
 
 @pytest.mark.parametrize("first", RAISED)
@@ -34,6 +38,19 @@ def test_each_has_its_exit_code_and_one_line(
         monkeypatch.setattr(inspect, "run", lambda *_, number=number: signal.raise_signal(number))
         assert app.main(["inspect", "--input", "x"]) == code
         assert capfd.readouterr().err.strip() == line
+
+
+def test_a_program_that_nohup_started_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with unwinding(), noted() as received:
+            signal.raise_signal(signal.SIGHUP)
+            assert received == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)  # the next one unwinds, and this still has no effect
+            signal.raise_signal(signal.SIGHUP)
+            assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:

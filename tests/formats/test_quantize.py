@@ -89,7 +89,7 @@ def test_what_is_sensitive_stays_as_it_is() -> None:
         assert not any(part in name for name in covered)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (4, 16), (16, 64), ("4", 64)])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (7, 64), (4, 16), (16, 64), ("4", 64)])
 def test_what_mlx_has_not_is_refused(bits: int, group_size: int) -> None:
     with pytest.raises(ConfigError, match="must be one of"):
         Quantization(bits, group_size)
@@ -212,9 +212,13 @@ def test_parts_that_do_not_fit_are_refused(converted: dict[str, Path], tmp_path:
     layer = "layers.1.feed_forward.w2"
     for name, change, fact in (
         (f"{layer}.scales", None, "lacks one of"),
-        (f"{layer}.biases", np.zeros((96, 4), "<u2").view(BFLOAT16), "which are not 4 bits in groups of 32"),
-        (f"{layer}.weight", np.zeros((96, 32), np.float32), "which are not 4 bits"),
-        ("", {"bits": 5, "group_size": 64}, "bits 5 must be one of"),
+        (
+            f"{layer}.biases",
+            np.zeros((96, 4), "<u2").view(BFLOAT16),
+            "which are not 3, 4, 5, 6, 8 bits in groups of 32",
+        ),
+        (f"{layer}.weight", np.zeros((96, 32), np.float32), "which are not 3, 4, 5, 6, 8 bits"),
+        ("", {"bits": 7, "group_size": 64}, "bits 7 must be one of"),
         ("", ["q4"], "does not know"),
     ):
         broken = {n: t for n, t in tensors.items() if n != name}

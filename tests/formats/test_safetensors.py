@@ -65,7 +65,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         ({"a": entry(), "b": entry()}, b"8 bytes."),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, b"12 bytes...."),
         ({"a": entry(dtype="F99")}, b"8 bytes."),
-        ({"a": entry(dtype="F8_E4M3", shape=(8,))}, b"8 bytes."),
+        ({"a": entry(dtype="F8_E4M3", shape=(7,))}, b"8 bytes."),
         ([], b""),
         ({"a": 3}, b""),
         ("x" * 9, b""),
@@ -87,7 +87,7 @@ def test_a_header_that_lies_is_refused(header: object, data: bytes, tmp_path: Pa
 )  # fmt: skip
 def test_a_file_without_a_header_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
-    with pytest.raises(FormatError, match="not a valid safetensors file"):
+    with pytest.raises(FormatError, match="not a valid safetensors file|is empty|is not whole"):
         safetensors.read(tmp_path / "a.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from support.cases import random_lora
 from support.networks import BACKENDS, pipeline
 
 from zimage_cli.app import main
-from zimage_ref import ConfigError, GenerateConfig, ZImagePipeline
+from zimage_ref import ConfigError, FormatError, GenerateConfig, ZImagePipeline
 from zimage_ref.generation import loras, provenance
 from zimage_ref.generation.provenance import ModelChoice, Repeat, digest
 from zimage_ref.generation.run import GenerationRun, MadePicture, RunSettings, open_pipeline
@@ -79,7 +80,8 @@ def test_a_server_makes_pictures_with_one_lora_and_then_with_another(pipe: Any, 
     requests = run.plan(configs(3), notices.append)
     first = list(run.make(requests, progress=lambda stage, done, total: stages.append(stage)))
     assert [made.index for made in first] == [0, 1, 2] and [made.request for made in first] == requests
-    assert stages == ["encode"] + ["denoise"] * 4 + ["decode"] * 3  # two batches of two steps
+    stage_order = ["encode", *["denoise"] * 2, *["decode"] * 2, *["denoise"] * 2, "decode"]
+    assert stages == stage_order  # two batches of two steps: what is denoised is decoded at once
     run.use_loras([snow])
     second = made_by(run, configs(1))
     assert (np.asarray(second[0].picture) != np.asarray(first[0].picture)).any()
@@ -150,7 +152,7 @@ def test_each_file_is_hashed_once_a_run(pipe: Any, fox: Path, tmp_path: Path, ha
     run = GenerationRun(pipe, RunSettings(batch_size=5), loras=[fox, (fox, 0.5)])
     wanted = configs(20, init_image=tmp_path / "in.png", strength=0.5, steps=2)
     made = made_by(run, wanted)
-    assert len(made) == 20 and sorted(hashed) == ["fox.safetensors", "in.png"]
+    assert len(made) == 20 and hashed == ["fox.safetensors"]  # and in.png when it was read
     made_by(run, configs(1))
     assert hashed.count("fox.safetensors") == 1  # with the model kept, too
     lora_file(fox, seed=1)
@@ -199,8 +201,8 @@ def test_notices_are_told_and_not_printed(pipe: Any) -> None:
     [
         ({}, {"negative_prompt": "snow"}, "", "`negative_prompt` does nothing without guidance"),
         ({}, {}, "missing.safetensors", "missing.safetensors"),
-        ({"batch_size": 0}, {}, "", "`batch_size` must be at least 1"),
-        ({"preview_steps": -1}, {}, "", "`preview_steps` at least 0"),
+        ({"batch_size": 0}, {}, "", "`batch_size` 0 must be at least 1"),
+        ({"preview_steps": -1}, {}, "", "`preview_steps` -1 must be at least 0"),
         ({"memory": "much"}, {}, "", "`memory` 'much' is unknown: known are auto, lean, fast"),
     ],
 )
@@ -264,3 +266,25 @@ def test_deciding_the_memory_mode_changes_nothing(pipe: Any, monkeypatch: pytest
         assert pipe.lean
     pipe.set_mode("fast")
     assert pipe.memory(requests, 1) == fast
+
+
+def test_the_record_is_of_the_picture_that_was_used_and_remarks_are_told(pipe: Any, tmp_path: Path) -> None:
+    source, told = tmp_path / "in.gif", list[str]()
+    tiny.photograph(48, 32, seed=1).save(source, save_all=True, append_images=[tiny.photograph(48, 32, seed=2)])
+    used = digest(source)
+    run = GenerationRun(pipe, RunSettings())
+    requests = run.plan([GenerateConfig("a fox", init_image=source, mask=source, **SIZE)], told.append)
+    tiny.photograph(48, 32, seed=3).save(source)
+    ((made,),) = [list(run.make(requests))]
+    assert made.record is not None
+    assert made.record["init_image_sha256"] == made.record["mask_sha256"] == used != digest(source)
+    assert told == [f"{source}: holds 2 pictures: only the first is used"]
+
+
+def test_a_lora_that_changes_between_reading_and_recording_is_refused(pipe: Any, fox: Path) -> None:
+    run = GenerationRun(pipe, RunSettings(), [fox])
+    (read,) = run.read_loras()
+    lora_file(fox, seed=5)
+    os.utime(fox, (1, 1))
+    with pytest.raises(FormatError, match=r"fox\.safetensors: was changed after it was checked: start again"):
+        _ = read.recorded

@@ -52,13 +52,13 @@ def test_mixed_ranks_and_scales_survive_every_naming(naming: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["lokr", "loha", "full_difference", "onetrainer_dora", "lycoris_dora"])
-@pytest.mark.parametrize("naming", ["comfy", "kohya"])
+@pytest.mark.parametrize("naming", ["comfy", "kohya", "musubi"])
 def test_other_kinds_survive_the_namings_that_know_them(name: str, naming: str, tmp_path: Path) -> None:
     lora = read_lora(make(name, tmp_path), SHAPES).updates
     write_lora(tmp_path / "x.safetensors", lora, {}, naming, "f32")
     assert_same(read_lora(tmp_path / "x.safetensors", SHAPES).updates, lora, 1e-5)
     for other in ("peft", "burn"):
-        with pytest.raises(WeightError, match="use comfy or kohya"):
+        with pytest.raises(WeightError, match="use comfy or musubi or kohya"):
             write_lora(tmp_path / "y.safetensors", lora, {}, other)
     assert not (tmp_path / "y.safetensors").exists()
 
@@ -194,5 +194,7 @@ def test_training_writes_the_naming_that_is_asked_for(naming: str, tmp_path: Pat
     *_, saved = train(config)
     file = read_lora(saved.path, SHAPES)
     assert file.updates.keys() == LAYERS.keys()
-    assert file.scales == ([1.0] if naming == "comfy" else [0.5]) and file.dtype == "bf16" and file.ranks == [4]
+    assert (
+        file.scales == ([1.0] if naming in ("comfy", "peft") else [0.5]) and file.dtype == "bf16" and file.ranks == [4]
+    )
     assert file.updates["layers.1.feed_forward.w2"].norm() > 0

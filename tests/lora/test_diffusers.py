@@ -59,7 +59,7 @@ def mixed_lora() -> dict[str, LowRank]:
     return lora
 
 
-@pytest.mark.parametrize("naming", ["comfy", "peft", "kohya"])
+@pytest.mark.parametrize("naming", ["comfy", "peft", "kohya", "musubi"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_diffusers_makes_our_picture_with_our_file(
     naming: str, dtype: str, model: Path, official: Any, tmp_path: Path

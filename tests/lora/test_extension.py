@@ -157,14 +157,14 @@ def pictures(model: Path, *loras: Path) -> list[np.ndarray]:
 
 def test_the_invented_kind_is_written_and_read(kind: None, tmp_path: Path) -> None:
     lora, path = sums(), tmp_path / "x.safetensors"
-    for naming, scale in (("comfy", 1.0), ("kohya", 0.5)):
+    for naming, scale in (("comfy", 1.0), ("kohya", 0.5), ("musubi", 0.5)):
         write_lora(path, lora, {}, naming, "f32")
         file = read_lora(path, SHAPES)
         assert file.kinds == {"LoSum": len(LAYERS)} and file.ranks == [2] and file.scales == [scale]
         assert file.dialect.endswith("*.LoSum)")
         assert_same(file.updates, lora)
     for naming in ("peft", "burn"):
-        with pytest.raises(WeightError, match=r"LoSum\).*: use comfy or kohya"):
+        with pytest.raises(WeightError, match=r"LoSum\).*: use comfy or musubi or kohya"):
             write_lora(path, lora, {}, naming)
 
 
@@ -212,7 +212,7 @@ def test_the_command_line_knows_the_invented_kind(
     assert main(["inspect", f"--input={path}"]) == 0
     text = capfd.readouterr().out
     group = [lora[layer].norm() for layer in LAYERS if layer.startswith("layers.") and layer.endswith(".w2")]
-    for fact in (f"{len(LAYERS)} LoSum", "kohya (lora_unet_*.LoSum)", "alpha keys", f"{max(group):.4g}"):
+    for fact in (f"{len(LAYERS)} LoSum", "ComfyUI (diffusion_model.*.LoSum)", "alpha keys", f"{max(group):.4g}"):
         assert fact in text
 
 

@@ -15,6 +15,7 @@ if not HAS_MLX:
     pytest.skip("mlx is not installed", allow_module_level=True)
 
 import mlx.core as mx
+from support.metal_routes import is_winograd
 
 from zimage_mlx import ZImagePipeline
 from zimage_mlx.networks.ops import attention, query_chunks
@@ -29,14 +30,6 @@ from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.tokenizer import MAX_TOKENS
 
 WAYS = {"encode": "image", "decode": "latents"}
-
-
-def is_winograd(inputs: tuple[int, ...], weights: tuple[int, ...], stride: Any, flip: bool) -> bool:
-    """Whether Metal makes a convolution of `inputs` (B, H, W, C) by Winograd's method: conv.cpp of MLX."""
-    B, H, W, C = inputs
-    outputs, height, width, _ = weights
-    plain = not flip and stride in (1, (1, 1)) and (height, width) == (3, 3)
-    return plain and C % 32 == 0 and outputs % 32 == 0 and C + outputs >= 256 and B * H * W >= 4096
 
 
 @pytest.fixture

@@ -225,6 +225,24 @@ def peft(path: Path, lora: Factors, alpha: float, base: Weights) -> None:
     _write_json(path.with_name("adapter_config.json"), {"peft_type": "LORA", "r": rank, "lora_alpha": alpha})
 
 
+def peft_saved(path: Path, lora: Factors, alpha: float, base: Weights) -> None:
+    """PEFT with every layer in modules_to_save: the changed weights themselves."""
+    tensors = {}
+    for layer, (A, B) in lora.items():
+        tensors[f"base_model.model.{layer}.weight"] = base[f"{layer}.weight"] + B @ A * np.float32(alpha / len(A))
+    save_file(tensors, path)
+
+
+def video_x_fun(path: Path, lora: Factors, alpha: float, base: Weights) -> None:
+    """VideoX-Fun: kohya's keys with two underscores after the prefix."""
+    tensors = {}
+    for layer, (A, B) in lora.items():
+        name = "lora_unet__" + layer.replace(".", "_")
+        tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+        tensors[f"{name}.alpha"] = np.asarray(np.float32(alpha))
+    save_file(tensors, path)
+
+
 def full_difference(path: Path, lora: Factors, alpha: float, base: Weights) -> None:
     """ai-toolkit's all_layers: what is added, whole."""
     save_file(
@@ -259,7 +277,8 @@ MAKERS: dict[str, Maker] = {
     maker.__name__: maker
     for maker in (
         comfy, comfy_checkpoint_prefix, diffusers, kohya, kohya_fused, kohya_native, peft_native, diffsynth, onetrainer,
-        onetrainer_dora, lycoris_dora, peft_dora, lokr, lokr_full, loha, anime_z, peft, full_difference, burn, npz,
+        onetrainer_dora, lycoris_dora, peft_dora, lokr, lokr_full, loha, anime_z, peft, peft_saved, full_difference,
+        burn, npz, video_x_fun,
     )
 }  # fmt: skip
 

@@ -8,14 +8,21 @@ from collections.abc import Iterator
 from typing import cast
 
 from zimage_ref import errors
+from zimage_serve import refusals
 
 from .pages import ROOT
 
-FILES = [path for package in ("zimage_ref", "zimage_mlx", "cli") for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [
+    path
+    for package in ("zimage_ref", "zimage_mlx", "zimage_serve", "cli")
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
 ERRORS = {
-    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.ZImageError)
+    name
+    for name, value in (vars(errors) | vars(refusals)).items()
+    if isinstance(value, type) and issubclass(value, errors.ZImageError)
 }
-SPEAKERS = {*ERRORS, "Notice", "warn", "note", "error"}  # what is called with a message as its first argument
+SPEAKERS = {*ERRORS, "Denial", "Notice", "warn", "note", "error"}  # what is called with a message as its first argument
 _MARKUP = re.compile(r"\s*[<:{]")  # HTML and style sheets
 _SHORTEST = 8  # letters of a part that is looked for: shorter ones are everywhere
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support import tiny
+from support.leftovers import leave_half
 from support.training_runs import Workshop, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
-from zimage_mlx import ZImagePipeline, make_plan
+from zimage_mlx import ZImagePipeline, make_plan, train
 from zimage_mlx.training.encode import EncodedDataset
 from zimage_ref import FormatError, TrainingError
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.formats.files import atomic_write, remove_stale
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16
+from zimage_ref.training import plan as plan_module
 from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
 from zimage_ref.training.dataset import Example, list_dataset
+from zimage_ref.training.events import Encoded
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,29 @@ def test_a_disk_that_is_full_before_the_cache_is_complete_is_named(
     assert not [path for path in (tmp_path / "full-cache").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["small", "large"])
+def test_a_picture_that_is_replaced_while_the_cache_is_built_is_never_stored_as_another(
+    kept: bool, shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pictures(tmp_path / "data", (32, 32))
+    original = (data / "p0000.png").read_bytes()
+    monkeypatch.setattr(plan_module, "_KEPT", 1 << 30 if kept else 0)
+    options: dict[str, Any] = {"steps": 1, "dataset": data}
+    shop.train(f"undisturbed{kept}", cache=tmp_path / "good", **options)
+    events = train(shop.config(f"disturbed{kept}", cache=tmp_path / "bad", **options))
+    with (
+        contextlib.nullcontext() if kept else pytest.raises(FormatError, match=r"p0000\.png: was changed after it was")
+    ):
+        for event in events:
+            if isinstance(event, Encoded) and event.what == "captions":
+                tiny.photograph(32, 32, seed=99).save(data / "p0000.png")
+    (data / "p0000.png").write_bytes(original)
+    good = {path.name: read_entry(path) for path in (tmp_path / "good" / "latents").iterdir()}
+    for path in (tmp_path / "bad").rglob("latents/*.safetensors"):
+        np.testing.assert_array_equal(read_entry(path), good[path.name])
+    assert len(list((tmp_path / "bad").rglob("latents/*.safetensors"))) == kept
+
+
 @pytest.mark.parametrize("kind", ["latents", "captions"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
 def test_a_damaged_entry_is_rebuilt(shop: Workshop, kind: str, damage: str, tmp_path: Path) -> None:
@@ -119,15 +146,13 @@ def test_entries_keep_bfloat16_bits(tmp_path: Path) -> None:
         read_entry(tmp_path / "absent.safetensors")
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    stale = tmp_path / "latents" / f".x.safetensors.{int(gone.stdout)}.tmp"
-    stale.parent.mkdir()
-    stale.write_bytes(b"half")
-    with atomic_write(tmp_path / "latents" / "y.safetensors") as file:
-        file.write(b"whole")
-        remove_stale(tmp_path)
-    assert [p.name for p in (tmp_path / "latents").iterdir()] == ["y.safetensors"]
+def test_what_a_killed_process_left_in_the_cache_is_swept(shop: Workshop, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    leave_half(cache / "latents" / "x.safetensors")
+    leave_half(tmp_path / "model" / "y.safetensors")
+    shop.train("swept", steps=1, cache=cache)
+    assert not list(cache.rglob(".*"))
+    assert list((tmp_path / "model").rglob(".*"))  # not of this cache
 
 
 _MEASURE = """

@@ -198,7 +198,7 @@ def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, f
     ("options", "fact"),
     [
         ({"rank": 0}, "`rank` 0 must be at least 1"),
-        ({"lr": float("nan")}, "`lr` nan must be 0 or above"),
+        ({"lr": float("nan")}, "`lr` nan must be at least 0"),
         ({"resolution": 250}, "`resolution` 250 must be a multiple of 16: 256 is the nearest"),
         ({"resolution": ()}, "`resolution` needs at least one side"),
         ({"optimizer": "adamw8bit"}, "`optimizer` 'adamw8bit' is unknown: known are adamw"),
@@ -210,7 +210,7 @@ def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, f
         ({"timesteps": "gauss"}, "`timesteps` 'gauss' is unknown"),
         ({"timesteps": "shift=-1"}, "shift=S takes a number above 0"),
         ({"ema": 1.0}, "`ema` 1.0 must be at least 0 and below 1"),
-        ({"caption_dropout": 1.5}, "`caption_dropout` 1.5 must be at least 0 and below 1"),
+        ({"caption_dropout": 1.5}, "`caption_dropout` 1.5 must be at most 1"),
         ({"output": "x.npz"}, "a LoRA is written as .safetensors"),
         ({"grad_clip": -1.0}, "`grad_clip` -1.0 must be at least 0"),
         ({"max_upscale": 0.5}, "`max_upscale` 0.5 must be at least 1"),

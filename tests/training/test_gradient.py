@@ -20,7 +20,7 @@ if HAS_MLX:
     from mlx.utils import tree_flatten
 
     from zimage_mlx.lora import layers as lora_layers
-    from zimage_mlx.networks import ops
+    from zimage_mlx.networks import fused_attention, ops
     from zimage_mlx.networks.compiled import PerBlock
     from zimage_mlx.networks.transformer import Block
     from zimage_mlx.networks.tree import find, replace
@@ -186,3 +186,50 @@ def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: boo
     context = gradient.BlockContext(layout.rotation, None, model.embed_time(mx.array([0.4])))
     gradient.backward(model.layers[0], x, context, x, wanted, run)
     assert made.count((1, 1, tiny.TRANSFORMER.dim)) == (4 if wanted else 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_gradient_of_attention_is_that_of_the_plain_one(masked: bool) -> None:
+    q, k, v, d = (mx.random.normal((2, 3, 150, 8), key=mx.random.key(i)) for i in range(4))  # filled up to 256
+    mask = mx.arange(150) < mx.array([150, 93])[:, None, None, None] if masked else None
+
+    def whole(q: Any, k: Any, v: Any) -> Any:
+        return [mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)]
+
+    expected = mx.vjp(whole, [q, k, v], [d])[1]
+    for name, a, b in zip("qkv", fused_attention.fused_gradient(q, k, v, d, mask), expected, strict=True):
+        assert_parity(a, b, "same", name=name)
+
+
+def test_attention_takes_the_fused_gradient_if_mlx_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, d = (mx.random.normal((1, 3, 20, 8), key=mx.random.key(i)) for i in range(4))
+    assert not fused_attention.fused_gradient_exists(3, 8, mx.float32)  # of no device: the kernel is of 16 bits
+    asked: list[object] = []
+
+    def exists(*args: object) -> bool:
+        asked.append(args)
+        return True
+
+    monkeypatch.setattr(fused_attention, "fused_gradient_exists", exists)
+    monkeypatch.setattr(fused_attention, "fused_gradient", lambda q, k, v, d, mask: (q + 1, k + 2, v + 3))
+    got = ops.attention_gradient(ops.QKV(q, k, v), d, d, None)
+    assert asked == [(3, 8, mx.float32)]
+    for a, b in zip(got, (q + 1, k + 2, v + 3), strict=True):
+        assert_parity(a, b, "same")
+
+
+def test_a_mask_reaches_a_gpu_as_numbers_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (mx.random.normal((2, 3, 20, 8), key=mx.random.key(i)) for i in range(3))
+    mask = mx.arange(20) < mx.array([20, 13])[:, None, None, None]
+    plain = ops.attention(q, k, v, mask)
+    monkeypatch.setattr(ops.device, "on_gpu", lambda: True)
+    seen = []
+    real = mx.fast.scaled_dot_product_attention
+
+    def spy(*args: Any, mask: Any = None, **kwargs: Any) -> Any:
+        seen.append(mask)
+        return real(*args, mask=mask, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+    assert_parity(ops.attention(q, k, v, mask), plain, "same")
+    assert (seen[0].dtype, seen[0].shape) == (mx.float32, (2, 1, 1, 20))

@@ -41,7 +41,7 @@ def _await(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int, code: int) -> None:
     name, options = f"signal{number}", {"steps": 400, "save_every": 2}
     process = launched(shop, name, **options)

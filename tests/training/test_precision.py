@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -126,9 +127,10 @@ def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
     other = tiny.write_model_folder(tmp_path / "other", dtype="bf16") / part
     if part == "tokenizer":
         file = other / "tokenizer.json"
-        file.write_text(
-            file.read_text(encoding="utf-8").replace("Ġfox", "Ġfxo").replace("Ġ fox", "Ġ fxo"), encoding="utf-8"
-        )
+        content = json.loads(file.read_text(encoding="utf-8"))
+        ids = content["model"]["vocab"]
+        ids["Ġred"], ids["Ġfox"] = ids["Ġfox"], ids["Ġred"]
+        file.write_text(json.dumps(content), encoding="utf-8")
     own = shop.train(f"own-{part}", steps=1)
     if part != "tokenizer":
         assert shop.train(f"other-{part}", steps=1, **{part: other}).losses != own.losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,17 @@ def test_a_state_is_read_as_it_was_saved(run: RunFolder) -> None:
     assert saved.facts == {**FACTS, "smoothed": 0.5, "failures": 2}
     assert saved.tensors["lora"]["a"].tolist() == [2, 2, 2] and saved.tensors["optimizer"]["m"].dtype == np.float32
     assert run.unfinished() == 2
+
+
+def test_a_run_is_finished_when_its_lora_was_written_after_its_last_step(run: RunFolder) -> None:
+    run.output.write_bytes(b"of an earlier run")
+    os.utime(run.output, (1, 1))
     run.save(9, {"lora": {}, "optimizer": {}}, FACTS)
-    assert run.unfinished() == 0  # it ran to its end
+    assert run.unfinished() == 9
+    run.output.unlink()
+    assert run.unfinished() == 9
+    run.output.write_bytes(b"of this run")
+    assert run.unfinished() == 0
 
 
 @pytest.mark.parametrize(
@@ -72,3 +82,15 @@ def test_a_state_that_is_no_json_object_is_named(text: str | None, run: RunFolde
     file.unlink() if text is None else file.write_text(text, encoding="utf-8")
     saved, (fault,) = run.latest()
     assert saved is not None and saved.step == 1 and "state.json: " in fault
+
+
+def test_the_folder_of_states_may_be_a_link_to_another_disk(run: RunFolder, tmp_path: Path) -> None:
+    resume, disk = run.path / "resume", tmp_path / "disk"
+    resume.rename(disk)
+    resume.symlink_to(disk, target_is_directory=True)
+    run.save(3, {"lora": {}, "optimizer": {}}, FACTS)
+    assert sorted(path.name for path in disk.iterdir()) == ["step2", "step3"]
+    run.clear()
+    assert resume.is_symlink() and not list(disk.iterdir())
+    run.save(4, {"lora": {}, "optimizer": {}}, FACTS)
+    assert run.unfinished() == 4

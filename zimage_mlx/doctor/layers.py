@@ -13,6 +13,7 @@ from zimage_mlx.device import on_gpu
 from zimage_mlx.lora.layers import add_trainable_loras
 from zimage_mlx.networks import text_encoder, transformer
 from zimage_mlx.networks.compiled import PerBlock
+from zimage_mlx.networks.half import stream_dtype
 from zimage_mlx.networks.ops import rotation_tables
 from zimage_mlx.networks.running import BlockRunner
 from zimage_mlx.networks.tree import place
@@ -26,7 +27,7 @@ from zimage_ref.networks import transformer as reference_transformer
 from zimage_ref.networks.gradient import block_gradient
 
 from .cases import Size, Trial
-from .numbers import Numbers, filled, for_numpy, on_device
+from .numbers import DTYPES, Numbers, filled, for_numpy, on_device
 
 RANK = 16
 _CAPTION = 64
@@ -90,7 +91,7 @@ class BlockTrial:
             f"{name}.lora_{letter}": mx.array(factor)
             for name, pair in self.loras.items() for letter, factor in zip("AB", pair, strict=True)
         })  # fmt: skip
-        inputs = [on_device(array, dtype) for array in self.inputs]
+        inputs = [mx.array(array).astype(stream_dtype(DTYPES[dtype])) for array in self.inputs]
         return block, BlockContext(rotation_tables(mx.array(self.angles)), None, inputs[1]), inputs
 
 

@@ -34,10 +34,9 @@ from zimage_ref.doctor.findings import Progress
 from zimage_ref.doctor.prediction import Part, TimeModel
 from zimage_ref.doctor.work import Tokens
 from zimage_ref.formats.quantize import GROUP_SIZE
-from zimage_ref.memory import FAST, LEAN, kept_values
+from zimage_ref.memory import FAST, LEAN, Mode, kept_values
 from zimage_ref.model.config import OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import LORA_TARGETS
-from zimage_ref.streaming import Mode
 
 from .numbers import DTYPES
 from .rates import median

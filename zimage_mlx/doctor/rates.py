@@ -103,7 +103,8 @@ class Measuring:
         """Every rate that a prediction for `precisions` needs."""
         dtypes = [p for p in precisions if p in DTYPES]
         work: list[tuple[str, Callable[[], Rate]]] = [("memory", self.memory)]
-        work += [(f"product, {p}", partial(self.product, p)) for p in precisions]
+        emulated = ["f16"] if self.compute == "bf16" else []  # for the advice to a chip that emulates bfloat16
+        work += [(f"product, {p}", partial(self.product, p)) for p in dict.fromkeys([*precisions, *emulated])]
         work += [(f"attention, {d}", partial(self.attention, d)) for d in dtypes]
         work += [(f"convolution, {d}", partial(self.convolution, d)) for d in dtypes]
         for i, (name, run) in enumerate(work):

@@ -9,7 +9,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from zimage_mlx.device import on_gpu
+from zimage_mlx.device import multiply_in_float32, on_gpu
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.checkpoints.hub import TINY
 from zimage_ref.doctor import machine
@@ -36,7 +36,7 @@ class Budget:
     megabytes: int
 
 
-QUICK = Budget(right=9.0, rate=0.25, part=2.5, megabytes=128)
+QUICK = Budget(right=6.0, rate=0.2, part=2.5, megabytes=64)
 FULL = Budget(right=70.0, rate=0.8, part=7.0, megabytes=512)
 
 
@@ -44,7 +44,10 @@ def diagnose(quick: bool = False, progress: Progress = lambda section, done, tot
     """Examines this machine. quick: in less than half a minute, with fewer dtypes; else in less than three.
 
     progress: called before each check and measurement with its section, its number, how many there are, and its name.
+    It sets MLX_ENABLE_TF32=0 for this process, unless you have set it: float32 is compared with float32. MLX reads it
+    once, so call this before other work with MLX. Else checks in float32 may be wrong on an M5 or on CUDA; they say so.
     """
+    multiply_in_float32()
     start = time.perf_counter()
     budget, compute = QUICK if quick else FULL, "bf16" if on_gpu() else "f32"
     progress("machine", 0, 2, "system")

@@ -1,7 +1,8 @@
 """Attention, rotary embedding and RMS norm: MLX's fused kernels forward, gradients that save memory and passes.
 
-MLX's own gradient of its fused attention materializes all scores at once. Here the queries go through in chunks of
-rows, so memory grows linearly with the sequence. Its gradient of the RMS norm always makes that of the weight, too;
+MLX's own gradient of its fused attention materializes all scores at once, unless it has a kernel for it; see
+`fused_attention`. Without one the queries go through in chunks of rows here, so memory grows linearly with the
+sequence. MLX's gradient of the RMS norm always makes that of the weight, too;
 here that is left to lazy evaluation. Source: FlashAttention-2, arXiv 2307.08691, section 3.1 (backward).
 """
 
@@ -17,6 +18,7 @@ import mlx.nn as nn
 
 from zimage_mlx import device
 
+from . import fused_attention
 from .compiled import fused
 from .running import Run, run_directly
 
@@ -24,6 +26,7 @@ P = ParamSpec("P")
 Rotation = tuple[mx.array, mx.array]  # cosines and sines (B, S, 1, K) float32, each twice; see `rotation_tables`
 
 _QUERY_ROWS = 1536  # scores held at once by the backward pass: B x H x these x S
+_MOST_SCORES = 1 << 32  # bytes, at most: offsets of 32 bits
 _LONGEST_KERNEL = 1.5e12  # operations of one kernel on Metal: macOS ends a kernel that takes about 5 s
 
 
@@ -60,6 +63,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = Non
         for part in query_chunks(q.shape):
             allowed = mask[:, :, part] if mask is not None and mask.shape[2] > 1 else mask
             rows = q if part == slice(None) else q[:, :, part]
+            if allowed is not None and device.on_gpu() and not device.on_metal():
+                allowed = fused_attention.additive(allowed, q.dtype)  # a boolean one would be written out for all heads
             outputs.append(mx.fast.scaled_dot_product_attention(rows, k, v, scale=scale, mask=allowed))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
@@ -82,6 +87,19 @@ def query_chunks(shape: Sequence[int]) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, S, rows)]
 
 
+def in_rows(layer: Callable[[mx.array], mx.array], x: mx.array, outputs: int) -> mx.array:
+    """layer(x), for a Linear layer of `outputs` and x (B, S, D): of all tokens at once, save on Metal.
+
+    There, the feed-forward of two pictures of 2048 x 2048 would be one kernel of 2.6e12 operations.
+    """
+    B, S, D = x.shape
+    count = math.ceil(2 * B * S * D * outputs / _LONGEST_KERNEL) if device.on_metal() else 1
+    if count == 1:
+        return layer(x)
+    rows = -(-S // count)
+    return mx.concatenate([layer(x[:, start : start + rows]) for start in range(0, S, rows)], axis=1)
+
+
 def attention_gradient(
     inputs: QKV, d_out: mx.array, out: mx.array, mask: mx.array | None, run: Run = run_directly
 ) -> QKV:
@@ -90,8 +108,11 @@ def attention_gradient(
     run: how a chunk of rows is run; see `running.RunInPieces`.
     """
     q, k, v = inputs
-    S = q.shape[2]
-    chunks = -(-S // _QUERY_ROWS)
+    B, H, S, K = q.shape
+    one_row = mask is None or mask.shape[2] == 1
+    if one_row and fused_attention.fused_gradient_exists(H, K, q.dtype):
+        return QKV(*run(fused_attention.fused_gradient, q, k, v, d_out, mask))
+    chunks = max(-(-S // _QUERY_ROWS), B * H * S * S * q.dtype.size // _MOST_SCORES + 1)
     rows = -(-S // chunks)  # as equal as can be
     d_wide, v_wide_t = run(_widened, d_out, out, v)
     if chunks == 1:

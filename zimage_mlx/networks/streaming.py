@@ -24,6 +24,7 @@ from zimage_ref.model.parameters import EMBEDDING, block_of
 from zimage_ref.model.quantization import covers
 
 from .parameters import Parameters
+from .quantized import QuantizedLinear
 from .tree import find, replace
 from .weights import (
     PARTS,
@@ -35,7 +36,7 @@ from .weights import (
     from_stored,
     in_layout,
     load_some,
-    quantized_linear,
+    quantized_layer,
 )
 
 P = ParamSpec("P")
@@ -96,11 +97,12 @@ class Stream:
         if EMBEDDING in resident:
             replace(model, [(EMBEDDING.removesuffix(".weight"), RowsOnDemand(resident.pop(EMBEDDING), dtype))])
         load_some(model, resident, dtype, quantization)
-        for name, tensor in tensors.items():
+        self._order = list(dict.fromkeys(filter(None, map(block_of, tensors))))
+        # a quantized layer takes the place of another one, with a bias of its own: so all of them come first
+        for name, tensor in sorted(tensors.items(), key=lambda item: not isinstance(item[1], QuantizedTensor)):
             if block := block_of(name):
                 self._tensors.setdefault(block, {})[name] = tensor
                 self._slots.setdefault(block, {}).update(self._absent(model, name, tensor, unpack))
-        self._order = list(self._slots)
         self._names = {id(find(model, block)): block for block in self._order}
 
     def close(self) -> None:
@@ -186,8 +188,8 @@ class Stream:
         groups = (rows, columns // how.group_size)
         shapes = dict(zip(PARTS, ((rows, columns * how.bits // 32), groups, groups), strict=True))
         parts = {p: _absent(s, mx.uint32 if p == "weight" else self._dtype) for p, s in shapes.items()}
-        _, layer = quantized_linear(name, tensor.shape, how, parts)
-        if not unpack:
+        _, layer = quantized_layer(model, name, tensor.shape, how, parts)
+        if isinstance(layer, QuantizedLinear) and not unpack:
             layer.keep_packed()
         replace(model, [(path, layer)])
         return {f"{path}.{part}": _placed(layer, part, array) for part, array in parts.items()}
@@ -257,13 +259,23 @@ class RowsOnDemand(nn.Module):
     def __call__(self, ids: mx.array) -> mx.array:
         """ids of any shape -> (*ids.shape, width)."""
         wanted, places = np.unique(np.array(ids), return_inverse=True)
-        width, dtype = self._tensor.shape[1], self._tensor.dtype
+        return self._table(wanted.tolist())[mx.array(places.reshape(ids.shape).astype(np.uint32))]
+
+    def _table(self, wanted: list[int]) -> mx.array:
+        """The rows `wanted`, (n, width)."""
+        if not isinstance(self._tensor, QuantizedTensor):
+            return self._rows(self._tensor, wanted)
+        how = self._tensor.quantization
+        packed, scales, biases = (self._rows(part, wanted) for part in self._tensor.parts.values())
+        return mx.dequantize(packed, scales, biases, group_size=how.group_size, bits=how.bits)
+
+    def _rows(self, tensor: Tensor, wanted: list[int]) -> mx.array:
+        width, dtype = tensor.shape[1], tensor.dtype
         rows = np.empty((len(wanted), width), dtype)
-        assert self._tensor.span is not None
-        for row, index in zip(rows, wanted.tolist(), strict=True):
-            self._tensor.span.read_into(row.view(np.uint8).data, index * width * dtype.itemsize)
-        table = in_layout(from_stored(rows), self._dtype)
-        return table[mx.array(places.reshape(ids.shape).astype(np.uint32))]
+        assert tensor.span is not None
+        for row, index in zip(rows, wanted, strict=True):
+            tensor.span.read_into(row.view(np.uint8).data, index * width * dtype.itemsize)
+        return in_layout(from_stored(rows), self._dtype)
 
 
 def _parameters(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -3,8 +3,7 @@
     raw = final( layers( [ noise_refiner(x) ; context_refiner(caption) ], t ) )
 
 Source: transformer_z_image.py of diffusers (ZImageTransformer2DModel); Z-Image, arXiv 2511.22699. Attribute names are
-the checkpoint's. For the letters in shape comments see `zimage_ref`; for the direction of time and noise see
-`zimage_ref.model.flow`.
+the checkpoint's. For the letters in shapes see `zimage_ref`; for time and noise see `zimage_ref.model.flow`.
 """
 
 from __future__ import annotations
@@ -12,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.model.positions import padded
 
-from .ops import QKV, Rotation, SiLU, attention, rms_norm, rotate, silu
+from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
+from .kept import AttentionKept, FeedForwardKept
+from .ops import QKV, Rotation, SiLU, attention, in_rows, rms_norm, rotate, silu
 from .running import RESIDENT, RunHalf, Weights, output_of
 from .token_layout import TokenLayout
 
@@ -72,9 +74,12 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array) -> QKV:
         """x (B, S, D) -> queries, keys, values (B, S, H, K), not yet normed."""
-        B, S, _ = x.shape
-        q, k, v = (linear(x).reshape(B, S, self._heads, -1) for linear in (self.to_q, self.to_k, self.to_v))
-        return QKV(q, k, v)
+        B, S, D = x.shape
+        return QKV(*(in_rows(f, x, D).reshape(B, S, self._heads, -1) for f in (self.to_q, self.to_k, self.to_v)))
+
+    def output(self, attended: mx.array) -> mx.array:
+        """The last Linear layer, (B, S, D) -> (B, S, D)."""
+        return in_rows(self.to_out[0], attended, attended.shape[-1])
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
         """Projected q, k, v (B, S, H, K) -> what the queries attend to, (B, S, D)."""
@@ -82,7 +87,9 @@ class Attention(nn.Module):
 
     def norm_and_rotate(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation) -> QKV:
         """Projected q, k, v (B, S, H, K) -> the same as (B, H, S, K), q and k normed and rotated."""
-        q, k = rotate(normed(self.norm_q, q), rotation), rotate(normed(self.norm_k, k), rotation)
+        factor = attention_factor(q.dtype)
+        q = rotate(normed(self.norm_q, q, factor=factor), rotation)
+        k = rotate(normed(self.norm_k, k, factor=factor), rotation)
         return QKV(*(a.swapaxes(1, 2) for a in (q, k, v)))
 
     def heads(self, x: mx.array) -> mx.array:
@@ -95,40 +102,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self._widths = config.dim, config.ffn_dim
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def expand(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """(B, S, D) -> gate and value, (B, S, F) each."""
-        return self.w1(x), self.w3(x)
+        """(B, S, D) -> gate and value, (B, S, F) each; the value times `half.feed_forward_factor`."""
+        F, scaled = self._widths[1], narrowed(x, x.dtype, feed_forward_factor(x.dtype))
+        return in_rows(self.w1, x, F), in_rows(self.w3, scaled, F)
 
     def contract(self, gate: mx.array, value: mx.array) -> mx.array:
         """Gate and value (B, S, F) -> (B, S, D)."""
-        return self.w2(silu(gate) * value)
-
-
-class AttentionKept(NamedTuple):
-    """What a gradient needs of the half with attention."""
-
-    x: mx.array  # (B, S, D), its input
-    q: mx.array  # (B, S, H, K), not yet normed, like k and v
-    k: mx.array
-    v: mx.array
-    attended: mx.array  # (B, S, D), attention before its last Linear layer
-    out: mx.array  # (B, S, D), after it
-    scale: mx.array | None  # (B, 1, D), like gate; None for a block without modulation
-    gate: mx.array | None
-
-
-class FeedForwardKept(NamedTuple):
-    """What a gradient needs of the half with the feed-forward. Its input is made again from the other half's."""
-
-    hidden_gate: mx.array  # (B, S, F)
-    hidden_value: mx.array  # (B, S, F)
-    out: mx.array  # (B, S, D)
-    scale: mx.array | None  # (B, 1, D), like gate; None for a block without modulation
-    gate: mx.array | None
+        return in_rows(self.w2, silu(gate) * value, self._widths[0])
 
 
 class Block(nn.Module):
@@ -173,20 +159,37 @@ class Block(nn.Module):
         self, x: mx.array, rotation: Rotation, mask: mx.array | None, scale: mx.array | None, gate: mx.array | None
     ) -> tuple[mx.array, AttentionKept]:
         """(B, S, D) -> the same, and what a gradient needs."""
-        q, k, v = self.attention.project(normed(self.attention_norm1, x, scale))  # (B, S, H, K) each
+        q, k, v = self.attention.project(self.attention_input(x, scale))  # (B, S, H, K) each
         attended = self.attention.attend(q, k, v, rotation, mask)  # (B, S, D)
-        out = self.attention.to_out[0](attended)  # (B, S, D)
-        y = x + normed(self.attention_norm2, out, gate)
+        out = self.attention.output(attended)  # (B, S, D)
+        y = x + self.attention_added(out, gate)
         return y, AttentionKept(x, q, k, v, attended, out, scale, gate)
 
     def feed_forward_half(
         self, x: mx.array, scale: mx.array | None, gate: mx.array | None
     ) -> tuple[mx.array, FeedForwardKept]:
         """(B, S, D) -> the same, and what a gradient needs."""
-        hidden_gate, hidden_value = self.feed_forward.expand(normed(self.ffn_norm1, x, scale))  # (B, S, F) each
+        hidden_gate, hidden_value = self.feed_forward.expand(self.feed_forward_input(x, scale))  # (B, S, F) each
         out = self.feed_forward.contract(hidden_gate, hidden_value)  # (B, S, D)
-        y = x + normed(self.ffn_norm2, out, gate)
+        y = x + self.feed_forward_added(out, gate)
         return y, FeedForwardKept(hidden_gate, hidden_value, out, scale, gate)
+
+    def attention_input(self, x: mx.array, scale: mx.array | None = None) -> mx.array:
+        """The input of attention, of the stream x (B, S, D), in the dtype of its matrices; see `half`."""
+        dtype = self.attention_norm1.weight.dtype
+        return narrowed(normed(self.attention_norm1, x, scale), dtype, attention_factor(dtype))
+
+    def attention_added(self, out: mx.array, gate: mx.array | None = None) -> mx.array:
+        """The update of the stream by attention; `out` (B, S, D) comes from its last Linear layer."""
+        return normed(self.attention_norm2, out, gate, attention_factor(out.dtype))
+
+    def feed_forward_input(self, x: mx.array, scale: mx.array | None = None) -> mx.array:
+        """The input of the feed-forward, of the stream x (B, S, D), in the dtype of its matrices."""
+        return narrowed(normed(self.ffn_norm1, x, scale), self.ffn_norm1.weight.dtype)
+
+    def feed_forward_added(self, out: mx.array, gate: mx.array | None = None) -> mx.array:
+        """The update of the stream by the feed-forward; `out` (B, S, D) is its output."""
+        return normed(self.ffn_norm2, out, gate, feed_forward_factor(out.dtype))
 
     def modulation(self, adaln: mx.array) -> list[mx.array]:
         """(B, adaln) -> scale and gate of attention, then of the feed-forward, (B, 1, D) each."""
@@ -198,16 +201,17 @@ class Block(nn.Module):
 RunBlock = Callable[[Block, mx.array, Rotation, "mx.array | None", "mx.array | None"], mx.array]
 
 
-def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None) -> mx.array:
-    """norm(x) * scale for scale (B, 1, D); None is 1.
+def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None, factor: float = 1.0) -> mx.array:
+    """norm(x / factor) * scale for scale (B, 1, D); None is 1.
 
     One scale for the whole batch, the rule in generation, goes into the norm's own weight and costs no pass over x.
     """
+    eps = norm.eps * factor**2
     if scale is None:
-        return rms_norm(x, norm.weight, norm.eps)
+        return rms_norm(x, norm.weight, eps)
     if len(scale) > 1:
-        return rms_norm(x, norm.weight, norm.eps) * scale
-    return rms_norm(x, norm.weight * scale.flatten(), norm.eps)
+        return rms_norm(x, norm.weight, eps) * scale
+    return rms_norm(x, norm.weight * scale.flatten(), eps)
 
 
 class FinalLayer(nn.Module):
@@ -228,7 +232,6 @@ class Transformer(nn.Module):
     """The whole denoiser."""
 
     def __init__(self, config: TransformerConfig, run: RunBlock = Block.__call__, weights: Weights = RESIDENT) -> None:
-        """weights: for those that run blocks in another way than `run`."""
         super().__init__()
         self.config, self.run, self.weights = config, run, weights
         self.all_x_embedder = {config.patch_key: nn.Linear(config.patch_dim, config.dim)}
@@ -247,11 +250,10 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype of the residual stream, and of the output."""
-        dtype: mx.Dtype = self.x_pad_token.dtype
-        return dtype
+        return stream_dtype(self.x_pad_token.dtype)
 
     def __call__(self, x: mx.array, t: mx.array, captions: Sequence[mx.array]) -> mx.array:
-        """The raw output, x_0 - noise, (B, C, h, w) in the model's dtype.
+        """The raw output, x_0 - noise, (B, C, h, w) in the dtype of the stream.
 
         x: (B, C, h, w) noisy latents, t: (B,) = 1 - sigma, captions: B arrays (T_i, cap_feat_dim).
         """
@@ -271,6 +273,7 @@ class Transformer(nn.Module):
 
     def denoise(self, x: mx.array, t: mx.array, conditioning: Conditioning) -> mx.array:
         """The raw output for conditioned latents; see `__call__`. t may be (1,), for the whole batch."""
+        check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
         _, _, h, w = x.shape
         layout = conditioning.layout
         tokens = self.embed_image(x)  # (B, L, D)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import VAEConfig
 
 from .compiled import fused
@@ -229,12 +230,14 @@ class VAE(nn.Module):
 
         strips: to save memory; None is everything at once, left lazy.
         """
+        check_maps("pixels", image.shape, self.config.in_channels, self.config.factor)
         moments = self.encoder(mx.array(image).astype(self.dtype).transpose(0, 2, 3, 1), strips)
         mean = moments[..., : self.config.latent_channels].transpose(0, 3, 1, 2)
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: mx.array, strips: Strips | None = None) -> mx.array:
         """Latents (B, 16, h, w) -> (B, 3, 8 h, 8 w), about [-1, 1]; strips as in `encode`."""
+        check_maps("latents", latents.shape, self.config.latent_channels, 1)
         x = mx.array(latents).astype(self.dtype).transpose(0, 2, 3, 1)
         x = x / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(x, strips).transpose(0, 3, 1, 2)

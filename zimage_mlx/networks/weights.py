@@ -16,12 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from zimage_mlx import device
 from zimage_ref.errors import WeightError, ZImageError, listing
 from zimage_ref.formats.npz import npy_header
+from zimage_ref.formats.packed import PackedTensor
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.formats.tensors import BFLOAT16, Array, Tensor, Tensors
 from zimage_ref.model.quantization import covers
 
 from .convolution import Conv3x3
 from .quantized import QuantizedLinear
+from .tree import find
 
 _LARGE = 1 << 20  # bytes
 _READERS = 2  # threads; more were not faster
@@ -29,6 +31,7 @@ _READERS = 2  # threads; more were not faster
 _POOL = ThreadPoolExecutor(_READERS, "weights")
 READS_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
 PARTS = ("weight", "scales", "biases")  # of a quantized layer, as `mx.quantize` returns them
+_STORED = {mx.float32: "f32", mx.bfloat16: "bf16", mx.float16: "f16"}  # names of DTYPES in formats.tensors
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -41,7 +44,7 @@ def load(
 ) -> None:
     """Fills every parameter of `model` from `tensors`, which must hold exactly these.
 
-    Linear layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
+    Layers that are stored quantized, or that `quantization` covers, become quantized ones. Raises
     WeightError if names or shapes differ. Beside what is loaded, memory holds three tensors that are being read, never
     a second copy of the model. unpack: whether quantized weights are unpacked for products of many rows.
     """
@@ -68,13 +71,13 @@ def load_some(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization:
     for name, tensor in stored.items():
         parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
         mx.eval(parts)
-        layers.append(quantized_linear(name, tensor.shape, tensor.quantization, parts))
+        layers.append(quantized_layer(model, name, tensor.shape, tensor.quantization, parts))
     for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
         if quantization and covers(quantization, name, tensors[name].shape):
             made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
             mx.eval(made)
             parts = dict(zip(PARTS, made, strict=True))
-            layers.append(quantized_linear(name, tensors[name].shape, quantization, parts))
+            layers.append(quantized_layer(model, name, tensors[name].shape, quantization, parts))
             continue
         check_shape(name, array.shape, expected[name].shape)
         mx.eval(array)
@@ -89,15 +92,22 @@ def check_shape(name: str, shape: Sequence[int], needed: Sequence[int]) -> None:
         raise WeightError(f"{name} has shape {tuple(shape)}, the model needs {tuple(needed)}")
 
 
-def quantized_linear(
-    name: str, shape: Sequence[int], quantization: Quantization, parts: dict[str, mx.array]
-) -> tuple[str, QuantizedLinear]:
-    """The name and the module of the layer whose weight, of `shape`, is `name`. parts: by PARTS."""
-    outputs, inputs = shape
-    group_size, bits = quantization.group_size, quantization.bits
-    layer = QuantizedLinear(inputs, outputs, bias=False, group_size=group_size, bits=bits)
+def quantized_layer(
+    model: nn.Module, name: str, shape: Sequence[int], quantization: Quantization, parts: dict[str, mx.array]
+) -> tuple[str, nn.Module]:
+    """The name of the layer whose weight is `name`, and what takes its place: a Linear layer or an embedding.
+
+    shape: that of the weight. parts: by PARTS.
+    """
+    path, (rows, columns) = name.removesuffix(".weight"), shape
+    group_size, bits, old = quantization.group_size, quantization.bits, find(model, path)
+    layer: nn.Module
+    if isinstance(old, nn.Embedding):
+        layer = nn.QuantizedEmbedding(rows, columns, group_size, bits)
+    else:
+        layer = QuantizedLinear(columns, rows, bias="bias" in old, group_size=group_size, bits=bits)
     layer.update(parts)
-    return name.removesuffix(".weight"), layer
+    return path, layer
 
 
 def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
@@ -116,7 +126,7 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
         return name, in_layout(read if isinstance(read, mx.array) else from_stored(read), dtype)
 
     for name, tensor in tensors.items():
-        waiting.append((name, _POOL.submit(_read, tensor)))
+        waiting.append((name, _POOL.submit(_read, _decoding_to(tensor, dtype))))
         if len(waiting) > _READERS:
             yield first()
     while waiting:
@@ -187,7 +197,12 @@ def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
 
     Convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I).
     """
-    return in_layout(from_stored(tensor.read()), dtype)
+    return in_layout(from_stored(_decoding_to(tensor, dtype).read()), dtype)
+
+
+def _decoding_to(tensor: Tensor, dtype: mx.Dtype) -> Tensor:
+    """A packed tensor that rounds its float32 values once, to `dtype`; any other does not change."""
+    return tensor.cast(_STORED[dtype]) if isinstance(tensor, PackedTensor) else tensor
 
 
 def in_layout(array: mx.array, dtype: mx.Dtype) -> mx.array:

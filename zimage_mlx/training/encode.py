@@ -15,7 +15,8 @@ from zimage_mlx.networks.strips import Strips
 from zimage_mlx.networks.weights import from_stored, to_stored
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.errors import FormatError, TrainingError
-from zimage_ref.formats.files import disk_is_full, remove_stale
+from zimage_ref.formats.files import disk_is_full
+from zimage_ref.formats.temporary import remove_stale
 from zimage_ref.formats.tensors import Array
 from zimage_ref.memory import LEAN
 from zimage_ref.training.buckets import Size
@@ -31,10 +32,9 @@ class EncodedDataset:
     """Latents and caption features of a plan's pictures, and of its previews' prompts."""
 
     def __init__(self, plan: TrainPlan, pipeline: ZImagePipeline) -> None:
-        folder = plan.config.cache or plan.config.output.parent / "zimage-cache"
         engine = f"mlx {mx.default_device().type} {pipeline.dtype}"
         self._plan, self._pipeline = plan, pipeline
-        self._cache = TrainCache(folder, plan.model, engine, pipeline.quantization)
+        self._cache = TrainCache(plan.config.cache_folder, plan.model, engine, pipeline.quantization)
 
     def build(self, rank: int = 0, ranks: int = 1) -> Iterator[Encoded]:
         """Computes every entry that is missing or damaged; each network is freed when its part is done.
@@ -42,7 +42,7 @@ class EncodedDataset:
         Machines that share a disk begin at different places and find each other's entries. Raises TrainingError if the
         disk is full.
         """
-        remove_stale(self._cache.folder)
+        remove_stale(self._cache.folder, deep=True)
         for what, network, work in (
             ("captions", "text_encoder", self._caption_work()),
             ("latents", "vae", self._latent_work()),
@@ -53,6 +53,8 @@ class EncodedDataset:
                     self._write(path, to_stored(compute()), len(work) - done + 1)
                 yield Encoded(done, len(work), what)
             self._pipeline.release(network)
+        for example in (*self._plan.examples, *self._plan.held_out):
+            example.content.forget()
 
     def _write(self, path: Path, value: Array, left: int) -> None:
         try:

@@ -8,7 +8,7 @@ second time when their gradient is due.
     x -> q, k, v -> attended -> out -> x + gate norm(out)         the half with attention
     x -> hidden_gate, hidden_value -> out -> x + gate norm(out)   the half with the feed-forward
 
-The arrays are described at `AttentionKept` and `FeedForwardKept`, in zimage_mlx.networks.transformer. Source: gradient
+The arrays are described at `AttentionKept` and `FeedForwardKept`, in zimage_mlx.networks.kept. Source: gradient
 checkpointing, arXiv 1604.06174.
 """
 
@@ -23,11 +23,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from zimage_mlx.networks.compiled import PerBlock
+from zimage_mlx.networks.kept import AttentionKept, FeedForwardKept
 from zimage_mlx.networks.ops import QKV, Rotation, attention_gradient
 from zimage_mlx.networks.parameters import Parameters
 from zimage_mlx.networks.running import EvalOneAhead, Run, RunInPieces, run_directly
 from zimage_mlx.networks.token_layout import TokenLayout
-from zimage_mlx.networks.transformer import AttentionKept, Block, FeedForwardKept, RunBlock, Transformer, normed
+from zimage_mlx.networks.transformer import Block, RunBlock, Transformer
 from zimage_mlx.networks.tree import substituted, trainable
 from zimage_ref.memory import kept_values
 from zimage_ref.model.flow import add_noise, model_time
@@ -115,17 +116,15 @@ def _feed_forward_back(
     All that a piece returns is computed, and gradients of scale and gate take passes over wide float32 arrays.
     """
     feed_forward = block.feed_forward
-    middle = attention.x + normed(block.attention_norm2, attention.out, attention.gate)
-    _, (d_normed, *d_gate), _ = pull_back(
-        block, (), lambda out, gate=None: normed(block.ffn_norm2, out, gate), _present(kept.out, kept.gate), [d_out]
-    )
+    middle = attention.x + block.attention_added(attention.out, attention.gate)
+    _, (d_normed, *d_gate), _ = pull_back(block, (), block.feed_forward_added, _present(kept.out, kept.gate), [d_out])
     _, d_hidden, gradients = pull_back(
         block, ["feed_forward.w2"], feed_forward.contract, [kept.hidden_gate, kept.hidden_value], [d_normed]
     )
     _, (d, *d_scale), more = pull_back(
         block,
         ["feed_forward.w1", "feed_forward.w3"],
-        lambda x, scale=None: feed_forward.expand(normed(block.ffn_norm1, x, scale)),
+        lambda x, scale=None: feed_forward.expand(block.feed_forward_input(x, scale)),
         _present(middle, kept.scale),
         d_hidden,
     )
@@ -137,12 +136,8 @@ def _output_back(
 ) -> tuple[QKV, mx.array, list[mx.array], Parameters]:
     """Queries, keys, values as attention takes them; gradients of its output (B, S, D), the gate, parameters."""
     attention = block.attention
-    _, (d_out, *d_gate), _ = pull_back(
-        block, (), lambda out, gate=None: normed(block.attention_norm2, out, gate), _present(kept.out, kept.gate), [d]
-    )
-    _, (d_attended,), gradients = pull_back(
-        block, ["attention.to_out"], lambda attended: attention.to_out[0](attended), [kept.attended], [d_out]
-    )
+    _, (d_out, *d_gate), _ = pull_back(block, (), block.attention_added, _present(kept.out, kept.gate), [d])
+    _, (d_attended,), gradients = pull_back(block, ["attention.to_out"], attention.output, [kept.attended], [d_out])
     ready = attention.norm_and_rotate(kept.q, kept.k, kept.v, rotation)
     return ready, d_attended, d_gate if scales_too else [], gradients
 
@@ -158,7 +153,7 @@ def _projections_back(
     _, (dx, *d_scale), gradients = pull_back(
         block,
         ["attention.to_q", "attention.to_k", "attention.to_v"],
-        lambda x, scale=None: attention.project(normed(block.attention_norm1, x, scale)),
+        lambda x, scale=None: attention.project(block.attention_input(x, scale)),
         _present(kept.x, kept.scale),
         d,
     )

@@ -122,7 +122,7 @@ class Loop:
     def _save_if_due(self, step: int) -> Iterator[Event]:
         config = self._plan.config
         if config.save_every and step % config.save_every == 0:
-            yield from self._save(step, config.output.with_suffix(f".step{step}.safetensors"))
+            yield from self._save(step, RunFolder(config.output).lora(step))
         elif step % config.resume_every == 0 or clock() - self._saved_at >= _SAVE_SECONDS:
             yield from self._save(step)
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from zimage_mlx import device
 from zimage_mlx.device import gpu_errors_explained
 from zimage_mlx.pipeline import ZImagePipeline
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
@@ -65,6 +66,7 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
             yield Stopped(0)
             return
     plan = plan_for(config, dataset, machines.size)
+    yield from map(Notice, plan.notices)
     if plan.turbo and not config.training_adapter:
         yield Notice(TURBO_WARNING)
     run, facts = RunFolder(config.output), plan.facts(environment())
@@ -73,7 +75,8 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     yield from map(Notice, notices)
 
     dtype, quantization = resolve_base_precision(config)
-    pipeline = ZImagePipeline(plan.model, dtype, quantize=quantization.bits if quantization else None)
+    bits, group_size = (quantization.bits, quantization.group_size) if quantization else (None, GROUP_SIZE)
+    pipeline = ZImagePipeline(plan.model, dtype, quantize=bits, group_size=group_size)
     limit = pipeline.memory_limit()
     choice = plan.choose_memory(dtype, quantization, limit, pipeline.footprint)
     footprint = pipeline.footprint("lean" if choice.mode == "fast" else choice.mode)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats import npz, shards
 from zimage_ref.formats.checkpoint import RECORD_KEY, WRITABLE, Checkpoint
 from zimage_ref.formats.files import check_writable, existing_parent
+from zimage_ref.formats.folders import own_files
 from zimage_ref.formats.json_file import Json, JsonObject
 from zimage_ref.formats.quantize import (
     Quantization,
@@ -34,10 +36,10 @@ from zimage_ref.model.config_reader import Config
 from zimage_ref.model.quantization import quantize_all
 
 from .component import CONFIG_FILE
-from .dialects import OFFICIAL
+from .dialects import Dialect, FileStyle
 from .folder import find_component
 from .hub import resolved
-from .identify import config_of, identify, official_weights
+from .identify import config_of, identify, ignored_in, official_weights
 from .registry import COMPONENTS
 
 _SLACK = 1 << 20  # bytes allowed for headers
@@ -55,6 +57,7 @@ class CheckpointSource:
     config: Config | None  # None if the file has none and its sizes are not the official ones
     sizes: Config  # its sizes are right; its other values may be the official ones
     tensors: dict[str, Tensor]  # by official name
+    ignored: list[str]  # the names in the file that no network uses
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,24 @@ class Target:
 
     def __post_init__(self) -> None:
         component = COMPONENTS[self.component]
+        if self.naming not in component.namings:
+            known = ", ".join(component.namings)
+            raise ConfigError(f"`naming` {self.naming} is not for the {component.title}: known are {known}")
         if self.path.suffix not in WRITABLE and not self.is_folder:
             raise ConfigError(
                 f"{self.path}: unknown format: the suffix must be {' or '.join(WRITABLE)}; "
-                f"a folder, without one, needs `max_shard_size`"
+                f"a folder, without one, needs `max_shard_size` or `naming` mflux"
             )
         if self.path.suffix == ".npz" and self.max_shard_size:
             raise ConfigError(f"{self.path}: only safetensors is written in shards")
         if self.dtype is not None:
             float_dtype(self.dtype)
-        if self.naming not in component.namings:
-            known = ", ".join(component.namings)
-            raise ConfigError(f"`naming` {self.naming} is not for the {component.title}: known are {known}")
         if self.quantization and component.not_quantized:
             raise ConfigError(f"the {component.title} is not quantized: {component.not_quantized}")
-        if self.quantization and not self.official:
-            raise ConfigError(f"quantized weights are written with diffusers names, not {self.naming}")
-        check_writable(self.file)
+        if self.quantization and not self.dialect.whole:
+            known = ", ".join(name for name, dialect in component.namings.items() if dialect.whole)
+            raise ConfigError(f"`naming` {self.naming} joins matrices, so they are not quantized: take {known}")
+        check_writable(*self._names())
         existing = self.existing()
         if existing and not self.overwrite:
             raise ConfigError(f"{existing[0]}: exists: give `overwrite` to replace it")
@@ -95,22 +99,34 @@ class Target:
     @property
     def is_folder(self) -> bool:
         """Whether the path is a folder for shards and their config."""
-        return not self.path.suffix and self.max_shard_size is not None
+        return not self.path.suffix and (self.max_shard_size is not None or self.style is not None)
 
     @property
-    def official(self) -> bool:
-        """Whether the official names are kept."""
-        return COMPONENTS[self.component].namings[self.naming] is OFFICIAL
+    def dialect(self) -> Dialect[Any]:
+        """The names and the layout of the tensors."""
+        return COMPONENTS[self.component].namings[self.naming]
+
+    @property
+    def style(self) -> FileStyle | None:
+        """How the files of a folder are named, if it is a folder and not as on Hugging Face."""
+        return self.dialect.files if not self.path.suffix else None
 
     @property
     def file(self) -> Path:
         """The path of the weights if they are written as one file."""
-        return self.path / f"{COMPONENTS[self.component].stem}.safetensors" if self.is_folder else self.path
+        stem = self.style.stem if self.style else COMPONENTS[self.component].stem
+        return self.path / f"{stem}.safetensors" if self.is_folder else self.path
+
+    def _names(self) -> list[Path]:
+        """Every name that may be written. Names of shards have one length, whatever their number."""
+        config = [self.file.with_name(CONFIG_FILE)] if self.is_folder else []
+        return [self.file, *(shards.names_of_shards(self.file, 1) if self.max_shard_size else ()), *config]
 
     def existing(self) -> list[Path]:
         """Existing files that the conversion would replace: the output, or the files of a sharded output."""
         config = self.file.with_name(CONFIG_FILE)
-        return shards.written_before(self.file) + ([config] if self.is_folder and config.exists() else [])
+        numbered = own_files(self.path, "*.safetensors") if self.style else []
+        return shards.written_before(self.file) + numbered + ([config] if self.is_folder and config.exists() else [])
 
 
 @dataclass
@@ -149,6 +165,7 @@ def open_source(path: Path, component: str) -> CheckpointSource:
         config=config,
         sizes=config or identity.sizes,
         tensors=tensors,
+        ignored=ignored_in(file, entry),
     )
 
 
@@ -183,12 +200,24 @@ def write_model(
         npz.write(target.path, stored, facts, advance)
         report.files = [target.path]
     else:
-        metadata = {"format": "pt", RECORD_KEY: json.dumps(facts, separators=(",", ":"))}
-        beside = {CONFIG_FILE: source.config.to_json()} if target.is_folder and source.config else {}
-        report.files = shards.write(target.file, stored, metadata, target.max_shard_size, beside, advance)
+        report.files = _write_safetensors(source, target, stored, facts, advance)
     for path in stale.difference(report.files):
         path.unlink()
     return report
+
+
+def _write_safetensors(
+    source: CheckpointSource, target: Target, stored: Tensors, facts: JsonObject, advance: Callable[[int], None]
+) -> list[Path]:
+    """Writes the file, or the folder with its config. Returns the paths."""
+    metadata, style = {"format": "pt", RECORD_KEY: json.dumps(facts, separators=(",", ":"))}, target.style
+    beside = {CONFIG_FILE: source.config.to_json()} if target.is_folder and source.config else {}
+    if style is None:
+        return shards.write(target.file, stored, metadata, target.max_shard_size, beside, progress=advance)
+    quantization = facts.get("quantization")
+    metadata |= style.metadata(quantization["bits"] if quantization else None)
+    limit = target.max_shard_size or style.shard_size
+    return shards.write(target.file, stored, metadata, limit, beside, style.shard, advance)
 
 
 def _stored(source: CheckpointSource, target: Target, tensors: Tensors, report: ConversionReport) -> dict[str, Tensor]:
@@ -197,14 +226,14 @@ def _stored(source: CheckpointSource, target: Target, tensors: Tensors, report: 
     kept = {
         name: tensor
         for name, tensor in tensors.items()
-        if isinstance(tensor, QuantizedTensor) and target.official and not target.dtype
+        if isinstance(tensor, QuantizedTensor) and target.dialect.whole and not target.dtype
         if how in (None, tensor.quantization)
     }
     plain = without_quantization({n: t for n, t in tensors.items() if n not in kept}, target.dtype)
     changed = {name: _counted(name, tensor, target.dtype, report) for name, tensor in plain.items()}
     changed = quantize_all(changed, how) if how else changed
     ordered = {name: kept[name] if name in kept else changed[name] for name in tensors}
-    return unfold(COMPONENTS[target.component].namings[target.naming].write(ordered, source.sizes))
+    return unfold(target.dialect.write(ordered, source.sizes))
 
 
 def _counted(name: str, tensor: Tensor, dtype: str | None, report: ConversionReport) -> Tensor:
@@ -231,7 +260,7 @@ def _counted(name: str, tensor: Tensor, dtype: str | None, report: ConversionRep
 def _record_of(source: CheckpointSource, target: Target, tensors: Tensors, more: Json) -> JsonObject:
     """The record that the file holds about itself."""
     quantization = target.quantization
-    if not quantization and target.official and not target.dtype:
+    if not quantization and target.dialect.whole and not target.dtype:
         quantization = next((t.quantization for t in tensors.values() if isinstance(t, QuantizedTensor)), None)
     return {
         "model_type": source.component,

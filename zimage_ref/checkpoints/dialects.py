@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.tensors import Array, Span, Tensor, Tensors
+from zimage_ref.formats.tensors import Array, Tensor, Tensors
 from zimage_ref.model.parameters import Shapes
 
 Shape = tuple[int, ...]
-LINEAR_RANK = 2
+LINEAR_RANK, CONVOLUTION_RANK = 2, 4
 _AnyConfig = TypeVar("_AnyConfig", contravariant=True)
 
 
@@ -32,6 +31,7 @@ class Placement:
     parts: int = 1  # the number of blocks of the fused matrix, all of one size
     transposed: bool = False  # stored as (in, out)
     spatial: bool = False  # a matrix stored as a 1x1 convolution, (out, in, 1, 1)
+    channels_last: bool = False  # a convolution stored as (out, kh, kw, in)
 
     @property
     def same(self) -> bool:
@@ -40,13 +40,27 @@ class Placement:
 
     def stored(self, shape: Shape) -> Shape:
         """The shape that the dialect stores for an official tensor of `shape`, with all `parts` if it is fused."""
+        if self.channels_last:
+            return (shape[0], *shape[2:], shape[1])
         rows = (shape[0] * self.parts, *shape[1:]) if self.parts > 1 else shape
         return rows[::-1] if self.transposed else (*rows, 1, 1) if self.spatial else rows
 
     def official(self, stored: Shape) -> Shape:
         """The inverse of `stored`."""
+        if self.channels_last:
+            return (stored[0], stored[-1], *stored[1:-1])
         rows = stored[::-1] if self.transposed else stored[:2] if self.spatial else stored
         return (rows[0] // self.parts, *rows[1:]) if self.parts > 1 else rows
+
+
+@dataclass(frozen=True)
+class FileStyle:
+    """How a program names the files of one network in a folder, and what it records in them."""
+
+    stem: str  # of the index
+    shard: Callable[[int, int], str]  # number from 0, count -> the name of a file
+    shard_size: int  # bytes
+    metadata: Callable[[int | None], dict[str, str]]  # bits of the weights, None if they are not quantized
 
 
 # name of a tensor in a file -> the official tensors that it holds
@@ -59,6 +73,8 @@ class Dialect(Generic[_AnyConfig]):
 
     name: str
     place: Callable[[str, Shape, _AnyConfig], Placement]  # official name, its shape, the network's config
+    whole: bool = False  # whether matrices are stored as they are, so that they may be quantized
+    files: FileStyle | None = None  # how its program names the files of a folder; None: as Hugging Face
 
     def contents(self, shapes: Shapes, config: _AnyConfig) -> Contents:
         """The contents of a file in this dialect that holds a model with the parameters `shapes`."""
@@ -87,15 +103,17 @@ def extract(stored: Tensor, placement: Placement, shape: Shape) -> Tensor:
     if placement.same:
         return stored
 
-    def take(array: Array) -> Array:
-        rows = array.T if placement.transposed else array
-        return rows[placement.part * shape[0] : (placement.part + 1) * shape[0]].reshape(shape)
+    start, stop = placement.part * shape[0], (placement.part + 1) * shape[0]
+    if placement == Placement(placement.name, placement.part, placement.parts):  # rows as they are
+        return stored.block(start, stop)
 
-    part = stored.view(shape, take)
-    if stored.span is None or placement.transposed:
-        return part
-    offset = stored.span.offset + placement.part * prod(shape) * stored.dtype.itemsize  # whole rows lie together
-    return replace(part, span=Span(stored.span.file, offset))
+    def take(array: Array) -> Array:
+        if placement.channels_last:
+            return np.moveaxis(array, -1, 1)
+        rows = array.T if placement.transposed else array
+        return rows[start:stop].reshape(shape)
+
+    return stored.view(shape, take)
 
 
 def _joined(parts: Sequence[tuple[Tensor, Placement]]) -> Tensor:
@@ -106,6 +124,8 @@ def _joined(parts: Sequence[tuple[Tensor, Placement]]) -> Tensor:
     ordered = [tensor for tensor, _ in sorted(parts, key=lambda part: part[1].part)]
 
     def join() -> Array:
+        if placement.channels_last:
+            return np.moveaxis(first.read(), 1, -1)
         rows = np.concatenate([t.read() for t in ordered]) if len(ordered) > 1 else ordered[0].read()
         return rows.T if placement.transposed else rows.reshape(placement.stored(first.shape))
 
@@ -123,4 +143,4 @@ def _official_place(name: str, shape: Shape, config: object) -> Placement:
     return Placement(name)
 
 
-OFFICIAL: Dialect[object] = Dialect("diffusers", _official_place)  # the names of `model.parameters`
+OFFICIAL: Dialect[object] = Dialect("diffusers", _official_place, whole=True)  # the names of `model.parameters`

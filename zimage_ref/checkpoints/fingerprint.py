@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 
 from zimage_ref.formats.files import sha256
+from zimage_ref.formats.packed import PackedTensor
 from zimage_ref.formats.quantize import QuantizedTensor, unfold
 from zimage_ref.formats.tensors import Tensor, Tensors
 
@@ -44,8 +45,7 @@ def model_fingerprint(model: ModelFolder) -> str:
     def samples() -> Iterator[tuple[str, Tensor | None]]:
         for component, tensors in model.weights.items():
             for name, tensor in sorted(tensors.items()):
-                stored = tensor.packed if isinstance(tensor, QuantizedTensor) else tensor
-                # a tensor in another program's quantized format could only be decoded as a whole
+                stored = _as_stored(tensor)
                 yield f"{component} {name} {tensor.shape} {tensor.stored_as}", None if stored.storage else stored
 
     return sampled_digest(samples(), _SAMPLE)
@@ -57,8 +57,15 @@ def part_digests(model: ModelFolder) -> dict[str, str]:
     return digests | {"tokenizer": sha256(model.tokenizer)}
 
 
+def _as_stored(tensor: Tensor) -> Tensor:
+    """The numbers of `tensor` as the file has them: those of a packed tensor could only be decoded as a whole."""
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.packed
+    return tensor.raw["weight"] if isinstance(tensor, PackedTensor) else tensor
+
+
 def _weights_digest(tensors: Tensors, config: Mapping[str, object]) -> str:
     """The digest of one network: its config, and names, shapes, dtypes, first and last elements of its tensors."""
     stored = sorted(unfold(tensors).items())
-    samples = ((f"{name} {tensor.shape} {tensor.dtype.str}", tensor) for name, tensor in stored)
+    samples = ((f"{name} {tensor.shape} {tensor.dtype.str}", _as_stored(tensor)) for name, tensor in stored)
     return sampled_digest(samples, _EDGE, _EDGE, json.dumps(config, sort_keys=True))

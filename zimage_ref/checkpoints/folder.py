@@ -16,6 +16,7 @@ from pathlib import Path
 
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import READABLE, Checkpoint, find_weights
+from zimage_ref.formats.folders import own_files
 from zimage_ref.formats.json_file import read_json
 from zimage_ref.formats.shards import INDEX_SUFFIX
 from zimage_ref.formats.tensors import Tensor
@@ -165,7 +166,7 @@ def _absent(folder: Path, component: AnyComponent) -> FormatError:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(file.name.endswith((*READABLE, INDEX_SUFFIX)) for file in folder.iterdir())
+    return folder.is_dir() and any(file.name.endswith((*READABLE, INDEX_SUFFIX)) for file in own_files(folder))
 
 
 def find_tokenizer(folder: Path, given: Path | None = None) -> Path:

@@ -21,7 +21,10 @@ from zimage_ref.model.parameters import Shapes
 
 from .component import CONFIG_FILE, AnyComponent, Component, ConfigT
 from .dialects import Contents, Dialect, extract
+from .passengers import passengers
 from .registry import COMPONENTS
+
+_SHAPES = 1e-3  # what shapes count beside names
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,17 @@ def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:
             sizes = component.sizes_of(dialect, own)
             contents = _contents(component, dialect, sizes)
             found = len(contents.keys() & own.keys()) / len(contents)
+            if found > 0.25:
+                found += _SHAPES * _fitting(own, contents, component.parameters(sizes))
             if found > share:
                 best, share = Identity(name, dialect, sizes, prefix), found
     return best
+
+
+def _fitting(own: Tensors, contents: Contents, shapes: Shapes) -> float:
+    """The share of tensors that have the shapes of `contents`: dialects may have the same names."""
+    first = {name: group[0] for name, group in contents.items() if name in own}
+    return sum(own[name].shape == how.stored(shapes[part]) for name, (part, how) in first.items()) / len(contents)
 
 
 def official_weights(
@@ -72,10 +83,13 @@ def official_weights(
         raise WeightError(f"{file.path}: holds no {component.title}: it looks like {what}")
     config = config or identity.sizes
     own, _ = _own(file.tensors, component, file.path)
+    useless = set(passengers(own))
+    own = {name: tensor for name, tensor in own.items() if name not in useless}
     shapes, unused = component.parameters(config), component.unused(config)
     contents = _contents(component, identity.dialect, config)
     expected = {name: group[0][1].stored(shapes[group[0][0]]) for name, group in contents.items()}
     needed = {name for name, group in contents.items() if any(part not in unused for part, _ in group)}
+    own = {name: _fitted(file, tensor, expected.get(name, tensor.shape)) for name, tensor in own.items()}
     require(own, expected, needed, component.ignored, file.path)
     places = {part: (name, placement) for name, group in contents.items() for part, placement in group}
     return {
@@ -83,6 +97,20 @@ def official_weights(
         for part, shape in shapes.items()
         if places[part][0] in own
     }
+
+
+def ignored_in(file: Checkpoint, component: AnyComponent) -> list[str]:
+    """The names in `file` that are not read: copies, tables, and tensors that other programs left there."""
+    own, prefix = _own(file.tensors, component)
+    return passengers(file.tensors) + [f"{prefix}{name}" for name in component.ignored if name in own]
+
+
+def _fitted(file: Checkpoint, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`tensor` as one of `shape`, if its file leaves a choice: GGUF has no leading axes of length 1."""
+    dropped = len(shape) - len(tensor.shape)
+    if file.container == "gguf" and dropped > 0 and shape == (1,) * dropped + tensor.shape:
+        return tensor.view(shape, lambda array: array.reshape(shape))
+    return tensor.fitted(shape)
 
 
 @lru_cache(64)
@@ -138,6 +166,9 @@ def config_of(file: Checkpoint, component: Component[ConfigT], folder: Path | No
         if path.is_file() and (path != beside or _is_of(path, component)):
             return parse_config(kind, read_json(path, ConfigError), str(path))
     if file.path.parent.name == component.name and folder and file.path.parent.parent == folder:
+        identity = identify(file.tensors, component.name)
+        if "quantization_level" in file.metadata and identity and identity.component == component.name:
+            return component.own_config(identity.sizes)  # mflux-save writes no config.json
         raise ConfigError(f"{beside}: is missing")
     return None
 

@@ -18,6 +18,7 @@ from zimage_ref.model.parameters import text_encoder_parameters, text_encoder_un
 
 from .component import Component, count_numbered
 from .dialects import LINEAR_RANK, OFFICIAL, Dialect, Placement, Shape, renamed
+from .mflux import MFLUX_FILES
 
 _LLAMA_CPP = {
     r"^model\.embed_tokens\.": "token_embd.",
@@ -74,10 +75,10 @@ TEXT_ENCODER = Component(
     parameters=text_encoder_parameters,
     unused=text_encoder_unused,
     sizes=_sizes,
-    dialects=(Dialect("hf", _hf), Dialect("burn", _burn), Dialect("llama.cpp", _llama_cpp)),
-    namings={"diffusers": OFFICIAL, "comfy": OFFICIAL},
+    dialects=(Dialect("hf", _hf, whole=True), Dialect("burn", _burn), Dialect("llama.cpp", _llama_cpp)),
+    namings={"diffusers": OFFICIAL, "comfy": OFFICIAL, "mflux": Dialect("mflux", _hf, whole=True, files=MFLUX_FILES)},
     prefixes=("text_encoders.qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.", "model."),
-    ignored=("lm_head.weight", "output.weight", "rope_freqs.weight"),  # two copies of the embedding, and a table
+    ignored=("lm_head.weight", "output.weight", "rope_freqs.weight", "rotary_emb.inv_freq"),  # copies, and two tables
     stem="model",
     library=("transformers", "Qwen3Model"),
     flat_stems=("qwen3_4b_text_encoder", "qwen_3_4b"),

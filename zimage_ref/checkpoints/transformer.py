@@ -4,6 +4,7 @@
     comfy          ComfyUI's single file: q, k and v are one matrix, names have no patch size
     burn           the original Rust tool: comfy's names, Linear weights (in, out), gamma for norms
     burn of 2025   the same, with the patch size in the names
+    mflux          the official names except three, as mflux-save writes them
 
 Sources: convert_z_image_transformer_checkpoint_to_diffusers in diffusers' single_file_utils.py; burn's nn modules.
 """
@@ -19,6 +20,7 @@ from zimage_ref.model.parameters import transformer_parameters
 
 from .component import Component, count_numbered
 from .dialects import LINEAR_RANK, OFFICIAL, Dialect, Placement, Shape, renamed
+from .mflux import MFLUX_FILES
 
 _COMFY = {
     r"^all_(x_embedder|final_layer)\.\d+-\d+\.": r"\1.",
@@ -35,6 +37,15 @@ _BURN = {
     r"^t_embedder\.mlp\.2\.": "t_embedder.mlp_2.",
     r"(norm[12]?)\.weight$": r"\1.gamma",
 }
+_MFLUX = {
+    r"^t_embedder\.mlp\.0\.": "t_embedder.linear1.",
+    r"^t_embedder\.mlp\.2\.": "t_embedder.linear2.",
+    r"^(all_final_layer\..*)\.adaLN_modulation\.1\.": r"\1.adaLN_modulation.0.",
+}
+
+
+def _mflux(name: str, shape: Shape, config: object) -> Placement:
+    return Placement(renamed(name, _MFLUX))
 
 
 def _comfy(name: str, shape: Shape, config: object) -> Placement:
@@ -84,6 +95,7 @@ def _sizes(dialect: Dialect[TransformerConfig], tensors: Tensors) -> Transformer
 
 
 _COMFY_DIALECT = Dialect("comfy", _comfy)
+_MFLUX_DIALECT = Dialect("mflux", _mflux, whole=True, files=MFLUX_FILES)
 
 TRANSFORMER = Component(
     name="transformer",
@@ -92,8 +104,8 @@ TRANSFORMER = Component(
     config_key="axes_dims",
     parameters=transformer_parameters,
     sizes=_sizes,
-    dialects=(OFFICIAL, _COMFY_DIALECT, Dialect("burn", _burn), Dialect("burn of 2025", _burn_of_2025)),
-    namings={"diffusers": OFFICIAL, "comfy": _COMFY_DIALECT},
+    dialects=(OFFICIAL, _COMFY_DIALECT, Dialect("burn", _burn), Dialect("burn of 2025", _burn_of_2025), _MFLUX_DIALECT),
+    namings={"diffusers": OFFICIAL, "comfy": _COMFY_DIALECT, "mflux": _MFLUX_DIALECT},
     prefixes=("model.diffusion_model.", "diffusion_model."),
     ignored=("norm_final.weight", "final_layer.norm_final.weight"),
     library=("diffusers", "ZImageTransformer2DModel"),

@@ -3,6 +3,8 @@
     diffusers   the official names: `model.parameters`
     ldm         CompVis's names: up blocks counted from the other end, attention as 1x1 convolutions
     burn        the original Rust tool: LDM's names, gamma and beta for norms
+    mflux       the official names except at the ends of both halves; convolutions are channels last
+    channels last   the official names, and such convolutions
 
 Sources: convert_ldm_vae_checkpoint in diffusers' single_file_utils.py; burn's nn modules.
 """
@@ -17,7 +19,8 @@ from zimage_ref.model.config import OFFICIAL_VAE, VAEConfig
 from zimage_ref.model.parameters import vae_parameters
 
 from .component import Component, count_numbered
-from .dialects import LINEAR_RANK, OFFICIAL, Dialect, Placement, Shape, renamed
+from .dialects import CONVOLUTION_RANK, LINEAR_RANK, OFFICIAL, Dialect, Placement, Shape, renamed
+from .mflux import MFLUX_FILES
 
 _LDM = {
     r"\.(down|up)_blocks\.(\d+)\.resnets\.": r".\1.\2.block.",
@@ -35,6 +38,19 @@ _BURN = {
     r"(norm|norm1|norm2|norm_out)\.weight$": r"\1.gamma",
     r"(norm|norm1|norm2|norm_out)\.bias$": r"\1.beta",
 }
+_MFLUX = {
+    r"^decoder\.conv_(in|out)\.": r"decoder.conv_\1.conv.",
+    r"^encoder\.conv_(in|out)\.": r"encoder.conv_\1.conv2d.",
+    r"\.conv_norm_out\.": ".conv_norm_out.norm.",
+}
+
+
+def _mflux(name: str, shape: Shape, config: object) -> Placement:
+    return Placement(renamed(name, _MFLUX), channels_last=len(shape) == CONVOLUTION_RANK)
+
+
+def _channels_last(name: str, shape: Shape, config: object) -> Placement:
+    return Placement(name, channels_last=len(shape) == CONVOLUTION_RANK)
 
 
 def _ldm(name: str, shape: Shape, config: VAEConfig) -> Placement:
@@ -67,6 +83,7 @@ def _sizes(dialect: Dialect[VAEConfig], tensors: Tensors) -> VAEConfig:
 
 
 _LDM_DIALECT = Dialect("ldm", _ldm)
+_MFLUX_DIALECT = Dialect("mflux", _mflux, whole=True, files=MFLUX_FILES)
 
 VAE = Component(
     name="vae",
@@ -76,8 +93,8 @@ VAE = Component(
     parameters=vae_parameters,
     sizes=_sizes,
     not_quantized="it is small and made of convolutions",
-    dialects=(OFFICIAL, _LDM_DIALECT, Dialect("burn", _burn)),
-    namings={"diffusers": OFFICIAL, "comfy": _LDM_DIALECT, "ldm": _LDM_DIALECT},
+    dialects=(OFFICIAL, _LDM_DIALECT, Dialect("burn", _burn), _MFLUX_DIALECT, Dialect("channels last", _channels_last)),
+    namings={"diffusers": OFFICIAL, "comfy": _LDM_DIALECT, "ldm": _LDM_DIALECT, "mflux": _MFLUX_DIALECT},
     prefixes=("first_stage_model.", "vae."),
     library=("diffusers", "AutoencoderKL"),
     flat_stems=("ae",),

@@ -1,4 +1,4 @@
 """Knows: what `zimage doctor` finds: facts about the machine, verdicts, rates, and the model of time.
-May import: formats, model, version, checkpoints, memory.
+May import: errors, formats, model, version, checkpoints, memory.
 Must never know: mlx, the networks, and how anything is measured.
 """

@@ -34,8 +34,13 @@ _PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda", "mlx-cuda-12", "mlx-cuda
 
 def describe() -> Machine:
     """The machine, its system and the software that matters."""
-    machine = _system() + _memory() + _software()
+    machine = hardware() + _software()
     return machine + _mac() if sys.platform == "darwin" else machine
+
+
+def hardware() -> Machine:
+    """The machine and its system, without its software."""
+    return _system() + _memory()
 
 
 def ask(*command: str) -> str:

@@ -21,10 +21,18 @@ from zimage_ref.checkpoints.registry import COMPONENTS
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
-from zimage_ref.memory import FAST, LEAN, STREAM, LoadedModel, generation_stages, lora_bytes, peak, training_stages
+from zimage_ref.memory import (
+    LoadedModel,
+    Mode,
+    footprint_of_mlx,
+    generation_stages,
+    lora_bytes,
+    on_apple_silicon,
+    peak,
+    training_stages,
+)
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import block_of
-from zimage_ref.streaming import Mode
 
 from . import work
 from .work import Tokens, Work
@@ -33,9 +41,8 @@ SIDES = (512, 768, 1024)
 MODES: tuple[Mode, ...] = ("fast", "lean", "stream")
 STEPS = 8  # of a picture, Turbo's
 BITS = {"8": 8, "4": 4}  # precisions that are numbers of bits
-_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
-_FOOTPRINTS = {"fast": FAST, "lean": LEAN, "stream": STREAM}
 _AS_GOOD = 1.1  # a choice of more bits is better if it takes at most this times the fastest one's time
 
 
@@ -133,18 +140,17 @@ class TimeModel:
 
     def picture_bytes(self, precision: str, side: int, mode: Mode) -> int:
         """Memory of making one picture; lean and stream free each network before they load the next."""
-        model, one_at_a_time = _loaded(precision, self._compute), mode != "fast"
-        stages = generation_stages(model, _FOOTPRINTS[mode], (side, side), one_at_a_time=one_at_a_time)
+        model, footprint = _loaded(precision, self._compute), footprint_of_mlx(mode, on_apple_silicon())
+        stages = generation_stages(model, footprint, (side, side), one_at_a_time=mode != "fast")
         return peak(stages).total
 
     def step_bytes(self, precision: str, side: int, mode: Mode) -> int:
         """Memory of training LoRAs of rank 16 on all blocks, with AdamW."""
         blocks = OFFICIAL_TRANSFORMER.n_layers + 2 * OFFICIAL_TRANSFORMER.n_refiner_layers
         lora = lora_bytes(blocks * work.lora_values(OFFICIAL_TRANSFORMER), slots=2)
-        model, tokens, footprint = _loaded(precision, self._compute), Tokens.of(side).image, _FOOTPRINTS[mode]
-        if mode == "fast":
-            footprint = LEAN
-        return peak(training_stages(model, tokens, lora, lean=mode != "fast", footprint=footprint)).total
+        model = _loaded(precision, self._compute)
+        footprint = footprint_of_mlx("lean" if mode == "fast" else mode, on_apple_silicon())
+        return peak(training_stages(model, Tokens.of(side).image, lora, 1, mode != "fast", footprint)).total
 
     def read_rate(self, precision: str, side: int) -> float:
         """The bytes a second that a disk must give so that streaming takes no longer than lean."""
@@ -200,7 +206,7 @@ class TimeModel:
 @cache
 def _loaded(precision: str, compute: str) -> LoadedModel:
     bits = BITS.get(precision)
-    return LoadedModel(official_model(), _NAMES[compute if bits else precision], Quantization(bits) if bits else None)
+    return LoadedModel(official_model(), NAMES[compute if bits else precision], Quantization(bits) if bits else None)
 
 
 def official_model() -> ModelFolder:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from zimage_ref.errors import FormatError, listing, reason
 
-from . import burnpack, gguf, npz, quantize, safetensors, shards
+from . import burnpack, gguf, npz, safetensors, shards
+from .folders import own_files
+from .folding import fold
 from .json_file import Json, JsonObject
-from .shards import INDEX_SUFFIX
+from .reading import open_file
+from .strangers import check_not_stranger, unfinished
 from .tensors import Tensor
 
 WRITABLE = (".npz", ".safetensors")  # suffixes, in order of preference
@@ -34,7 +37,7 @@ class Checkpoint:
 
     path: Path
     container: str  # "npz", "safetensors", "burnpack" or "gguf"
-    tensors: dict[str, Tensor]  # a quantized layer is one QuantizedTensor
+    tensors: dict[str, Tensor]  # a quantized layer is one tensor, see `layouts`
     metadata: Json  # as stored: the npz record, safetensors' __metadata__, ...
     record: Json = field(default_factory=dict)  # written by this program: model_type, config, quantization, source
 
@@ -51,22 +54,25 @@ class Checkpoint:
         """
         if path.is_dir():
             path = find_weights(path)
-        if path.name.endswith(INDEX_SUFFIX):
+        if shards.is_index(path):
             container, tensors, metadata = "safetensors", *shards.read(path)
+        elif shards.set_of(path):
+            container, tensors, metadata = "safetensors", *shards.read_set(path)
         else:
             container, read = _reader(path)
             tensors, metadata = read(path)
         record = metadata if container == "npz" else _record_in_metadata(path, metadata)
-        return cls(path, container, quantize.fold(tensors, record, path), metadata, record)
+        return cls(path, container, fold(tensors, metadata, record, path), metadata, record)
 
 
 def _reader(path: Path) -> tuple[str, Read]:
     """The container of the file `path`, and the function that reads it."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = file.read(4)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no path can have such characters
         raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
+    check_not_stranger(path)
     return _READERS.get(magic, ("safetensors", safetensors.read))
 
 
@@ -81,14 +87,20 @@ def _record_in_metadata(path: Path, metadata: Json) -> JsonObject:
 
 
 def find_weights(folder: Path) -> Path:
-    """The one checkpoint in `folder`: an .npz, an index.json, a .safetensors, a .bpk or a .gguf, in this order."""
-    patterns = ("*.npz", f"*.safetensors{INDEX_SUFFIX}", "*.safetensors", "*.bpk", "*.gguf")
+    """The one checkpoint in `folder`: an .npz, an index.json, a .safetensors, a .bpk or a .gguf, in this order.
+
+    If there are files of several variants, such as x.safetensors and x.fp16.safetensors, it is the one without a name.
+    """
+    patterns = ("*.npz", shards.INDEX_PATTERN, "*.safetensors", "*.bpk", "*.gguf")
     for pattern in patterns:
-        found = sorted(folder.glob(pattern))
+        found = shards.without_variants(own_files(folder, pattern))
+        if len(found) > 1 and (first := shards.first_of_set(found)):
+            return first
         if len(found) > 1:
             raise FormatError(
                 f"{folder}: holds {len(found)} {pattern} files ({listing(p.name for p in found)}): name one"
             )
         if found:
             return found[0]
-    raise FormatError(f"{folder}: holds no weights: looked for {', '.join(patterns)}")
+    rest = f"; {listing(partly)} is still being downloaded" if (partly := unfinished(folder)) else ""
+    raise FormatError(f"{folder}: holds no weights: looked for {', '.join(patterns)}{rest}")

@@ -1,49 +1,91 @@
-"""Writes files so that they are either complete or absent, and checks paths before work starts."""
+"""Writes files so that they are either complete or absent, and tries names before work starts."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
+import shutil
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from zimage_ref.errors import ConfigError, FormatError, reason
+
+from .reading import open_file
+from .temporary import create_locked, lock, remove_stale, temporary_path
 
 if sys.platform != "win32":
     import fcntl
 
 FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None) if sys.platform == "darwin" else None
-_BLOCK = 1 << 20  # bytes read at a time
+_BLOCK = 1 << 20  # bytes read or written at a time
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a binary file that becomes `path` when the block ends. If the block raises, the file is deleted.
 
-    The file is written under a temporary name in the same folder, synced to disk and renamed to `path`. If the block
-    raises, folders that were created for the file are deleted too.
+    The file is written under a temporary name in the same folder, synced to disk and renamed to `path`. If `path` is a
+    link, the file that it points to is written, and the link stays. If the block raises, folders that were created for
+    the file are deleted too. An OSError from writing names `path`.
     """
-    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = real_path(path)
+    made = [folder for folder in target.parents if not folder.exists()]  # innermost first
+    temporary = None
     try:
-        with temporary.open("wb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, descriptor = create_locked(target)
+        with cast(BinaryIO, io.BufferedWriter(_NamedFile(descriptor, path), _BLOCK)) as file:
             yield file
             file.flush()
-            sync(file.fileno())
-        os.replace(temporary, path)
+            with _named(path):
+                sync(file.fileno())
+                if sys.platform != "win32":  # while it is still locked
+                    os.replace(temporary, target)
+        if sys.platform == "win32":  # which does not rename open files
+            os.replace(temporary, target)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        if isinstance(error, OSError) and temporary and error.filename == str(temporary):
             error.filename = str(path)
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
         with suppress(OSError):  # another file of the same run may be in the folder now
             for folder in made:
                 folder.rmdir()
         raise
+
+
+class _NamedFile(io.FileIO):
+    """A file open for writing. Its errors name `path`, not a descriptor."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor, "r+b")
+        self._path = path
+
+    def write(self, data: bytes, /) -> int | None:  # type: ignore[override]
+        with _named(self._path):
+            return super().write(data)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A block in which an OSError without the name of a file gets that of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def real_path(path: Path) -> Path:
+    """The file that `path` stands for: the end of its links, if it is one. The folders before it stay as they are."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def sync(handle: int) -> None:
@@ -63,23 +105,89 @@ def sha256(path: Path) -> str:
     """The SHA-256 of the file `path` in hexadecimal. Raises FormatError if the file cannot be read."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
     return digest.hexdigest()
 
 
-def check_writable(path: Path) -> None:
-    """Raises ConfigError if you cannot write a file to `path`. Call it before a long computation."""
-    home = existing_parent(path)
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder: name a file")
+def check_writable(*paths: Path) -> None:
+    """Raises ConfigError if you cannot write a file to one of `paths`. Call it before a long computation.
+
+    Each name is created in a temporary folder on the same disk and deleted, so that a name that is too long, or that
+    the disk does not allow, is found. Leftovers of killed programs are deleted from the folders, too.
+    """
+    homes: dict[Path, list[Path]] = {}
+    for path in paths:
+        _check_place(path)
+        homes.setdefault(existing_parent(real_path(path)), []).append(path)
+    for home, inside in homes.items():
+        remove_stale(home)
+        _try_names(home, inside)
+
+
+def _check_place(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
+    else:
+        if stat.S_ISDIR(mode):
+            raise ConfigError(f"{path}: is a folder: name a file")
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{path}: is a pipe, a socket or a device: name a file")
+    home = existing_parent(real_path(path))
     if not home.is_dir():
         raise ConfigError(f"{path}: cannot be written: {home} is a file, not a folder")
     if not os.access(home, os.W_OK | os.X_OK):
         raise ConfigError(f"{path}: cannot be written: no permission to write in {home}")
+    if path.exists() and _of_another_user(real_path(path)):
+        raise ConfigError(f"{path}: cannot be written: it is protected, or belongs to another user")
+
+
+def _of_another_user(path: Path) -> bool:
+    """Whether a file cannot be replaced although its folder can be written."""
+    flags = getattr(path.stat(), "st_flags", 0)  # macOS: "Locked" in the Finder
+    if flags & (stat.UF_IMMUTABLE | stat.SF_IMMUTABLE):
+        return True
+    shared = path.parent.stat().st_mode & stat.S_ISVTX  # a folder such as /tmp: each user replaces only his own files
+    return bool(shared) and os.geteuid() not in (0, path.stat().st_uid, path.parent.stat().st_uid)
+
+
+def _try_names(home: Path, paths: Iterable[Path]) -> None:
+    """Creates each of `paths` in a temporary folder in `home`, which is their innermost folder that exists."""
+    trial = temporary_path(home / "names")
+    path = home
+    try:
+        with _locked_folder(trial):
+            for path in paths:
+                name = real_path(path).absolute().relative_to(home)
+                if ".." not in name.parts:  # else it would not be in the temporary folder
+                    tried = trial / name
+                    tried.parent.mkdir(parents=True, exist_ok=True)
+                    tried.touch()
+                    tried.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """A new folder that is locked, so that no other program takes it for a leftover, and deleted at the end."""
+    folder.mkdir()
+    descriptor = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            lock(descriptor)
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def existing_parent(path: Path) -> Path:
@@ -90,23 +198,3 @@ def existing_parent(path: Path) -> Path:
 def disk_is_full(error: OSError) -> bool:
     """Whether `error` says that the disk, or the user's quota on it, is full."""
     return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-
-
-def remove_stale(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Deletes temporary files under `folder` that `atomic_write` left because its process was killed."""
-    for temporary in folder.glob(pattern):
-        owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
-        if owner.isdecimal() and not _alive(int(owner)):
-            temporary.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # the process exists and belongs to another user
-        return True
-    return True

@@ -22,6 +22,7 @@ from zimage_ref.extras import optional_import
 
 from .json_file import Json, JsonObject
 from .mapped_file import MappedFile, check_disjoint
+from .packed import PackedTensor
 from .tensors import DTYPES, Array, Tensor, row_blocks
 
 MAGIC = b"GGUF"
@@ -93,14 +94,16 @@ def _tensor_at(
         stored = (*shape[:-1], shape[-1] // block * block_bytes)
         nbytes = prod(stored)
 
+        bytes_of = Tensor(stored, DTYPES["u8"], partial(file.array, offset, stored, DTYPES["u8"]))
+
         def dequantize() -> Array:
-            rows = file.array(offset, stored, np.dtype("u1")).reshape(-1, stored[-1])
+            rows = bytes_of.read().reshape(-1, stored[-1])
             weights = np.empty((len(rows), shape[-1]), "<f4")
             for part in row_blocks(weights.shape):
                 weights[part] = package.quants.dequantize(rows[part], package.GGMLQuantizationType(kind))
             return weights.reshape(shape)
 
-        tensor = Tensor(shape, DTYPES["f32"], dequantize, label)
+        tensor = PackedTensor.of_values(shape, label, dequantize, {"weight": bytes_of}, "f32")
     if offset + nbytes > file.size:
         raise FormatError(f"{where} is truncated: {offset + nbytes} bytes are needed, {file.size} are there")
     return tensor, nbytes

@@ -15,6 +15,7 @@ import numpy as np
 
 from zimage_ref.errors import FormatError, reason
 
+from .reading import open_descriptor
 from .tensors import Array, DType, Span, Tensor
 
 _AT_ONCE = 1 << 26  # bytes asked of the system in one call; some systems give at most 2 GB
@@ -31,7 +32,7 @@ class MappedFile:
         """Raises FormatError if `path` cannot be opened."""
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._descriptor = open_descriptor(path)
             status = os.fstat(self._descriptor)
             self.size, self._changed = status.st_size, status.st_mtime_ns
         except OSError as error:

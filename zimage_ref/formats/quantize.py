@@ -1,4 +1,4 @@
-"""Affine quantization in MLX's layout: 4 or 8 bits for each weight, one scale and one bias for each group of a row.
+"""Affine quantization in MLX's layout: 3 to 8 bits for each weight, one scale and one bias for each group of a row.
 
     w = scale * q + bias          q: unsigned, packed into uint32, the first in the lowest bits
 
@@ -20,10 +20,12 @@ import numpy as np
 
 from zimage_ref.errors import ConfigError, FormatError
 
-from .json_file import Json, JsonObject
-from .tensors import DTYPE_NAMES, FLOATS, Array, Tensor, cast, float_dtype, row_blocks
+from .bits import packed_bits, unpacked_bits
+from .json_file import JsonObject
+from .packed import PackedTensor
+from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype, row_blocks
 
-BITS = (4, 8)
+BITS = (3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 64  # the default, the same as in MLX
 
@@ -89,6 +91,30 @@ class QuantizedTensor(Tensor):
         """As that of a Tensor: all three parts are stored as they are."""
         return all(part.streamable for part in self.parts.values())
 
+    @property
+    def stored_nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    def rows(self, indices: Array) -> Array:
+        """Dequantizes the rows `indices` only."""
+        packed, scales, biases = (part.read()[indices] for part in self.parts.values())
+        return dequantized(packed, scales, biases, self.quantization)
+
+    def block(self, start: int, stop: int) -> QuantizedTensor:
+        """The rows from `start` to `stop`, still quantized. Groups do not cross rows."""
+        packed, scales, biases = (part.block(start, stop) for part in self.parts.values())
+        return self.of_parts(packed, scales, biases, self.quantization)
+
+    def fitted(self, shape: tuple[int, ...]) -> Tensor:
+        """Its bits and group follow from the columns of `shape`: 4 bits in groups of 64 look as 8 in groups of 32."""
+        words, groups = self.packed.shape[1], self.scales.shape[1]
+        if len(shape) != 2 or shape == self.shape or not shape[1] or not groups:
+            return self
+        bits, group_size = words * 32 / shape[1], shape[1] / groups
+        if bits not in BITS or group_size not in GROUP_SIZES:
+            return self
+        return self.of_parts(self.packed, self.scales, self.biases, Quantization(int(bits), int(group_size)))
+
     def cast(self, name: str | None) -> Tensor:
         """The same tensor with scales and biases in another float dtype. The dequantized weights get it too."""
         return self.of_parts(self.packed, self.scales.cast(name), self.biases.cast(name), self.quantization)
@@ -99,41 +125,8 @@ class QuantizedTensor(Tensor):
         return Tensor(tensor.shape, tensor.dtype, tensor.read)
 
 
-def fold(tensors: Mapping[str, Tensor], record: Json, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, with the three of each quantized layer as one QuantizedTensor.
-
-    Raises FormatError if the three do not fit each other.
-    """
-    if "quantization" not in record:
-        return dict(tensors)
-    how = Quantization.from_json(record["quantization"], path)
-    folded = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".scales")]:
-        layer = name.removesuffix(".scales")
-        parts = [folded.pop(f"{layer}.{part}", None) for part in ("scales", "biases")]
-        packed = tensors.get(f"{layer}.weight")
-        scales, biases = parts
-        if packed is None or scales is None or biases is None:
-            raise FormatError(f"{path}: {layer} lacks one of weight, scales and biases of a quantized layer")
-        groups = packed.shape[-1] * 32 // (how.bits * how.group_size) if packed.shape else 0
-        if (
-            len(packed.shape) != 2
-            or DTYPE_NAMES[packed.dtype] != "u32"
-            or not scales.shape == biases.shape == (packed.shape[0], groups)
-            or packed.shape[1] * 32 != groups * how.group_size * how.bits
-            or scales.dtype != biases.dtype
-            or DTYPE_NAMES[scales.dtype] not in FLOATS
-        ):
-            raise FormatError(
-                f"{path}: {layer} has weight {packed.shape}, scales {scales.shape}, biases {biases.shape}, "
-                f"which are not {how.bits} bits in groups of {how.group_size}"
-            )
-        folded[f"{layer}.weight"] = QuantizedTensor.of_parts(packed, scales, biases, how)
-    return folded
-
-
 def unfold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `fold`: the tensors as a file stores them, three for each quantized one."""
+    """The inverse of `folding.fold` for these layers: the tensors as a file stores them, three for each."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, QuantizedTensor):
@@ -187,9 +180,7 @@ def _quantize(weight: Array, how: Quantization) -> tuple[Array, Array, Array]:
     step = np.where(level != 0, edge / np.where(level != 0, level, 1), step)
     bias = np.where(level == 0, np.float32(0), edge)
     q = np.clip(np.rint((groups - bias) / step), 0, levels).astype(np.uint8).reshape(len(weight), -1)
-    if how.bits == 4:
-        q = q[:, ::2] | q[:, 1::2] << 4
-    return np.ascontiguousarray(q).view("<u4"), step[..., 0], bias[..., 0]
+    return packed_bits(q, how.bits), step[..., 0], bias[..., 0]
 
 
 def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) -> Array:
@@ -198,9 +189,7 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
     wide = dtype if DTYPE_NAMES[dtype] in ("f32", "f64") else float_dtype("f32")
     weight = np.empty((len(packed), scales.shape[1] * how.group_size), dtype)
     for block in row_blocks(weight.shape):
-        q = np.ascontiguousarray(packed[block]).view(np.uint8)
-        if how.bits == 4:
-            q = np.stack([q & 0xF, q >> 4], axis=-1)
+        q = unpacked_bits(packed[block], how.bits)
         q = q.reshape(len(q), -1, how.group_size).astype(wide)
         scale, bias = (cast(part[block], wide)[..., None] for part in (scales, biases))
         product = cast(cast(q * scale, dtype), wide)
@@ -212,11 +201,19 @@ def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
     """The bytes that the tensors take in a file, by dtype or quantized format."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else (tensor,)
-        sizes[tensor.stored_as] += sum(part.nbytes for part in parts)
+        sizes[tensor.stored_as] += tensor.stored_nbytes
     return sizes
 
 
 def without_quantization(tensors: Mapping[str, Tensor], dtype: str | None = None) -> dict[str, Tensor]:
-    """The tensors without QuantizedTensors: each of those is dequantized, in the dtype `dtype`, when you read it."""
-    return {n: t.plain(dtype) if isinstance(t, QuantizedTensor) else t for n, t in tensors.items()}
+    """The tensors without QuantizedTensors: each of those is dequantized, in the dtype `dtype`, when you read it.
+
+    With a dtype, packed tensors become float32, so that the cast to `dtype` is the only rounding.
+    """
+
+    def plain(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, QuantizedTensor):
+            return tensor.plain(dtype)
+        return tensor.cast("f32") if dtype and isinstance(tensor, PackedTensor) else tensor
+
+    return {name: plain(tensor) for name, tensor in tensors.items()}

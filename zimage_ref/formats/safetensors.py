@@ -19,12 +19,16 @@ from zimage_ref.errors import FormatError
 from .files import atomic_write
 from .json_file import Json, JsonObject
 from .mapped_file import MappedFile
+from .small_floats import float8
+from .strangers import check_not_stranger, partly_downloaded
 from .tensors import DTYPES, Tensor, Tensors, write_data
 
 _TAGS = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "I32": "i32", "I16": "i16",
     "I8": "i8", "U64": "u64", "U32": "u32", "U16": "u16", "U8": "u8", "BOOL": "bool",
 }  # fmt: skip
+_MAX_HEADER = 100_000_000  # bytes, as in the library
+_FLOAT8_TAGS = {"F8_E4M3": "f8_e4m3", "F8_E5M2": "f8_e5m2", "F8_E8M0": "f8_e8m0"}
 _TAG_OF = {DTYPES[name]: tag for tag, name in _TAGS.items()}
 
 
@@ -33,6 +37,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises FormatError for anything that is not a whole, valid safetensors file of known dtypes.
     """
+    if path.is_file():
+        _check_whole(path)
     try:
         with safe_open(path, framework="np"):  # this checks lengths, offsets and overlaps
             pass
@@ -46,12 +52,31 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: _mapped(file, start, name, entry) for name, entry in entries}, metadata
 
 
+def _check_whole(path: Path) -> None:
+    """Raises FormatError if the header of `path` promises more bytes than the file has, and it reads as a header."""
+    check_not_stranger(path)
+    file = MappedFile(path)
+    if file.size < 8:
+        return
+    start = 8 + int.from_bytes(file.bytes(0, 8), "little")
+    try:
+        header = json.loads(file.bytes(8, start - 8) if start <= file.size else b"")
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        needed = start + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        needed = start if file.bytes(8, 2) == b'{"' and start < _MAX_HEADER else 0
+    if needed > file.size:  # else the library says what is wrong with it
+        raise partly_downloaded(path, file.size, needed)
+
+
 def _mapped(file: MappedFile, start: int, name: str, entry: Json) -> Tensor:
-    if entry["dtype"] not in _TAGS:
-        raise FormatError(f"{file.path}: {name} has dtype {entry['dtype']}, which this program cannot read")
-    dtype = DTYPES[_TAGS[entry["dtype"]]]
+    tag, small = entry["dtype"], _FLOAT8_TAGS.get(entry["dtype"])
+    if tag not in _TAGS and small is None:
+        raise FormatError(f"{file.path}: {name} has dtype {tag}, which this program cannot read")
+    dtype = DTYPES["u8" if small else _TAGS[tag]]
     shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-    return file.tensor(offset, shape, dtype)
+    stored = file.tensor(offset, shape, dtype)
+    return float8(stored, small) if small else stored
 
 
 def write(

@@ -7,7 +7,7 @@ Each value is two bytes, the upper half of a float32. Only this file converts th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -61,6 +61,10 @@ class Span:
     file: ReadableFile
     offset: int  # bytes
 
+    def after(self, skip: int) -> Span:
+        """The part that begins `skip` bytes later."""
+        return Span(self.file, self.offset + skip)
+
     def read_into(self, buffer: memoryview, skip: int = 0) -> None:
         """Fills `buffer` with the bytes after the first `skip`. Raises FormatError if that fails."""
         self.file.read_into(buffer, self.offset + skip)
@@ -94,6 +98,11 @@ class Tensor:
         """The bytes of data in `dtype`."""
         return self.size * self.dtype.itemsize
 
+    @property
+    def stored_nbytes(self) -> int:
+        """The bytes that the file holds."""
+        return self.nbytes
+
     @classmethod
     def of(cls, array: Array) -> Tensor:
         """An array in memory as a Tensor."""
@@ -112,10 +121,26 @@ class Tensor:
         """A tensor of `shape`. When you read it, `change` makes its data from this tensor's data."""
         return Tensor(shape, self.dtype, lambda: change(self.read()))
 
+    def block(self, start: int, stop: int) -> Tensor:
+        """The rows from `start` to `stop`. They lie together in a file, so a streamable tensor stays streamable."""
+        part = self.view((stop - start, *self.shape[1:]), lambda array: array[start:stop])
+        if self.span is None:
+            return part
+        return replace(part, span=self.span.after(start * prod(self.shape[1:]) * self.dtype.itemsize))
+
     @property
     def streamable(self) -> bool:
         """Whether a file holds the data as it is, so that it can be read again and again at no cost but the reading."""
         return self.span is not None
+
+    def fitted(self, shape: tuple[int, ...]) -> Tensor:
+        """The same data as a tensor of `shape`, if its stored form leaves a choice and allows this one; else itself."""
+        return self
+
+    def rows(self, indices: Array) -> Array:
+        """The data of the rows `indices` of a matrix."""
+        found: Array = self.read()[indices]
+        return found
 
 
 Tensors = Mapping[str, Tensor]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from zimage_ref.bounds import PICTURE as PICTURE_BOUNDS
+from zimage_ref.bounds import check_bounds
 from zimage_ref.errors import ConfigError
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
-from zimage_ref.options import Group, at_least, at_most, check_choices, option, required
-from zimage_ref.pictures.images import FITS, PictureSource
+from zimage_ref.options import Group, check_choices, option, required
+from zimage_ref.pictures.images import FITS, Picture, PictureSource
 
 from .samplers import SAMPLERS
 
@@ -133,16 +136,15 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
+        check_bounds(self, PICTURE_BOUNDS)
+        for name in ("init_image", "mask"):
+            if not isinstance(getattr(self, name), str | Path | Picture | None):
+                raise ConfigError(f"`{name}` must be a picture or the path of one")
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 check_side(name, getattr(self, name))
         if self.width and self.height:
             check_area(self.width, self.height)
-        at_least(self, 1, "steps")
-        at_least(self, 0, "seed", "guidance", "cfg_normalization", "cfg_truncation", "strength")
-        at_most(self, 1, "cfg_truncation", "strength")
-        if self.shift is not None and not 0 < self.shift < math.inf:
-            raise ConfigError(f"`shift` {self.shift} must be above 0")
         check_choices(self)
         if self.init_image is None:
             needs_picture = {
@@ -197,7 +199,9 @@ def shrunk(width: float, height: float) -> tuple[int, int]:
     return w, h
 
 
-def _check_text(name: str, text: str) -> None:
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise ConfigError(f"`{name}` must be a text")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # the command line was in another encoding

@@ -5,27 +5,45 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.quantize import Quantization
+from zimage_ref.formats.quantize import GROUP_SIZE, Quantization
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import Footprint, physical_memory
+from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
+from zimage_ref.model.checks import check_maps, checked_numbers
 from zimage_ref.model.tokenizer import Tokenizer
-from zimage_ref.streaming import Mode
 
 ConditioningT = TypeVar("ConditioningT")
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a request wants of the engine. It keeps its terms while other requests use the same engine."""
+
+    mode: Mode  # the memory mode
+    loras: Sequence[tuple[LoRAFile, float]]  # LoRA, scale
+
+    @property
+    def lean(self) -> bool:
+        """Whether only one network is in memory at a time."""
+        return self.mode != "fast"
+
+
 class Engine(ABC, Generic[ArrayT, ConditioningT]):
-    """The networks of one model. ArrayT: the engine's arrays. ConditioningT: the conditioning of its transformer."""
+    """The networks of one model. ArrayT: the engine's arrays. ConditioningT: the conditioning of its transformer.
+
+    Threads may share an engine: `turn` lets one compute at a time. `encode_prompt`, `encode` and `decode` take a turn.
+    """
 
     backend: ClassVar[str]  # its name
     dtypes: ClassVar[tuple[str, ...]]  # names of the precisions that it offers
@@ -37,22 +55,24 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        group_size: int = GROUP_SIZE,
         stream: bool = False,
     ) -> None:
         """dtype: one of `dtypes`, or None for the engine's default. lean: keep only one network in memory at a time.
 
+        quantize: 3, 4, 5, 6 or 8 bits for the large matrices of transformer and text encoder; they are quantized on
+        loading. group_size: the weights that then share one scale.
         stream: as lean, and read the weights of a block when it is needed.
-
-        quantize: 4 or 8 bits for the large matrices of transformer and text encoder; they are quantized on loading.
         parts: files that were used instead of those in `folder`, for the record.
         Raises ConfigError for an unknown dtype, and if the tokenizer does not belong to the text encoder.
         """
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
         self.folder, self._mode = folder, _mode(lean, stream)
+        self._lock = threading.RLock()
         self.precision = dtype or self.default_dtype()  # the name of the dtype that the networks compute in
         self.parts = {name: path for name, path in (parts or {}).items() if path is not None}
-        self.quantization = Quantization(quantize) if quantize else None
+        self.quantization = Quantization(quantize, group_size) if quantize else None
         self.tokenizer = Tokenizer(folder.tokenizer)
         if self.tokenizer.vocab_size > folder.text_encoder.vocab_size:
             raise ConfigError(
@@ -94,9 +114,47 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """A block in which an error of the engine's device becomes a BackendError."""
         return nullcontext()
 
-    @abstractmethod
+    @contextmanager
+    def turn(self, terms: Terms | None = None) -> Iterator[None]:
+        """A block in which no other thread uses the engine, and its memory mode and LoRAs are those of `terms`.
+
+        None changes nothing. An error of the engine's device becomes a BackendError. A turn may hold another turn.
+        A request takes a turn for each prompt, step and picture. So a request that waits for its user blocks nobody.
+        """
+        with self._lock, self.guarded():
+            if terms is not None:
+                self.set_mode(terms.mode)
+                self.use_loras(terms.loras)
+            yield
+
     def encode_prompt(self, text: str) -> ArrayT:
         """(T, cap_feat_dim): the encoder's hidden_states[-2] for `text` in the chat template, without padding."""
+        with self.turn():
+            return self.settle(self._encode_prompt(text))
+
+    def encode(self, pixels: Array) -> ArrayT:
+        """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays."""
+        with self.turn():
+            check_maps("pixels", pixels.shape, self.folder.vae.in_channels, self.folder.vae.factor, batch=1)
+            return self.settle(self._encode(checked_numbers("pixels", pixels)))
+
+    def decode(self, x: ArrayT) -> Array:
+        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]. Raises ConfigError for other arrays."""
+        with self.turn():
+            check_maps("latents", x.shape, self.folder.vae.latent_channels, 1, batch=1)
+            return self._decode(x)
+
+    @abstractmethod
+    def _encode_prompt(self, text: str) -> ArrayT:
+        """See `encode_prompt`."""
+
+    @abstractmethod
+    def _encode(self, pixels: Array) -> ArrayT:
+        """See `encode`."""
+
+    @abstractmethod
+    def _decode(self, x: ArrayT) -> Array:
+        """See `decode`."""
 
     @abstractmethod
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
@@ -129,14 +187,6 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def settle(self, array: ArrayT) -> ArrayT:
         """The array, fully computed. An engine with lazy arrays evaluates it here."""
-
-    @abstractmethod
-    def encode(self, pixels: Array) -> ArrayT:
-        """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w)."""
-
-    @abstractmethod
-    def decode(self, x: ArrayT) -> Array:
-        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]."""
 
 
 def _mode(lean: bool, stream: bool) -> Mode:

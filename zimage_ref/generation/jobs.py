@@ -7,16 +7,17 @@ shows whether the model is Turbo or the base model. The picture to start from de
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from zimage_ref.bounds import PICTURE
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
-from zimage_ref.pictures.images import Picture, PictureSource, fit, fit_mask, read_mask, to_rgb
+from zimage_ref.pictures.images import Picture, black_and_white, fit, fit_mask, flat, read_given
 
 from .config import (
     BASE,
@@ -41,9 +42,17 @@ class Request:
     height: int
     sigmas: tuple[float, ...]  # from the first noise level down to 0
     guidance: Guidance
-    noise: Array  # (C, h, w) float32
+    shape: tuple[int, int, int]  # of the latents: C, h, w
     picture: Picture | None  # the picture to start from, at the size of the result
     mask: Array | None  # (height, width) boolean, True: to be painted again
+    given_noise: Array | None = None  # (C, h, w) float32, instead of the noise of the seed
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files of pictures, by field
+    remarks: tuple[str, ...] = ()  # on what of these files is not used
+
+    @property
+    def noise(self) -> Array:
+        """The noise to start from, (C, h, w) float32. It is made when it is asked for: a run may have many requests."""
+        return starting_noise(self.config.seed, self.shape) if self.given_noise is None else self.given_noise
 
     def latent_mask(self, h: int, w: int) -> Array | None:
         """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted again, else 0."""
@@ -65,6 +74,8 @@ def configs_for(
     options: the other fields of GenerateConfig, by name. Raises ConfigError for values out of bounds.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for one in seed if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]:
+        PICTURE["seed"].check("seed", one)
     if isinstance(seed, Sequence):
         pairs = [(text, one) for text in prompts for one in seed]
     else:
@@ -84,7 +95,7 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
         if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
             own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
-            requests.append(replace(last, config=own, noise=starting_noise(config.seed, last.noise.shape)))
+            requests.append(replace(last, config=own))
         else:
             requests.append(_request(config, folder))
     return requests
@@ -117,8 +128,10 @@ def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:
 
 
 def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
-    picture = None if config.init_image is None else to_rgb(config.init_image)
-    white = None if config.mask is None or picture is None else _mask(config.mask, config, picture)
+    sources = {"init_image": config.init_image, "mask": config.mask}
+    given = {name: read_given(source) for name, source in sources.items() if source is not None}
+    picture = flat(given["init_image"].picture) if "init_image" in given else None
+    white = None if "mask" not in given or picture is None else _mask(given["mask"].picture, config, picture)
     width, height = _size(config, picture)
     _check_size(width, height, folder)
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
@@ -132,9 +145,11 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
         height=height,
         sigmas=_sigmas(config, folder, width * height),
         guidance=Guidance(config.guidance or 0.0, config.cfg_normalization, config.cfg_truncation),
-        noise=starting_noise(config.seed, shape),
+        shape=shape,
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
+        digests={name: each.digest for name, each in given.items()},
+        remarks=tuple(remark for each in given.values() for remark in each.remarks),
     )
 
 
@@ -151,14 +166,13 @@ def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConf
     )
 
 
-def _mask(source: PictureSource, config: GenerateConfig, picture: Picture) -> Picture:
-    mask = read_mask(source)
+def _mask(mask: Picture, config: GenerateConfig, picture: Picture) -> Picture:
     if mask.size != picture.size:
         raise ConfigError(
-            f"`mask` {_named(source)} is {mask.width} x {mask.height}, `init_image` {_named(config.init_image)} "
+            f"`mask` {_named(config.mask)} is {mask.width} x {mask.height}, `init_image` {_named(config.init_image)} "
             f"{picture.width} x {picture.height}: they must be of one size"
         )
-    return mask
+    return black_and_white(mask)
 
 
 def _named(source: object) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from zimage_ref.errors import ConfigError
+from zimage_ref.bounds import LORA_SCALE
+from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.lora.file import LoRAFile, read_lora
 from zimage_ref.lora.spellings import companions
@@ -31,8 +31,11 @@ class LoRAContent:
 
     @cached_property
     def sha256(self) -> str:
-        """The `digest` of the file, computed on first use."""
-        return digest(self.path)
+        """The `digest` of the file, computed on first use. Raises FormatError if it was written again since."""
+        found = digest(self.path)
+        if self.stamp and _stamp(self.path) != self.stamp:
+            raise FormatError(f"{self.path}: was changed after it was checked: start again")
+        return found
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,11 @@ class LoadedLoRA:
 
 
 def with_scale(source: LoRASource) -> tuple[NamedLoRA, float]:
-    """A LoRA and its scale. Raises ConfigError for a scale that is not finite."""
+    """A LoRA and its scale. Raises ConfigError for a scale out of bounds."""
     named, scale = source if isinstance(source, tuple) else (source, 1.0)
-    if not math.isfinite(scale):
+    if fault := LORA_SCALE.fault(scale):
         path = named.path if isinstance(named, LoRAFile) else named
-        raise ConfigError(f"{path}: LoRA scale {scale} must be a finite number")
+        raise ConfigError(f"{path}: LoRA scale {scale} {fault}")
     return named, float(scale)
 
 

@@ -1,33 +1,33 @@
-"""Prompt to picture with any engine. The NumPy pipeline and the MLX pipeline share this code.
+"""Prompt to picture with any engine. Source: pipeline_z_image.py of diffusers.
 
-    plan        options -> requests: decides and checks everything before any weights are read
-    generate    requests -> pictures: encodes all prompts, then denoises all latents, then decodes all pictures
-
-Source: pipeline_z_image.py of diffusers.
+plan        options -> requests: decides and checks everything before any weights are read
+generate    requests -> pictures: encodes all prompts, then denoises and decodes one batch after the other
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 
+from zimage_ref.bounds import RUN
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import LoadedModel, Stage, generation_stages, largest
+from zimage_ref.memory import LoadedModel, Mode, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
+from zimage_ref.model.checks import check_finite, checked_numbers
 from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
-from zimage_ref.streaming import Mode
 
 from .config import GenerateConfig, config_of
 from .denoising import DenoisingStep, denoised, plain_steps
-from .engine import ConditioningT, Engine
+from .engine import ConditioningT, Engine, Terms
 from .jobs import Request, configs_for, in_batches, plan_requests
 from .loras import LoRACache, LoRASource
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 Output = Literal["pil", "array", "latents"]
 StageProgress = Callable[[str, int, int], None]  # stage (encode, denoise, decode), units done, units in all
 Watch = Callable[[range, DenoisingStep[ArrayT]], None]  # indices of a batch's requests, from 0, and its step
-Item = TypeVar("Item")
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
@@ -47,8 +46,8 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 class Pipeline(Engine[ArrayT, ConditioningT]):
     """A Z-Image model that makes pictures. The methods of the engine compute; the methods here plan and call them.
 
-    `output` selects the form of pictures: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w)
-    float32.
+    Several threads and open streams may share a pipeline. They take turns, and each keeps its own LoRAs. `output` is
+    the form of pictures: "pil", PIL images; "array", (H, W, 3) float32 in 0..1; "latents", (C, h, w) float32.
     """
 
     @cached_property
@@ -64,16 +63,17 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         lean: bool = False,
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
+        group_size: int = GROUP_SIZE,
         stream: bool = False,
     ) -> Self:
         """Opens the model in `model_dir`, in any layout of `checkpoints.folder`, and checks all names and shapes.
 
-        quantize: 4 or 8 bits, applied on loading. Weights that are stored quantized do not change.
+        quantize: 3, 4, 5, 6 or 8 bits, applied on loading. Weights that are stored quantized do not change.
+        group_size: the weights that share one scale then: 32, 64 or 128. stream: as `lean`, but reads blocks at need.
         parts: files to use instead of those in the folder, by transformer, text_encoder, vae, tokenizer.
-        stream: as `lean`, and blocks are read from the file when they are needed.
         Weights are read on their first use. Raises ConfigError, FormatError or WeightError.
         """
-        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts, stream)
+        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts, group_size, stream)
 
     @overload
     def __call__(
@@ -142,23 +142,31 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         Arguments: see `__call__`.
         """
         requests = self.plan([config_of({"prompt": prompt, **options})], latents)
-        adapters = self.read_loras(loras)
-        with self.guarded():
-            captions, (start,) = self._prepared(requests, progress)
-            self.use_loras(adapters)
-            yield from denoised(self, requests, captions, start)
-            self._done_with("transformer")
+        return self._streamed(requests, Terms(self.mode, self.read_loras(loras)), progress)
+
+    def _streamed(
+        self, requests: Sequence[Request], terms: Terms, progress: StageProgress
+    ) -> Iterator[DenoisingStep[ArrayT]]:
+        captions, (start,) = self._prepared(requests, terms.lean, progress)
+        yield from self._in_turns(denoised(self, requests, captions, start), terms)
+        self._done_with("transformer", terms.lean)
 
     def denoise(self, x: ArrayT, captions: Sequence[ArrayT], steps: int, guidance: float) -> Iterator[ArrayT]:
         """Yields the latents (B, C, h, w) after each of `steps` Euler steps from the noise `x` (B, C, h, w).
 
-        captions: features (T_i, cap_feat_dim) of B prompts; with guidance, B more of the negative ones.
+        captions: features (T_i, cap_feat_dim) of B prompts; with guidance, B more of the negative ones. The LoRAs are
+        those of the last `use_loras`: nothing else may use the pipeline until the last step.
         """
         return plain_steps(self, x, captions, steps, guidance)
 
     def picture(self, x: ArrayT) -> Picture:
-        """Latents (1, C, h, w) as a picture."""
-        return to_picture(to_unit(self.decode(x)))
+        """Latents (1, C, h, w) as a picture. Raises ConfigError if they are not, or the picture is not finite."""
+        return to_picture(self._unit(x))
+
+    def _unit(self, x: ArrayT) -> Array:
+        pixels = self.decode(x)
+        check_finite("the pixels of this picture", pixels)  # it would be a black picture
+        return to_unit(pixels)
 
     def read_loras(self, loras: Sequence[LoRASource]) -> list[tuple[LoRAFile, float]]:
         """The LoRA files of `loras` with their scales. See `LoRACache.read`."""
@@ -169,10 +177,10 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         requests = plan_requests(configs, self.folder)
         if latents is None:
             return requests
-        noise, shape = np.asarray(latents, np.float32), (len(requests), *requests[0].noise.shape)
+        noise, shape = checked_numbers("latents", latents), (len(requests), *requests[0].shape)
         if noise.shape != shape:
             raise ConfigError(f"latents have shape {noise.shape}, the request needs {shape}")
-        return [replace(request, noise=own) for request, own in zip(requests, noise, strict=True)]
+        return [replace(request, given_noise=own) for request, own in zip(requests, noise, strict=True)]
 
     @overload
     def generate(
@@ -210,24 +218,20 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
     ) -> Iterator[tuple[Request, Picture | Array]]:
         """Yields each request and its picture, in order. Each comes as soon as it is decoded.
 
-        All prompts are encoded, then all latents denoised, then all pictures decoded, so each network is loaded once.
+        All prompts are encoded first. Then each batch is denoised and decoded, so that a stop keeps what is made.
         watch: is called with every step of every batch. Raises the errors of `__call__`, before any weights are read.
         """
         if output not in get_args(Output):
             raise ConfigError(f"output {output!r} must be one of {', '.join(get_args(Output))}")
-        size = len(requests) if batch_size is None else batch_size
-        if size < 1:
-            raise ConfigError(f"batch size {size} must be at least 1")
-        adapters = self.read_loras(loras)
-        with self.guarded():
-            for place, made in enumerate(self._made(requests, size, adapters, output, progress, watch)):
-                yield requests[place], made
+        size = max(1, len(requests)) if batch_size is None else batch_size
+        RUN["batch_size"].check("batch_size", size)
+        terms = Terms(self.mode, self.read_loras(loras))
+        return zip(requests, self._made(requests, size, terms, output, progress, watch), strict=True)
 
     def memory(self, requests: Sequence[Request], batch_size: int, mode: Mode | None = None) -> list[Stage]:
         """The estimated memory of each stage of making `requests`. mode: None means the current one."""
-        mode = mode or self.mode
+        mode, batch = mode or self.mode, min(batch_size, len(requests))
         model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(mode)
-        batch = min(batch_size, len(requests))
         sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
         return largest(
             generation_stages(model, footprint, (width, height), batch * (1 + guided), mode != "fast")
@@ -238,40 +242,60 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self,
         requests: Sequence[Request],
         size: int,
-        adapters: Sequence[tuple[LoRAFile, float]],
+        terms: Terms,
         output: Output,
         progress: StageProgress,
         watch: Watch[ArrayT],
     ) -> Iterator[Picture | Array]:
         """What `generate` makes of each request, in batches of at most `size`."""
-        captions, starts = self._prepared(requests, progress)
-
-        self.use_loras(adapters)
-        latents: list[ArrayT] = []  # (1, C, h, w) each
-        done, total = 0, sum(len(requests[places[0]].sigmas) - 1 for places in in_batches(requests, size))
-        for places in in_batches(requests, size):
+        captions, starts = self._prepared(requests, terms.lean, progress)
+        batches = list(in_batches(requests, size))
+        apart = terms.lean and not self._fit_together(requests, size, terms.mode)  # then each batch loads all anew
+        done, total = 0, sum(len(requests[places[0]].sigmas) - 1 for places in batches)
+        for places in batches:
             batch = requests[places.start : places.stop]
-            for step in denoised(self, batch, captions, starts[places[0]]):
+            for step in self._in_turns(denoised(self, batch, captions, starts[places[0]]), terms):
                 watch(places, step)
                 done += 1
                 progress("denoise", done, total)
-            latents += [step.x[i : i + 1] for i in range(len(batch))]
-        self._done_with("transformer")
+            self._done_with("transformer", apart or (terms.lean and places is batches[-1]))
+            for i, request in enumerate(batch):
+                with self.turn():
+                    made = self._finish(request, step.x[i : i + 1], output)
+                yield made
+                progress("decode", places[i] + 1, len(requests))
+            self._done_with("vae", apart)
+        self._done_with("vae", terms.lean)
 
-        for request, x in _counted(list(zip(requests, latents, strict=True)), "decode", progress):
-            yield self._finish(request, x, output)
-        self._done_with("vae")
+    def _in_turns(self, steps: Iterator[DenoisingStep[ArrayT]], terms: Terms) -> Iterator[DenoisingStep[ArrayT]]:
+        """Yields `steps`. Each is computed in a turn of its own, so other requests can compute between two steps."""
+        while True:
+            with self.turn(terms):
+                step = next(steps, None)
+                if step is None:
+                    return
+                self.settle(step.x_0)  # another thread may compute while this step is looked at
+                check_finite(f"the latents after step {step.index} of {step.total}", np.asarray(step.x))
+            yield step
+
+    def _fit_together(self, requests: Sequence[Request], size: int, mode: Mode) -> bool:
+        """Whether transformer and autoencoder fit into memory together, while one of them computes."""
+        limit, (_, denoise, decode) = self.memory_limit(), self.memory(requests, size, mode)
+        return limit is None or max(denoise.total + decode.weights, decode.total + denoise.weights) <= limit
 
     def _prepared(
-        self, requests: Sequence[Request], progress: StageProgress
+        self, requests: Sequence[Request], lean: bool, progress: StageProgress
     ) -> tuple[dict[str, ArrayT], list[ArrayT | None]]:
         """The features of every text, and for each request the latents of the picture that it starts from."""
-        if self.lean:  # an interrupted run may have left it loaded
-            self.release("transformer", "vae")
+        self._done_with("transformer", lean)  # an interrupted run may have left both loaded
+        self._done_with("vae", lean)
         guided = [request for request in requests if request.guidance.scale]
         texts = dict.fromkeys([r.config.prompt for r in requests] + [r.config.negative_prompt for r in guided])
-        captions = {text: self.settle(self.encode_prompt(text)) for text in _counted(list(texts), "encode", progress)}
-        self._done_with("text_encoder")
+        captions = {}
+        for i, text in enumerate(texts, start=1):
+            captions[text] = self.encode_prompt(text)
+            progress("encode", i, len(texts))
+        self._done_with("text_encoder", lean)
         return captions, self._starts(requests)
 
     def _starts(self, requests: Sequence[Request]) -> list[ArrayT | None]:
@@ -284,29 +308,23 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
             elif request.picture is before:  # `plan_requests` reads a file once, so equal pictures are one object
                 starts.append(starts[-1])
             else:
-                starts.append(self.settle(self.encode(to_array(request.picture)[None])))
+                starts.append(self.encode(to_array(request.picture)[None]))
             before = request.picture
         return starts
 
-    def _done_with(self, component: str) -> None:
-        if self.lean:
-            self.release(component)
+    def _done_with(self, component: str, free: bool) -> None:
+        if free:
+            with self.turn():
+                self.release(component)
 
     def _finish(self, request: Request, x: ArrayT, output: Output) -> Picture | Array:
         if output == "latents":
             latents: Array = np.asarray(x, np.float32)[0]
             return latents
-        pixels = to_unit(self.decode(x))  # (H, W, 3)
+        pixels = self._unit(x)  # (H, W, 3)
         if request.picture is not None and request.mask is not None:
             pixels = np.where(request.mask[..., None], pixels, np.asarray(request.picture, np.float32) / 255)
         return to_picture(pixels) if output == "pil" else pixels
 
 
 AnyPipeline = Pipeline[Any, Any]  # a pipeline of any engine
-
-
-def _counted(items: Sequence[Item], stage: str, progress: StageProgress) -> Iterable[Item]:
-    """Yields the items, and calls `progress` after the work on each."""
-    for i, item in enumerate(items):
-        yield item
-        progress(stage, i + 1, len(items))

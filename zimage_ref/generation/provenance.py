@@ -18,6 +18,7 @@ from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.formats.files import sha256
+from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.options_file import typed
 from zimage_ref.pictures.metadata import read_record
 
@@ -46,6 +47,7 @@ class ModelChoice:
     dtype: str | None = None
     quantize: int | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)  # files to use instead of those in the folder
+    group_size: int | None = None  # weights that share one scale; None is GROUP_SIZE
 
     def otherwise(self, recorded: ModelChoice, dtypes: Sequence[str]) -> ModelChoice:
         """This choice, with its open fields from `recorded`. A recorded dtype counts only if it is in `dtypes`."""
@@ -55,12 +57,15 @@ class ModelChoice:
             dtype=self.dtype or (recorded.dtype if recorded.dtype in dtypes else None),
             quantize=self.quantize or recorded.quantize,
             parts={**recorded.parts, **self.parts},
+            group_size=self.group_size or (None if self.quantize else recorded.group_size),
         )
 
     def facts(self) -> dict[str, object]:
         """The fields of a record for this choice, except the model."""
         parts = {name: str(self.parts[name]) for name in part_options() if name in self.parts}
-        return {"backend": self.backend, "dtype": self.dtype, "quantize": self.quantize, **parts}
+        group_size = self.group_size if self.group_size != GROUP_SIZE else None
+        bits = {"quantize": self.quantize, "group_size": group_size if self.quantize else None}
+        return {"backend": self.backend, "dtype": self.dtype, **bits, **parts}
 
 
 class Recorder:
@@ -72,14 +77,19 @@ class Recorder:
         self._loras = [{"file": str(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras]
         self._digests: dict[Path, str] = {}  # digests of pictures
 
-    def record(self, config: GenerateConfig) -> dict[str, object]:
-        """The record of a picture, as flat JSON. Raises FormatError if an input picture cannot be read."""
+    def record(self, config: GenerateConfig, digests: Mapping[str, str] | None = None) -> dict[str, object]:
+        """The record of a picture, as flat JSON.
+
+        digests: SHA-256 of the files that were used, by field; without them, the files are read again. Raises
+        FormatError if one cannot be read.
+        """
+        known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files = {name: values.pop(name) for name in _PICTURES}
         made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
         for name, source in files.items():
             if isinstance(source, (str, Path)):
-                made |= {name: str(source), f"{name}_sha256": self._digest(Path(source))}
+                made |= {name: str(source), f"{name}_sha256": known.get(name) or self._digest(Path(source))}
         return made | {"loras": [dict(lora) for lora in self._loras]} | self._facts
 
     def _digest(self, path: Path) -> str:
@@ -137,6 +147,7 @@ class Repeat:
             backend=known("backend", str),
             dtype=known("dtype", str),
             quantize=known("quantize", int),
+            group_size=known("group_size", int),
             parts={name: path for name, path in parts.items() if path is not None},
         )
         options = {name: value for name, value in options.items() if value is not None}
@@ -165,4 +176,6 @@ def _recorded_loras(loras: object) -> list[RecordedLoRA]:
     """The LoRAs of a record. Raises KeyError, TypeError, ValueError or OverflowError if they have a wrong form."""
     if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
         raise TypeError("loras is not a list of objects")
-    return [RecordedLoRA(Path(lora["file"]), float(lora["scale"]), str(lora["sha256"])) for lora in loras]
+    return [
+        RecordedLoRA(typed(lora["file"], Path, "loras"), float(lora["scale"]), str(lora["sha256"])) for lora in loras
+    ]

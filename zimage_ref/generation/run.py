@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+from zimage_ref.bounds import RUN, check_bounds
 from zimage_ref.errors import ConfigError
-from zimage_ref.memory import Stage, require_memory
+from zimage_ref.formats.quantize import GROUP_SIZE
+from zimage_ref.memory import Mode, Stage, require_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import MAX_TOKENS
 from zimage_ref.options import MEMORY, one_of
 from zimage_ref.pictures.images import Picture
-from zimage_ref.streaming import Choice, Mode, can_stream, choose, require_streamable
+from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
 from zimage_ref.version import __version__
 
 from .config import GenerateConfig
@@ -51,8 +53,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         one_of("memory", self.memory, MEMORY)
-        if self.batch_size < 1 or self.preview_steps < 0:
-            raise ConfigError("`batch_size` must be at least 1 and `preview_steps` at least 0")
+        check_bounds(self, RUN)
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,17 @@ def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelCh
     choice = asked.otherwise(recorded or ModelChoice(), engine.dtypes)
     if choice.model is None:
         raise ConfigError("`model_dir` must be given: a folder with the Z-Image model")
-    return engine.from_pretrained(choice.model, choice.dtype, quantize=choice.quantize, parts=choice.parts)
+    return engine.from_pretrained(
+        choice.model, choice.dtype, quantize=choice.quantize, parts=choice.parts,
+        group_size=choice.group_size or GROUP_SIZE,
+    )  # fmt: skip
 
 
 class GenerationRun:
     """Plans and makes pictures with one pipeline, as often as you ask.
 
-    You can change the LoRAs between two pictures. A LoRA is read and hashed once, and again only if its file changes.
+    You can change the LoRAs between two pictures, or give each request its own. A LoRA is read and hashed once, and
+    again only if its file changes. Threads may share a run: each gets the pictures that it asked for.
     """
 
     def __init__(
@@ -93,13 +98,14 @@ class GenerationRun:
     def facts(self) -> dict[str, object]:
         """The fields for the model and the engine in every record of this run."""
         pipe = self.pipeline
-        bits = pipe.quantization.bits if pipe.quantization else None
-        opened = ModelChoice(pipe.folder.path, pipe.backend, pipe.precision, bits, pipe.parts)
+        how = pipe.quantization
+        bits, group_size = (how.bits, how.group_size) if how else (None, None)
+        opened = ModelChoice(pipe.folder.path, pipe.backend, pipe.precision, bits, pipe.parts, group_size)
         return {**opened.facts(), **identity(pipe.folder), "version": __version__}
 
-    def read_loras(self) -> list[LoadedLoRA]:
-        """The LoRAs in use. Raises FormatError, WeightError or ConfigError if one cannot be used."""
-        return self.pipeline.lora_cache.read(self.loras)
+    def read_loras(self, loras: Sequence[LoRASource] | None = None) -> list[LoadedLoRA]:
+        """The LoRAs `loras`; None: those of the run. Raises FormatError, WeightError or ConfigError for a bad one."""
+        return self.pipeline.lora_cache.read(self.loras if loras is None else loras)
 
     def use_loras(self, loras: Sequence[LoRASource]) -> None:
         """Uses other LoRAs from now on. If it raises (see `read_loras`), the earlier LoRAs stay in use."""
@@ -117,14 +123,20 @@ class GenerationRun:
             f"{path}: is not the same as when {repeat.source} was made: the picture will differ" for path in changed
         ]
 
-    def plan(self, configs: Sequence[GenerateConfig], notify: Notify = lambda notice: None) -> list[Request]:
+    def plan(
+        self,
+        configs: Sequence[GenerateConfig],
+        notify: Notify = lambda notice: None,
+        loras: Sequence[LoRASource] | None = None,
+    ) -> list[Request]:
         """The requests for `configs`. All are checked before any weights are read.
 
-        notify: is called with a notice for each prompt that is cut. Raises ConfigError if options do not fit each
-        other, the model or memory, DatasetError if a picture cannot be read, and the errors of `read_loras`.
+        notify: is called with a notice for each prompt that is cut, and for each part of a picture that is not used.
+        loras: as in `make`. Raises ConfigError if options do not fit each other, the model or memory, DatasetError if a
+        picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
-        self.read_loras()
+        self.read_loras(loras)
         for request in requests:
             request.config.check_guidance()
         for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
@@ -132,6 +144,8 @@ class GenerationRun:
             tokens = self.pipeline.tokenizer.count(text)
             if tokens > MAX_TOKENS:
                 notify(f"prompt cut after {MAX_TOKENS} of {tokens} tokens: {text[:_SHOWN]}...")
+        for remark in dict.fromkeys(text for request in requests for text in request.remarks):
+            notify(remark)
         if not self.settings.force:
             require_memory(self._memory(requests, self.memory(requests).mode), self.pipeline.memory_limit())
         return requests
@@ -155,15 +169,16 @@ class GenerationRun:
         requests: Sequence[Request],
         progress: StageProgress = ignore_progress,
         preview: Preview = lambda index, picture: None,
+        loras: Sequence[LoRASource] | None = None,
     ) -> Iterator[MadePicture]:
         """Yields the picture of each request, in order, as soon as it is decoded. Sets the mode that `memory` chooses.
 
         progress: as in `Pipeline.__call__`. preview: takes each unfinished picture every `preview_steps` steps.
-        Raises FormatError if a picture or LoRA is no longer readable.
+        loras: those of these requests; None: those of the run. All that is set when you call this stays so until the
+        last picture. Raises FormatError if a picture or LoRA is no longer readable.
         """
-        loras, pipe = self.read_loras(), self.pipeline
-        records = self._records(requests, loras)
-        pipe.set_mode(self.memory(requests).mode)
+        adapters, pipe = self.read_loras(loras), self.pipeline
+        records = self._records(requests, adapters)
         every = self.settings.preview_steps
 
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
@@ -171,22 +186,23 @@ class GenerationRun:
                 for i, place in enumerate(places):
                     preview(place, pipe.picture(step.x_0[i : i + 1]))
 
-        made = pipe.generate(
-            requests,
-            batch_size=self.settings.batch_size,
-            loras=[(lora.content.file, lora.scale) for lora in loras],
-            progress=progress,
-            watch=watch,
-        )
-        for index, (request, picture) in enumerate(made):
-            yield MadePicture(index, request, picture, records[index])
+        with pipe.turn():  # no other thread may change the mode before `generate` has read it
+            pipe.set_mode(self.memory(requests).mode)
+            made = pipe.generate(
+                requests,
+                batch_size=self.settings.batch_size,
+                loras=[(lora.content.file, lora.scale) for lora in adapters],
+                progress=progress,
+                watch=watch,
+            )
+        return (MadePicture(i, request, picture, records[i]) for i, (request, picture) in enumerate(made))
 
     def _records(self, requests: Sequence[Request], loras: Sequence[LoadedLoRA]) -> list[dict[str, object] | None]:
         """The record of each request. They are made before the work, because a file may change during the work."""
         if not self.settings.metadata:
             return [None] * len(requests)
         recorder = Recorder(self.facts, [lora.recorded for lora in loras])
-        return [recorder.record(request.config) for request in requests]
+        return [recorder.record(request.config, request.digests) for request in requests]
 
     def _memory(self, requests: Sequence[Request], mode: Mode) -> list[Stage]:
         return self.pipeline.memory(requests, self.settings.batch_size, mode)

@@ -1,6 +1,9 @@
 """The strength of a LoRA whose file has no alpha keys: it is in the metadata or in a JSON file beside the LoRA.
 
 scale = alpha / rank          alpha / sqrt(rank) with PEFT's use_rslora
+
+PEFT applies alpha / r of its config to LoKr and LoHa too, even to a LoKr of two whole matrices. There r is that of the
+config (peft, tuners/lokr/layer.py).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class AlphaSource:
 
     find: Callable[[Path, Mapping[str, object]], FoundAlpha | None]  # takes a LoRA's path and metadata
     beside: Callable[[Path], Path] | None = None  # gives the file beside a LoRA, if this place is such a file
+    for_all: bool = False  # whether a file of any spelling may have it, because its name says what it is
 
 
 def alpha_of(path: Path, metadata: Mapping[str, object], sources: Sequence[AlphaSource]) -> FoundAlpha:
@@ -44,7 +48,7 @@ def alpha_of(path: Path, metadata: Mapping[str, object], sources: Sequence[Alpha
     return "default: alpha = rank", _one
 
 
-def _one(module: str, rank: int) -> float:
+def _one(module: str, rank: int | None) -> float:
     return 1.0
 
 
@@ -64,7 +68,7 @@ def _from_sidecar(path: Path, metadata: Mapping[str, object]) -> FoundAlpha:
     if data.get("alpha_folded"):
         return file.name, _one
     alpha = _number(str(file), "alpha", data.get("alpha"))
-    return file.name, lambda module, rank: alpha / rank
+    return file.name, lambda module, rank: alpha / (rank or 1)
 
 
 def _from_metadata(path: Path, metadata: Mapping[str, object]) -> FoundAlpha | None:
@@ -84,27 +88,45 @@ def _from_adapter_config(path: Path, metadata: Mapping[str, object]) -> FoundAlp
 
 
 SIDECAR = AlphaSource(_from_sidecar, sidecar)
-METADATA = AlphaSource(_from_metadata)
+METADATA = AlphaSource(_from_metadata, for_all=True)
 ADAPTER_CONFIG = AlphaSource(_from_adapter_config, _adapter_config)
 
 
 def _peft(config: Mapping[str, object], source: str) -> Scale:
+    """The scales of PEFT's config: of LoRA (`lora_alpha`), or of LoKr and LoHa (`alpha` and `r`)."""
     config = {key.removeprefix(_COMPONENT): value for key, value in config.items()}
-    if "lora_alpha" not in config:
+    key = "lora_alpha" if "lora_alpha" in config else "alpha"
+    if key not in config:
         return _one
-    default, patterns = config["lora_alpha"], config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ConfigError(f"{source}: alpha_pattern is not an object of modules and alphas")
-    try:
-        known = [(re.compile(rf"(.*\.)?({pattern})"), alpha) for pattern, alpha in patterns.items()]
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{source}: alpha_pattern has a pattern that cannot be read: {error}") from error
+    alpha_of = _by_pattern(config, source, key, "alpha_pattern")
+    rank_of = _by_pattern(config, source, "r", "rank_pattern") if key == "alpha" else None
+    root = bool(config.get("use_rslora")) and key == "lora_alpha"
 
-    def scale(module: str, rank: int) -> float:
-        alpha = next((alpha for pattern, alpha in known if pattern.fullmatch(module)), default)
-        return _number(source, "lora_alpha", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    def scale(module: str, rank: int | None) -> float:
+        divisor = rank_of(module) if rank_of else float(rank or 1)
+        if divisor <= 0:
+            raise ConfigError(f"{source}: r = {divisor:g} must be above 0")
+        return alpha_of(module) / (math.sqrt(divisor) if root else divisor)
 
     return scale
+
+
+def _by_pattern(config: Mapping[str, object], source: str, key: str, pattern_key: str) -> Callable[[str], float]:
+    """The number of a module: of the first pattern that fits its name, else the one under `key`."""
+    default, patterns = config.get(key), config.get(pattern_key) or {}
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"{source}: {pattern_key} is not an object of modules and numbers")
+    try:
+        known = [(re.compile(rf"(.*\.)?({pattern})"), number) for pattern, number in patterns.items()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{source}: {pattern_key} has a pattern that cannot be read: {error}") from error
+
+    def number(module: str) -> float:
+        names = (module, f"{_COMPONENT}{module}")  # PEFT's names have the name of the model if it wraps a pipeline
+        found = (value for pattern, value in known if any(map(pattern.fullmatch, names)))
+        return _number(source, key, next(found, default))
+
+    return number
 
 
 def _object(path: Path, value: object) -> dict[str, object]:

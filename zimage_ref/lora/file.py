@@ -20,11 +20,11 @@ from zimage_ref.formats.checkpoint import WRITABLE, Checkpoint
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.json_file import write_json
 from zimage_ref.formats.tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype
-from zimage_ref.model.parameters import Shapes
+from zimage_ref.model.parameters import Shapes, has_bias
 
 from .alpha import PEFT_METADATA, SIDECAR, FoundAlpha, alpha_of, sidecar
-from .keys import OFFICIAL_PATCH_KEY, Key, other_model
-from .kinds import bias_of, update_of
+from .keys import OFFICIAL_PATCH_KEY, Key, other_model, unused_kind
+from .kinds import BIASES, bias_of, update_of
 from .parts import Parts, Scale
 from .spellings import DEFAULT_NAMING, alpha_sources, grammar, software, spelled, spelling_of
 from .updates import BIAS, LoRA, Update
@@ -111,7 +111,7 @@ def write_lora(
     any `dtype`. Raises ConfigError for an unknown naming or suffix. Raises WeightError if the naming has no keys for an
     update, or the dtype cannot hold a number.
     """
-    check_output(path)
+    check_output(path, naming, with_sidecar)
     if not lora:
         raise ConfigError(f"{path}: not written: the LoRA changes nothing")
     spelling = spelling_of(naming)
@@ -131,11 +131,12 @@ def write_lora(
         safetensors.write(path, tensors, {"format": "pt", **texts})
 
 
-def check_output(path: Path) -> None:
-    """Raises ConfigError if a LoRA cannot be written to `path`."""
+def check_output(path: Path, naming: str, with_sidecar: bool) -> None:
+    """Raises ConfigError if a LoRA, with its sidecar if it gets one, cannot be written to `path`."""
     if path.suffix not in WRITABLE:
         raise ConfigError(f"{path}: a LoRA is written as {' or '.join(reversed(WRITABLE))}")
-    check_writable(path)
+    beside = with_sidecar or spelling_of(naming).alpha is SIDECAR
+    check_writable(path, *([sidecar(path)] if beside else ()))
 
 
 def _cast(path: Path, name: str, array: Array, dtype: str) -> Array:
@@ -155,11 +156,12 @@ def _alpha(file: Checkpoint, keys: Mapping[str, Key], prefix: str, style: str) -
 def _updates(parts: Parts, layers: tuple[str, ...], parameters: Shapes | None) -> LoRA:
     """The updates that one module makes, by layer."""
     found: LoRA = {}
-    if "bias" in parts:
+    bias = bias_of(parts)
+    if bias is not None:
         name = layers[0] + BIAS
-        found[name] = bias_of(parts)
-        if parameters is not None and found[name].shape != parameters[name]:
-            raise parts.error(f"{parts.key('bias')} {found[name].shape} does not fit {name} {parameters[name]}")
+        found[name] = bias
+        if parameters is not None and bias.shape != parameters[name]:
+            raise parts.error(f"{_bias_keys(parts)} {bias.shape} does not fit {name} {parameters[name]}")
     update = update_of(parts)
     if update is not None:
         if parameters is not None:
@@ -179,6 +181,9 @@ def _parsed(file: Checkpoint, parameters: Shapes | None) -> dict[str, Key]:
     known_keys = grammar(patch_key)
     keys = {name: known_keys.parse(name) for name in file.tensors}
     unknown = [name for name, key in keys.items() if key is None]
+    for name in unknown:
+        if kind := unused_kind(name):
+            raise WeightError(f"{file.path}: {name} is {kind}, which Z-Image's layers cannot use")
     if unknown or not keys:
         other = next(filter(None, map(other_model, unknown)), "")
         hint = f" (they look like those of {other})" if other else ""
@@ -214,14 +219,19 @@ def _check_layers(parts: Parts, layers: tuple[str, ...], parameters: Shapes | No
 
     An update of a bias must be for a single layer that has a bias.
     """
-    if "bias" in parts and len(layers) > 1:
-        raise parts.error(f"{parts.key('bias')} is for a layer without a bias")
+    changes_bias = bool(BIASES & parts.tensors.keys())
+    if changes_bias and (len(layers) > 1 or not has_bias(layers[0])):
+        raise parts.error(f"{_bias_keys(parts)} is for a layer without a bias")
     for kind in ("weight", "bias") if parameters is not None else ():
-        changing = [part for part in parts.tensors if (part == "bias") == (kind == "bias")]
+        changing = [part for part in parts.tensors if (part in BIASES) == (kind == "bias")]
         absent = [layer for layer in layers if f"{layer}.{kind}" not in (parameters or {})]
         if changing and absent:
             keys = listing(parts.key(part) for part in changing)
             raise parts.error(f"{keys}: this transformer has no {listing(f'{layer}.{kind}' for layer in absent)}")
+
+
+def _bias_keys(parts: Parts) -> str:
+    return listing(parts.key(part) for part in sorted(BIASES & parts.tensors.keys()))
 
 
 def _check_shape(parts: Parts, layers: tuple[str, ...], update: Update, parameters: Shapes) -> None:

@@ -5,6 +5,7 @@
     LoKr               W' = W + s W1 (x) W2                 arXiv 2309.14859
     LoHa               W' = W + s (A1 B1) * (A2 B2)         arXiv 2108.06098
     DoRA               W' = m (W + d) / ||W + d||           d one of the above; arXiv 2402.09353
+    whole parameter    W' = W_new                           `whole`; also of a norm or a bias
 
 s = alpha / rank. Suffixes are those of LyCORIS, kohya and ComfyUI. The suffixes of LoRA differ from tool to tool: see
 `spellings`.
@@ -26,6 +27,7 @@ from .arithmetic import AnyArray, Arithmetic
 from .low_rank import LowRank
 from .parts import Parts
 from .updates import Plain, Update
+from .whole import Whole
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Dense(Plain):
 
     title = "full difference"
     style = "diff"
-    suffixes: ClassVar[Mapping[str, str]] = {".diff": "D", ".diff_b": "bias"}
+    suffixes: ClassVar[Mapping[str, str]] = {  # those of ComfyUI and, for norms, LyCORIS
+        ".diff": "D", ".w_norm": "D", ".diff_b": "bias", ".b_norm": "bias",
+    }  # fmt: skip
     forms = ({"D"},)
 
     D: Array  # the parameter's shape, float32
@@ -90,16 +94,15 @@ class Kronecker(Plain):
 
     @classmethod
     def of_parts(cls, parts: Parts) -> Kronecker:
-        """Made from W1 and W2. Each is stored whole or as a product of two; alpha counts only with a product."""
-        scale, matrices = 1.0, {}
+        """Made from W1 and W2. Each is stored whole or as a product of two."""
+        rank, matrices = None, {}
         for name in ("W1", "W2"):  # if both are products, the rank is that of W2
             if name in parts:
                 matrices[name] = parts.array(name)
             else:
                 left, right = parts.factors(f"{name}a", f"{name}b")
-                matrices[name] = left @ right
-                scale = parts.scale(len(right))
-        return cls(matrices["W1"], matrices["W2"], scale=scale)
+                matrices[name], rank = left @ right, len(right)
+        return cls(matrices["W1"], matrices["W2"], scale=parts.scale(rank))
 
     def tensors(self) -> dict[str, Array]:
         """W1, multiplied by the scale, and W2. Rows that are no Kronecker product become a full difference."""
@@ -187,8 +190,8 @@ class DoRA(Update):
     """m (W + d) / ||W + d|| - W. The norm runs over the axis along which m has length 1."""
 
     title = "DoRA"
-    suffixes: ClassVar[Mapping[str, str]] = {  # those of LyCORIS and PEFT
-        ".dora_scale": "magnitude", ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
+    suffixes: ClassVar[Mapping[str, str]] = {  # those of LyCORIS, PEFT and ai-toolkit
+        ".dora_scale": "magnitude", ".lora_magnitude_vector": "magnitude", ".magnitude": "magnitude",
     }  # fmt: skip
 
     update: Plain  # d
@@ -255,7 +258,8 @@ class DoRA(Update):
         return DoRA(self.update.rows(start, stop), self.magnitude[start:stop])
 
 
-KINDS: dict[str, type[Update]] = {kind.title: kind for kind in (LowRank, Dense, Kronecker, Hadamard, DoRA)}
+KINDS: dict[str, type[Update]] = {kind.title: kind for kind in (LowRank, Dense, Kronecker, Hadamard, DoRA, Whole)}
+BIASES = {"bias", "lora_bias", "whole_bias"}  # the parts that change a bias
 
 
 def update_of(parts: Parts) -> Update | None:
@@ -263,7 +267,7 @@ def update_of(parts: Parts) -> Update | None:
 
     Raises WeightError if no kind has these parts, or if they do not fit each other.
     """
-    names = parts.tensors.keys() - {"bias"}
+    names = parts.tensors.keys() - BIASES
     if not names:
         return None
     kind = _kind_of(names)
@@ -272,9 +276,24 @@ def update_of(parts: Parts) -> Update | None:
     return kind.of_parts(parts)
 
 
-def bias_of(parts: Parts) -> Dense:
-    """The update of a module's bias."""
-    return Dense(parts.array("bias", ndim=1))
+def bias_of(parts: Parts) -> Update | None:
+    """The update of a module's bias. None if it has none.
+
+    PEFT's lora_bias adds s b, with the scale s of the matrices beside it (peft, tuners/lora/layer.py).
+    """
+    names = sorted(BIASES & parts.tensors.keys())
+    if not names:
+        return None
+    if len(names) > 1:
+        raise parts.error(f"{listing(map(parts.key, names))}: a bias is changed twice")
+    change = parts.array(names[0], ndim=1)
+    if names == ["whole_bias"]:
+        return Whole(change)
+    if names == ["lora_bias"]:
+        if "A" not in parts:
+            raise parts.error(f"{parts.key('lora_bias')} has no matrix beside it")
+        change = change * np.float32(parts.scale(len(parts.array("A"))))
+    return Dense(change)
 
 
 def _kind_of(parts: AbstractSet[str]) -> type[Update] | None:

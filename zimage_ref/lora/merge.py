@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from zimage_ref.errors import ConfigError, WeightError
-from zimage_ref.formats.tensors import DTYPES, Array, Tensor, Tensors, cast
+from zimage_ref.bounds import LORA_RANK
+from zimage_ref.errors import WeightError
+from zimage_ref.formats.tensors import DTYPES, Array, Tensor, Tensors, cast, float_dtype
 
 from .arithmetic import NumPyArithmetic
 from .kinds import Dense
@@ -15,20 +16,25 @@ from .low_rank import LowRank, concatenated
 from .updates import LoRA, Update, by_parameter, updated
 
 
-def merge_loras(tensors: Tensors, loras: Sequence[tuple[LoRA, float]]) -> dict[str, Tensor]:
+def merge_loras(tensors: Tensors, loras: Sequence[tuple[LoRA, float]], dtype: str | None = None) -> dict[str, Tensor]:
     """The checkpoint `tensors` (official names) with the LoRAs merged in.
 
-    A tensor is changed when you read it, and keeps its dtype.
+    A tensor is changed when you read it. It is added up in float32 and rounded once: to `dtype`, or to the dtype that
+    it had. So a weak LoRA stays in a float32 file though the base is bfloat16.
     """
-    return {**tensors, **{name: _merged(tensors[name], updates) for name, updates in by_parameter(loras).items()}}
+    return {
+        **tensors, **{name: _merged(tensors[name], updates, dtype) for name, updates in by_parameter(loras).items()}
+    }  # fmt: skip
 
 
-def _merged(tensor: Tensor, updates: Sequence[tuple[Update, float]]) -> Tensor:
+def _merged(tensor: Tensor, updates: Sequence[tuple[Update, float]], dtype: str | None) -> Tensor:
+    target = float_dtype(dtype) if dtype else tensor.dtype
+
     def read() -> Array:
         weight = tensor.cast("f32").read()
-        return cast(updated(weight, updates, NumPyArithmetic(DTYPES["f32"])), tensor.dtype)
+        return cast(updated(weight, updates, NumPyArithmetic(DTYPES["f32"])), target)
 
-    return Tensor(tensor.shape, tensor.dtype, read)
+    return Tensor(tensor.shape, target, read)
 
 
 def combine_loras(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) -> LoRA:
@@ -38,8 +44,8 @@ def combine_loras(loras: Sequence[tuple[LoRA, float]], rank: int | None = None) 
     most that rank (truncated SVD). Updates of other kinds become dense if they are added to others.
     Raises WeightError for DoRA with others or at a scale other than 1, because DoRA depends on the base weight.
     """
-    if rank is not None and rank < 1:
-        raise ConfigError(f"`rank` {rank} must be at least 1")
+    if rank is not None:
+        LORA_RANK.check("rank", rank)
     result: LoRA = {}
     for parameter, updates in by_parameter(loras).items():
         name = parameter.removesuffix(".weight")

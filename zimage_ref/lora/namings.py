@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -14,7 +15,7 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.model.parameters import LORA_TARGETS
 
 from .alpha import PEFT_METADATA
-from .keys import Spelled, Spelling
+from .keys import OFFICIAL_PATCH_KEY, Spelled, Spelling
 from .kinds import KINDS
 from .low_rank import LowRank
 from .updates import BIAS, LoRA, Update
@@ -44,10 +45,25 @@ def _keyed(lora: Mapping[str, Update], spelling: Spelling) -> Iterator[tuple[str
         for suffix, part in table.items():
             suffixes.setdefault(part, suffix)
     for name, update in lora.items():
-        module = name.removesuffix(BIAS).replace(".", spelling.separator)
         for part, array in update.tensors().items():
-            part = "bias" if name.endswith(BIAS) else part  # the one part of a bias is its full difference
-            yield part, f"{_prefix(spelling)}{module}{suffixes[part]}", array
+            if name.endswith(BIAS):
+                part = _OF_BIASES[part]
+            module = name.removesuffix(BIAS)
+            if part in _SINGLE and spelling.separator == ".":
+                module = _in_comfyui(module)
+            yield part, f"{_prefix(spelling)}{module.replace('.', spelling.separator)}{suffixes[part]}", array
+
+
+_OF_BIASES = {"D": "bias", "whole": "whole_bias"}  # a part of a weight -> the part of a bias of the same kind
+_SINGLE = {"D", "bias", "whole", "whole_bias"}  # parts that mflux looks for under ComfyUI's own names only
+_COMFYUI = {".attention.norm_q": ".attention.q_norm", ".attention.norm_k": ".attention.k_norm"}
+
+
+def _in_comfyui(module: str) -> str:
+    """The name of a norm, or of a layer outside the blocks, in ComfyUI's single file. Others keep theirs."""
+    for official, name in _COMFYUI.items():
+        module = module.replace(official, name)
+    return re.sub(rf"^all_(x_embedder|final_layer)\.{OFFICIAL_PATCH_KEY}", r"\1", module)
 
 
 def _prefix(spelling: Spelling) -> str:
@@ -55,18 +71,19 @@ def _prefix(spelling: Spelling) -> str:
 
 
 def with_peft_config(lora: LoRA, spelling: Spelling) -> Spelled:
-    """The alphas are in PEFT's config in the metadata. diffusers reads them there."""
-    factors = _low_rank(lora)
-    ranks = {layer: update.rank for layer, update in factors.items()}
-    alphas = {layer: _short(update.scale * update.rank) for layer, update in factors.items()}
-    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    """alpha / rank is multiplied into B, because ComfyUI and InvokeAI read no metadata.
+
+    PEFT's config in the metadata, which diffusers and mflux read, has alpha = rank for every layer.
+    """
+    factors = {layer: update.folded() for layer, update in _low_rank(lora).items()}
+    rank = _commonest([update.rank for update in factors.values()])
+    others = {layer: update.rank for layer, update in factors.items() if update.rank != rank}
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(factors),
-        "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
-        "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(factors),
+        "rank_pattern": others, "alpha_pattern": others,
     }  # fmt: skip
     metadata = json.dumps({f"{_prefix(spelling)}{key}": value for key, value in config.items()})
-    return _without_alpha(factors, spelling), {"alpha_folded": False, PEFT_METADATA: metadata}
+    return _without_alpha(factors, spelling), {"alpha_folded": True, PEFT_METADATA: metadata}
 
 
 def with_one_rank(lora: LoRA, spelling: Spelling) -> Spelled:

@@ -12,7 +12,7 @@ from zimage_ref.errors import WeightError, listing
 from zimage_ref.formats.tensors import DTYPE_NAMES, DTYPES, FLOATS, Array, Tensor, cast
 
 LARGEST = 1e8  # trained numbers are far smaller; squares of products of such numbers still fit in float32
-Scale = Callable[[str, int], float]  # module, rank -> alpha / rank for a module without its own alpha
+Scale = Callable[[str, int | None], float]  # module, rank (None: no product) -> alpha / rank without an own alpha
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,23 @@ class Parts:
             )
         return one, other
 
-    def scale(self, rank: int) -> float:
-        """alpha / rank. alpha is the module's own if it has one; else metadata or a JSON file give it."""
-        return self._number("alpha") / rank if "alpha" in self else self.default_scale(self.module, rank)
+    def scale(self, rank: int | None) -> float:
+        """alpha / rank. alpha is the module's own if it has one; else metadata or a JSON file give it.
+
+        rank: None for matrices that are stored whole. Their own alpha does not count, but one of PEFT's config does.
+        """
+        if "alpha" not in self:
+            return self.default_scale(self.module, rank)
+        return self._number("alpha") / rank if rank is not None else 1.0
 
     def _number(self, part: str) -> float:
+        """The part as one number, which may be an integer: musubi-tuner's converter writes such alphas."""
         key, tensor = self.tensors[part]
         if tensor.size != 1:
             raise self.error(f"{key} has shape {tensor.shape}: it must be one number")
+        if tensor.dtype.kind in "iu":
+            whole = int(tensor.read().reshape(()))
+            if abs(whole) > LARGEST:
+                raise self.error(f"{key} is {whole}, beyond {LARGEST:g}: the file is damaged")
+            return float(whole)
         return float(self.array(part, ndim=None).reshape(()))

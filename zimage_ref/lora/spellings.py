@@ -1,19 +1,26 @@
-"""How tools spell LoRA keys. To read or write another spelling, add one entry to SPELLINGS. All of these are read:
+"""How tools spell LoRA keys. To read or write another spelling, add one entry to SPELLINGS.
+
+A key is <wrappers and prefixes><module><suffix>, each from a table. Prefixes, wrappers, spellings of modules and the
+suffixes of A and B are here, the suffixes of other kinds in `kinds`. Every combination of them is read. Examples:
 
     diffusion_model.layers.0.attention.to_q.lora_A.weight       ComfyUI, ai-toolkit, mflux
     transformer.layers.0.attention.to_q.lora_B.weight           diffusers
-    lora_unet_layers_0_attention_to_q.lora_down.weight          kohya, musubi-tuner
+    transformer.layers.0.attention.to_q.lora_down.weight        OneTrainer
+    lora_unet_layers_0_attention_to_q.lora_down.weight          musubi-tuner
+    lora_unet__layers_0_attention_to_q.lora_down.weight         VideoX-Fun
     layers.0.attention.to_q.lora_A.default.weight               DiffSynth
+    pipe.dit.layers.0.attention.to_q.lora_A.default.weight      DiffSynth, not stripped
     base_model.model.layers.0.attention.to_q.lora_A.weight      PEFT
     layers.0.attention.to.q.lora.down.weight                    Anime-Z
     layers.0.attention.qkv.lora_a                               z-image-train
     lycoris_layers_0_attention_to_q.lokr_w1                     LyCORIS
 
-Four are written. Their names are values of `naming` and `lora_format`:
+Five are written. Their names are values of `naming` and `lora_format`. `clients` says which program reads which:
 
     comfy    diffusion_model.<layer>.lora_A.weight          alpha / rank multiplied into B
-    peft     transformer.<layer>.lora_A.weight              alpha in the metadata `lora_adapter_metadata`
-    kohya    lora_unet_<layer>.lora_down.weight, .alpha
+    peft     transformer.<layer>.lora_A.weight              the same; PEFT's config in the metadata
+    kohya    diffusion_model.<layer>.lora_down.weight       an alpha key a layer
+    musubi   lora_unet_<layer>.lora_down.weight             an alpha key a layer
     burn     <block>.attention.qkv.lora_a, fused            alpha in the sidecar `<stem>.lora.json`, one rank for all
 
 Sources: the loaders of ComfyUI and diffusers, and the writers named above.
@@ -34,7 +41,8 @@ from .namings import with_alpha_folded, with_alpha_keys, with_one_rank, with_pef
 from .updates import LoRA
 
 DEFAULT_NAMING = "comfy"
-_A_B = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A": "A", ".lora_B": "B"}
+_A_B = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_DOWN_UP = {".lora_down.weight": "A", ".lora_up.weight": "B"}
 *_QKV, _OUT = LORA_TARGETS["attention"]
 _FUSED = {"attention.qkv": tuple(_QKV)}
 
@@ -56,20 +64,33 @@ SPELLINGS = {
         ),
         Spelling(
             software="kohya", prefixes=("lora_unet_", "lora_transformer_"), separator="_",
-            style="lora_down/up", suffixes={".lora_down.weight": "A", ".lora_up.weight": "B"},
-            naming="kohya", write=with_alpha_keys,
+            style="lora_down/up", suffixes=_DOWN_UP, naming="musubi", write=with_alpha_keys,
         ),
+        Spelling(
+            software="kohya with dots", prefixes=("diffusion_model.", "unet."),
+            style="lora_down/up", suffixes=_DOWN_UP, naming="kohya", write=with_alpha_keys,
+        ),
+        Spelling(software="OneTrainer", prefixes=("transformer.",), style="lora_down/up", suffixes=_DOWN_UP),
+        Spelling(software="VideoX-Fun", prefixes=("lora_unet__",), style="lora_down/up", suffixes=_DOWN_UP),
         Spelling(
             software="z-image-train", style="lora_a/b", suffixes={".lora_a": "A", ".lora_b": "B"},
             modules={**_FUSED, "attention.to_out": (_OUT,)}, alpha=SIDECAR,
             naming="burn", write=with_one_rank, low_rank_only=True,
         ),
-        Spelling(software="PEFT", prefixes=("base_model.model.",), alpha=ADAPTER_CONFIG),
+        Spelling(
+            software="PEFT", wrappers=("base_model.model.", "base_model."), alpha=ADAPTER_CONFIG, whole_layers=True,
+        ),
+        Spelling(software="DiffSynth", wrappers=("pipe.dit.", "pipe.", "dit.")),
+        Spelling(software="torch", wrappers=("model.", "module.", "_orig_mod.")),  # parallel and compiled modules
         Spelling(software="LyCORIS", prefixes=("lycoris_",)),
         Spelling(software="bare", prefixes=("",)),
+        Spelling(software="Anime-Z", style="lora.down/up", suffixes={".lora.down.weight": "A", ".lora.up.weight": "B"}),
         Spelling(
-            software="Anime-Z", style="lora.down/up", suffixes={".lora.down.weight": "A", ".lora.up.weight": "B"},
-            modules={layer.replace(".to_", ".to."): (layer,) for layer in LORA_TARGETS["attention"]},
+            software="old diffusers", style="lora.lora_A/B",
+            suffixes={
+                ".lora.lora_A.weight": "A", ".lora.lora_B.weight": "B",
+                ".lora_linear_layer.down.weight": "A", ".lora_linear_layer.up.weight": "B",
+            },
         ),
     )
 }  # fmt: skip
@@ -87,16 +108,20 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def software(prefix: str, style: str) -> str:
-    """The tool whose keys have this prefix and style. Only one tool uses a style without a prefix."""
+    """The tool whose keys have this prefix and style. Only one tool uses a style without a prefix.
+
+    Else the tool of the outermost prefix or wrapper, and of several with the same one the tool with this style.
+    """
     known = SPELLINGS.values()
-    by_style = (spelling for spelling in known if spelling.style == style and not spelling.prefixes)
-    by_prefix = (spelling for spelling in known if prefix in spelling.prefixes)
-    return next((spelling.software for found in (by_style, by_prefix) for spelling in found), "")
+    if own := [s.software for s in known if s.style == style and not (s.prefixes or s.wrappers)]:
+        return own[0]
+    best = max(known, key=lambda s: (s.starts(prefix), s.style == style), default=None)
+    return best.software if best is not None and best.starts(prefix) >= 0 else ""
 
 
 def alpha_sources(prefix: str, style: str) -> list[AlphaSource]:
     """The places that may hold the alpha of a file without alpha keys, for keys of this prefix and style."""
-    return [s.alpha for s in SPELLINGS.values() if s.alpha is not None and s.is_of(prefix, style)]
+    return [s.alpha for s in SPELLINGS.values() if s.alpha and (s.alpha.for_all or s.is_of(prefix, style))]
 
 
 def companions(path: Path) -> list[Path]:

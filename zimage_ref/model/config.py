@@ -38,7 +38,7 @@ class TransformerConfig:
     axes_lens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_values(self, layers=("n_layers", "n_refiner_layers"))
+        check_values(self)
         if self.dim % self.n_heads:
             raise ConfigError(f"transformer: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim != sum(self.axes_dims):
@@ -128,7 +128,7 @@ class TextEncoderConfig:
     rope_theta: float
 
     def __post_init__(self) -> None:
-        check_values(self, layers=("num_hidden_layers",))
+        check_values(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"text encoder: {self.num_attention_heads} heads are not a multiple of "
@@ -190,7 +190,7 @@ class VAEConfig:
     shift_factor: float
 
     def __post_init__(self) -> None:
-        check_values(self, layers=("layers_per_block",))
+        check_values(self)
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ConfigError(f"vae: {channels} channels are not a multiple of {self.norm_num_groups} groups")
@@ -246,6 +246,9 @@ class SchedulerConfig:
 
     shift: float
     use_dynamic_shifting: bool = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
     @classmethod
     def from_json(cls, data: Json, source: str) -> SchedulerConfig:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
-from typing import Any, Protocol, TypeVar, get_type_hints
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar
 
+from zimage_ref.bounds import LONGEST_LIST, MODEL
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import Json, JsonObject
-
-_TOO_LARGE = 1 << 31  # sizes must be below this
-_TOO_MANY = 1000  # numbers of layers must be below this, so that a config cannot ask for endless names
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -33,26 +30,21 @@ def parse_config(kind: type[AnyConfig], data: Json, source: str) -> AnyConfig:
     """The config of class `kind` in `data`. Raises ConfigError naming `source`, also for a value of a wrong type."""
     try:
         return kind.from_json(data, source)
+    except ConfigError as error:
+        fact = str(error)
+        raise ConfigError(fact if fact.startswith(source) else f"{source}: {fact}") from error
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise ConfigError(f"{source}: has a value of a wrong kind: {error}") from error
 
 
-def check_values(config: object, layers: Collection[str]) -> None:
-    """Raises ConfigError unless each field of the dataclass `config` has the type that its annotation says.
-
-    A float must be finite. An int must be positive and below _TOO_LARGE, or below _TOO_MANY for a number of layers.
-    layers: names of the fields that count layers.
-    """
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+def check_values(config: object) -> None:
+    """Raises ConfigError unless each number of the dataclass `config` is within its bounds (`bounds.MODEL`)."""
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
         values = value if isinstance(value, tuple) else (value,)
-        if kind is float:
-            good = all(type(v) in (int, float) and abs(v) < math.inf for v in values)
-        else:
-            limit = _TOO_MANY if name in layers else _TOO_LARGE
-            good = len(values) <= _TOO_MANY and all(type(v) is int and 0 < v < limit for v in values)
-        if not good:
-            raise ConfigError(f"{name} = {value!r} is not a size or number that a model can have")
+        bounds = MODEL.get(field.name)
+        if bounds and (len(values) > LONGEST_LIST or any(bounds.fault(item) for item in values)):
+            raise ConfigError(f"{field.name} = {value!r} is not a size or number that a model can have")
 
 
 class Reader:

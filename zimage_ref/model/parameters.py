@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from zimage_ref.errors import ConfigError
 
@@ -50,6 +51,22 @@ def transformer_parameters(config: TransformerConfig) -> Shapes:
         modulated = not block.startswith("context_refiner")
         shapes.update({f"{block}.{name}": shape for name, shape in _block(config, modulated).items()})
     return shapes
+
+
+def has_bias(layer: str) -> bool:
+    """Whether the layer with this official name has a bias, in a transformer of any size."""
+    return _without_numbers(layer) in _layers_with_bias()
+
+
+@cache
+def _layers_with_bias() -> frozenset[str]:
+    names = transformer_parameters(OFFICIAL_TRANSFORMER)
+    return frozenset(_without_numbers(name.removesuffix(".bias")) for name in names if name.endswith(".bias"))
+
+
+def _without_numbers(layer: str) -> str:
+    """The name without the number of the block and the key of the patch size."""
+    return re.sub(r"^(layers|noise_refiner|context_refiner|all_x_embedder|all_final_layer)\.[\d-]+", r"\1", layer)
 
 
 def transformer_blocks(config: TransformerConfig) -> Iterator[str]:

@@ -6,12 +6,15 @@ Source: encode_prompt in pipeline_z_image.py of diffusers; chat_template of Qwen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 from zimage_ref.errors import FormatError
+from zimage_ref.formats.reading import read_text
 from zimage_ref.formats.tensors import Array
 
 MAX_TOKENS = 512  # template included; the end of a longer prompt is cut off, as in the official pipeline
@@ -28,12 +31,11 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         """Raises FormatError unless `path` is a tokenizer with Qwen's chat tokens."""
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for every fault
-            raise FormatError(f"{path}: not a tokenizer.json: {error}") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._path = path
+        with self._faults("not a tokenizer.json"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
         for token in ("<|im_start|>", "<|im_end|>"):
             if self._tokenizer.token_to_id(token) is None:
                 raise FormatError(f"{path}: has no token {token}: it is not the tokenizer of Z-Image's text encoder")
@@ -45,9 +47,26 @@ class Tokenizer:
 
     def count(self, prompt: str) -> int:
         """The number of tokens of `prompt` in its template, before it is cut."""
-        return len(self._tokenizer.encode(render(prompt), add_special_tokens=False).ids)
+        return len(self._ids(prompt))
 
     def encode(self, prompt: str) -> Array:
         """Token ids (T,) int32 of `prompt` in its template, at most MAX_TOKENS."""
-        ids = self._tokenizer.encode(render(prompt), add_special_tokens=False).ids
-        return np.asarray(ids[:MAX_TOKENS], np.int32)
+        return np.asarray(self._ids(prompt)[:MAX_TOKENS], np.int32)
+
+    def _ids(self, prompt: str) -> list[int]:
+        with self._faults("this tokenizer cannot encode the prompt"):
+            ids: list[int] = self._tokenizer.encode(render(prompt), add_special_tokens=False).ids
+        return ids
+
+    @contextmanager
+    def _faults(self, fact: str) -> Iterator[None]:
+        """A block in which a fault of the library becomes a FormatError with `fact`.
+
+        The library raises plain Exception for every fault. If its Rust code panics, that is a BaseException.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise FormatError(f"{self._path}: {fact}: {error}") from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
+from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TransformerConfig
 from zimage_ref.model.positions import caption_ids, image_ids, padded, rope_angles
 
@@ -166,6 +167,7 @@ class Transformer:
 
     def denoise(self, x: Array, t: Array, conditioning: Conditioning) -> Array:
         """The raw output (B, C, h, w) for latents x and time t; see `__call__`."""
+        check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
         B, _, h, w = x.shape
         tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
         adaln = self.t_embedder(t * self.config.t_scale)

@@ -8,6 +8,7 @@ Source: AutoencoderKL, vae.py and unet_2d_blocks.py of diffusers; latent scaling
 from __future__ import annotations
 
 from zimage_ref.formats.tensors import Array
+from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import VAEConfig
 
 from .ops import attention, conv2d, group_norm, linear, pad_hw, silu
@@ -109,11 +110,13 @@ class VAE:
 
     def encode(self, image: Array) -> Array:
         """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8): the mean of the posterior, shifted and scaled."""
+        check_maps("pixels", image.shape, self.config.in_channels, self.config.factor)
         mean = self.encoder(image.astype(self.w.dtype))[:, : self.config.latent_channels]
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Array) -> Array:
         """Latents (B, 16, h, w) -> (B, 3, 8 h, 8 w), about [-1, 1]."""
+        check_maps("latents", latents.shape, self.config.latent_channels, 1)
         return self.decoder(latents.astype(self.w.dtype) / self.config.scaling_factor + self.config.shift_factor)
 
 

@@ -37,12 +37,13 @@ class Weights:
     def rows(self, name: str, indices: Array) -> Array:
         """The rows `indices` of a matrix. The others are not read."""
         tensor = self.tensors[self.prefix + name]
-        return cast(tensor.read()[indices], self.dtype)
+        return cast(tensor.rows(indices), self.dtype)
 
     def _stored(self, name: str) -> Tensor:
         return self.tensors[self.prefix + name].cast(DTYPE_NAMES[self.dtype])
 
     def use_loras(self, loras: Sequence[tuple[LoRA, float]]) -> None:
         """Gives W + sum of scale * update from now on, in every part too. Replaces the LoRAs of an earlier call."""
+        found = by_parameter(loras)
         self.loras.clear()
-        self.loras.update(by_parameter(loras))
+        self.loras.update(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from PIL import Image, ImageOps
 
 from zimage_ref.errors import DatasetError, reason
 from zimage_ref.formats.files import atomic_write
+from zimage_ref.formats.reading import read_bytes
 from zimage_ref.formats.tensors import Array
 
+from . import files
 from .formats import check_suffix
 from .metadata import Record, metadata
+from .reading import decode
 
 Picture = Image.Image
 PictureSource = str | Path | Picture  # a picture, or its file
@@ -25,26 +29,45 @@ def read_picture(path: Path) -> Picture:
 
     Raises DatasetError naming the file if it cannot be read completely.
     """
+    return flat(decode(picture_bytes(path), path).picture)
+
+
+def picture_bytes(path: Path) -> bytes:
+    """The content of the file `path`. Raises DatasetError if it cannot be read."""
     try:
-        with Image.open(path) as file:
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_bytes(path)
+    except OSError as error:
         raise DatasetError(f"{path}: cannot be read as a picture: {reason(error)}") from error
-    return _flat(picture)
 
 
-def to_rgb(source: PictureSource) -> Picture:
-    """`source`, a picture or a file, as an RGB picture. Raises DatasetError as `read_picture` does."""
-    return _flat(source) if isinstance(source, Picture) else read_picture(Path(source))
+@dataclass(frozen=True)
+class GivenPicture:
+    """A picture as it was given."""
+
+    picture: Picture  # upright, in any mode
+    digest: str = ""  # SHA-256 of its file; "" for a picture in memory
+    remarks: tuple[str, ...] = ()  # on what of the file is not used
 
 
-def _flat(picture: Picture) -> Picture:
+def read_given(source: PictureSource) -> GivenPicture:
+    """The picture `source`, or that in the file. The file is read once. Raises DatasetError as `read_picture` does."""
+    if isinstance(source, Picture):
+        if not all(source.size):
+            raise DatasetError(f"(a picture in memory): has {source.width} x {source.height} pixels: it is empty")
+        return GivenPicture(source)
+    path = Path(source)
+    data = picture_bytes(path)
+    decoded = decode(data, path)
+    return GivenPicture(decoded.picture, hashlib.sha256(data).hexdigest(), decoded.remarks)
+
+
+def flat(picture: Picture, behind: str = "white") -> Picture:
+    """`picture` as RGB, with the colour `behind` its transparent parts."""
     if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow would clip 16-bit values at 255
         picture = Image.fromarray((np.asarray(picture, np.uint32) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, behind), picture)
     return picture.convert("RGB")
 
 
@@ -60,10 +83,9 @@ def mirror(picture: Picture) -> Picture:
 
 def thumbnail(path: Path, side: int) -> bytes:
     """The picture in `path` as the bytes of a JPEG that fits into a square of `side` pixels."""
-    picture, buffer = read_picture(path), io.BytesIO()
+    picture = read_picture(path)
     picture.thumbnail((side, side))
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+    return files.encoded(picture, "JPEG", quality=85)
 
 
 FITS = ("crop", "pad", "stretch")
@@ -80,12 +102,12 @@ def fit(picture: Picture, width: int, height: int, how: str) -> Picture:
     return cover(picture, width, height)
 
 
-def read_mask(source: PictureSource) -> Picture:
-    """The mask in `source` in black and white: pixels of at least half brightness are white.
+def black_and_white(picture: Picture) -> Picture:
+    """A mask in black and white: pixels of at least half brightness are white.
 
-    Raises DatasetError as `read_picture` does.
+    Transparent parts are black: a mask painted on an empty layer shows only what was painted.
     """
-    return to_rgb(source).convert("L").point(lambda value: 255 * (value > 127))
+    return flat(picture, behind="black").convert("L").point(lambda value: 255 * (value > 127))
 
 
 def fit_mask(mask: Picture, width: int, height: int, how: str) -> Array:
@@ -126,9 +148,7 @@ def to_picture(pixels: Array) -> Picture:
 
 def encoded(picture: Picture, format: str, record: Record | None = None) -> bytes:
     """The bytes of `picture` in Pillow's `format`, with `record` in the metadata."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format, quality=95, **(metadata(format, record) if record else {}))
-    return buffer.getvalue()
+    return files.encoded(picture, format, quality=95, **(metadata(format, record) if record else {}))
 
 
 def save_picture(picture: Picture, path: Path, record: Record | None = None) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from zimage_ref.errors import FormatError, reason
+from zimage_ref.errors import FormatError
+
+from .files import opened
 
 Record = Mapping[str, Any]
 KEY = "zimage"
@@ -26,11 +28,11 @@ _EXIF_LIMIT = 65_000  # bytes; a JPEG segment holds 65,533
 
 def metadata(format: str, record: Record) -> dict[str, Any]:
     """Options of Pillow's `save` that put `record` into a file of `format` (PNG, JPEG, WEBP)."""
-    text = json.dumps(record, ensure_ascii=False)
+    text = _json(record)
     if format == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt(KEY, text)
-        info.add_itxt("parameters", parameters(record))
+        info.add_itxt("parameters", parameters(record).encode(errors="backslashreplace").decode())
         return {"pnginfo": info}
     comment = _UNICODE + text.encode("utf-16-be")
     if len(comment) > _EXIF_LIMIT:
@@ -42,19 +44,26 @@ def metadata(format: str, record: Record) -> dict[str, Any]:
     return {"exif": exif}
 
 
+def _json(record: Record) -> str:
+    """`record` as JSON. A path that is not valid Unicode is written with escapes, so that it can be read again."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return text
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The record in the picture `path`.
 
     Raises FormatError if it is not a picture, or holds no record of this program.
     """
-    try:
-        with Image.open(path) as file:
-            text = file.info.get(KEY) or _user_comment(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FormatError(f"{path}: cannot be read as a picture: {reason(error)}") from error
+    with opened(path) as file:
+        text = file.info.get(KEY) or _user_comment(file)
     try:
         record = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise FormatError(f"{path}: does not say how it was made: it has no metadata of `zimage generate`")

@@ -52,6 +52,11 @@ class TrainCache:
         return self.folder / kind / f"{key}.safetensors"
 
 
+def entry_names(folder: Path) -> list[Path]:
+    """Names as long as those of the entries in the cache `folder`, one for each kind."""
+    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions")]
+
+
 def read_entry(path: Path) -> Array:
     """The value in `path`. Raises FormatError if it is absent or damaged."""
     tensors, metadata = safetensors.read(path)

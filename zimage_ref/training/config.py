@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from zimage_ref.bounds import TRAINING, check_bounds
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
-from zimage_ref.generation.config import by_model, check_side
+from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
+from zimage_ref.generation.config import by_model, check_area, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, TARGETS
-from zimage_ref.options import MEMORY, Group, at_least, check_choices, option, required
+from zimage_ref.options import MEMORY, Group, check_choices, option, required
 
 from .optimizers import OPTIMIZERS
 
@@ -33,7 +35,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 _PARTS = part_options()  # name -> help; each has a field below
-PRECISIONS = ("auto", "bf16", "f32", "8", "4")  # those of the frozen base
+# Those of the frozen base. 4/32 is 4 bits in groups of 32
+PRECISIONS = (
+    "auto", "bf16", "f32", *map(str, reversed(BITS)),
+    *(f"{bits}/{group}" for bits in reversed(BITS) for group in GROUP_SIZES if group != GROUP_SIZE),
+)  # fmt: skip
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
@@ -152,7 +158,7 @@ class TrainConfig:
     )
     base_precision: str = option(
         "auto",
-        "Precision of the base model: a type, or bits. auto is bf16 on a GPU.",
+        "Precision of the base model: a type, or bits, such as 4, or 4/32 in groups of 32. auto is bf16 on a GPU.",
         MEMORY_USE,
         choices=PRECISIONS,
         value="NAME",
@@ -228,25 +234,20 @@ class TrainConfig:
         """Files to use instead of those in the folder of the model, for `ModelFolder.open`."""
         return {name: getattr(self, name) for name in _PARTS}
 
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for encoded pictures and captions."""
+        return self.cache or self.output.parent / "zimage-cache"
+
     def _check_numbers(self) -> None:
-        at_least(self, 1, "rank", "epochs", "batch_size", "grad_accumulation", "repeats", "max_upscale")
-        at_least(self, 1, "steps", "validation_every", "resume_every", "preview_every", "preview_steps")
-        at_least(self, 0, "save_every", "keep_last", "seed", "weight_decay", "warmup", "grad_clip", "preview_guidance")
-        for name in ("alpha", "lora_plus"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"`{name}` {getattr(self, name)} must be above 0")
-        if self.lr is not None and not 0 <= self.lr < math.inf:
-            raise ConfigError(f"`lr` {self.lr} must be 0 or above")
-        for name in ("caption_dropout", "ema", "rank_dropout"):
-            limit = 1.0
-            if not 0 <= getattr(self, name) <= limit or (getattr(self, name) == limit and name != "caption_dropout"):
-                raise ConfigError(f"`{name}` {getattr(self, name)} must be at least 0 and below 1")
+        check_bounds(self, TRAINING)
         if not self.resolution:
             raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:
             check_side("resolution", side)
         if self.preview_size is not None:
             check_side("preview_size", self.preview_size)
+            check_area(self.preview_size, self.preview_size)
 
     def _check_names(self) -> None:
         check_choices(self)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.files import check_writable
+from zimage_ref.lora.alpha import sidecar
 
+from .cache import entry_names
 from .config import TrainConfig
 from .facts import RunFacts, changes
 from .run_folder import RunFolder, SavedState
@@ -13,9 +15,10 @@ from .run_folder import RunFolder, SavedState
 def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:
     """The state to resume from (None: start at the first step), and notices for the user.
 
-    Raises ConfigError if the output or an unfinished run would be overwritten without `overwrite`, and if the run to
-    resume had other `facts`.
+    Raises ConfigError if a file cannot be written, if the output or an unfinished run would be overwritten without
+    `overwrite`, and if the run to resume had other `facts`.
     """
+    _check_names(config, run, facts["total"])
     if config.resume:
         return _to_resume(config, run, facts)
     if (step := run.unfinished()) and not config.overwrite:
@@ -24,8 +27,14 @@ def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tup
         )
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"{config.output}: exists: give `overwrite` to replace it, or another `output`")
-    check_writable(config.output)
     return None, []
+
+
+def _check_names(config: TrainConfig, run: RunFolder, total: int) -> None:
+    """Raises ConfigError if the run cannot write one of its files at the end, or while it goes on."""
+    saves = range(config.save_every, total, config.save_every) if config.save_every else ()
+    loras = [config.output, *map(run.lora, saves)]
+    check_writable(*loras, *map(sidecar, loras), *run.names(total), *entry_names(config.cache_folder))
 
 
 def _to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.errors import ConfigError
+from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
 from zimage_ref.lora.file import read_lora
@@ -19,6 +19,7 @@ from zimage_ref.memory import (
     LEAN,
     Footprint,
     LoadedModel,
+    Mode,
     Stage,
     lora_bytes,
     require_memory,
@@ -28,8 +29,9 @@ from zimage_ref.memory import (
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
+from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 from zimage_ref.options_file import to_json
-from zimage_ref.streaming import Choice, Mode, can_stream, choose, require_streamable
+from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
 
 from .batches import BatchOrder, Item
 from .buckets import Size, buckets
@@ -39,6 +41,8 @@ from .events import Encoded
 from .facts import RunFacts
 from .optimizers import OPTIMIZERS
 
+_KEPT = 128 << 20  # bytes of picture files that are kept from their check until they are encoded
+_SHOWN = 200  # characters of a path or a prompt in a notice
 TURBO_WARNING = (
     "this is Turbo, a distilled model: training it as it is destroys its few-step ability (blurred pictures at 8 "
     "steps). Give `training_adapter` with a de-distillation LoRA, or train the base model"
@@ -56,6 +60,7 @@ class TrainPlan:
     layers: Sequence[str]  # the layers that get a LoRA
     batches: BatchOrder
     adapter: LoRA  # the training adapter, merged into the base while training; empty if there is none
+    notices: Sequence[str] = ()  # what the user should know of the pictures and captions
 
     @cached_property
     def total(self) -> int:
@@ -160,17 +165,26 @@ class CheckedDataset:
 
     def __init__(self, config: TrainConfig) -> None:
         """Raises the errors of `list_dataset`, and ConfigError if `validation` is neither a share nor a folder."""
-        held_out = [] if _fraction(config) is not None else list_dataset(Path(config.validation), config.trigger)
-        self._listed = (list_dataset(config.dataset, config.trigger), held_out)
+        self.notices: list[str] = []  # files that are left out, or used in part
+        folders = [config.dataset] if _fraction(config) is not None else [config.dataset, Path(config.validation)]
+        listed = [list_dataset(folder, config.trigger, self.notices.append) for folder in folders]
+        self._listed = (listed[0], listed[1] if len(listed) > 1 else [])
         self.examples: list[Example] = []  # both lists are complete after `check`
         self.held_out: list[Example] = []  # the examples of `validation`, if it is a folder
 
     def check(self) -> Iterator[Encoded]:
-        """Opens every picture. Raises DatasetError if one cannot be read."""
+        """Opens every picture. Raises DatasetError if one cannot be read.
+
+        The content of the first ones is kept until they are encoded, as far as memory for it goes.
+        """
+        kept = 0
         done, total = 0, sum(map(len, self._listed))
         for listed, examples in zip(self._listed, (self.examples, self.held_out), strict=True):
             for picture, caption in listed:
-                examples.append(Example.open(picture, caption))
+                examples.append(Example.open(picture, caption, self.notices.append))
+                kept += picture.stat().st_size
+                if kept > _KEPT:
+                    examples[-1].content.forget()
                 done += 1
                 yield Encoded(done, total, "pictures")
 
@@ -206,7 +220,22 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
     layers = lora_modules(model.transformer, config.targets)
     adapter = config.training_adapter
     merged = read_lora(adapter, transformer_parameters(model.transformer)).updates if adapter else {}
-    return TrainPlan(config, model, examples, held_out, layers, batches, merged)
+    notices = [*dataset.notices, *_long_texts(config, model, [*examples, *held_out])]
+    return TrainPlan(config, model, examples, held_out, layers, batches, merged, notices)
+
+
+def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Example]) -> Iterator[str]:
+    """Notices of captions and of prompts of previews that are longer than the model reads."""
+    tokenizer = Tokenizer(model.tokenizer)
+    texts = {
+        "captions": {str(e.picture): e.caption for e in examples},
+        "prompts": {p: p for p in config.preview_prompt},
+    }
+    for what, named in texts.items():
+        counts = {name[:_SHOWN]: count for name, text in named.items() if (count := tokenizer.count(text)) > MAX_TOKENS}
+        if counts:
+            found = listing([f"{name} ({count})" for name, count in counts.items()], 5)
+            yield f"{what} longer than {MAX_TOKENS} tokens are cut off ({len(counts)}): {found}"
 
 
 def _check_sides(config: TrainConfig, model: ModelFolder) -> None:

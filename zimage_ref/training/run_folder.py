@@ -9,7 +9,6 @@ previews/                pictures
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import sys
@@ -22,11 +21,12 @@ import numpy as np
 
 from zimage_ref.errors import FormatError, TrainingError, reason
 from zimage_ref.formats import safetensors
-from zimage_ref.formats.files import disk_is_full, remove_stale, sha256, sync
+from zimage_ref.formats.files import disk_is_full, sha256, sync
 from zimage_ref.formats.json_file import read_json, write_json
+from zimage_ref.formats.temporary import remove_stale
 from zimage_ref.formats.tensors import Array, Tensor
 
-from .dataset import RUN_SUFFIX
+from .dataset_files import RUN_SUFFIX
 from .facts import SavedFacts, checked_facts
 
 if sys.platform != "win32":
@@ -55,6 +55,14 @@ class RunFolder:
         self.metrics, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.previews, self._resume = self.path / "previews", self.path / "resume"
 
+    def lora(self, step: int) -> Path:
+        """The file of the LoRA that is saved after `step`, before the end."""
+        return self.output.with_suffix(f".step{step}.safetensors")
+
+    def names(self, total: int) -> list[Path]:
+        """The longest names that a run of `total` steps writes into this folder."""
+        return [self._resume / f"step{total}" / "optimizer.safetensors", self.previews / f"step{total}-0.png"]
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Locks the run for this process. The system unlocks it when the process ends in any way.
@@ -77,8 +85,8 @@ class RunFolder:
         """Deletes incomplete files of a run that was killed."""
         for half in (*self._resume.glob(".step*.tmp"), *self._resume.glob(".step*.old")):
             shutil.rmtree(half)
-        remove_stale(self.path)
-        remove_stale(self.output.parent, f".{glob.escape(self.output.stem)}.*.tmp")
+        remove_stale(self.path, deep=True)
+        remove_stale(self.output.parent)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: SavedFacts) -> Path:
         """Writes a resume folder and deletes all except the last two.
@@ -115,9 +123,18 @@ class RunFolder:
         return None, faults
 
     def unfinished(self) -> int:
-        """The step from which you can resume an interrupted run. 0 if there is no run, or if it is complete."""
+        """The step from which you can resume an interrupted run. 0 if there is no run, or if it is complete.
+
+        A run is complete when all its steps are made and its LoRA was written after the last save.
+        """
         saved, _ = self.latest()
-        return saved.step if saved and saved.step < saved.facts["total"] else 0
+        if not saved or (saved.step >= saved.facts["total"] and self._written_after(saved.step)):
+            return 0
+        return saved.step
+
+    def _written_after(self, step: int) -> bool:
+        state = self._resume / f"step{step}" / "state.json"
+        return self.output.is_file() and self.output.stat().st_mtime_ns >= state.stat().st_mtime_ns
 
     def clear(self) -> None:
         """Deletes the state, metrics and previews of an earlier run."""
@@ -154,7 +171,14 @@ class RunFolder:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes `folder`. It is renamed first, so that its name never shows an incomplete folder."""
+    """Deletes `folder`. It is renamed first, so that its name never shows an incomplete folder.
+
+    If it is a link, such as one to another disk, the link stays, and what is in the folder is deleted.
+    """
+    if folder.is_symlink():
+        for inside in folder.iterdir():
+            remove_folder(inside) if inside.is_dir() else inside.unlink()
+        return
     with suppress(FileNotFoundError):
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""The gradient of attention by MLX's fused kernel, on machines that have one.
+
+MLX has such a kernel for NVIDIA GPUs, 16-bit numbers and lengths that are multiples of 128. So everything is filled up
+to such a length, and the keys that were added are masked. (With queries alone filled up the kernel reads beyond the
+keys.) Of all forms of a mask only an additive one with one row is read as it is: MLX writes a boolean one out for
+every head and query. Elsewhere MLX's own gradient holds all
+scores at once; see `ops.attention_gradient` for what is done there.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+import mlx.core as mx
+
+_TILE = 128  # the fused gradient takes lengths that are multiples of this
+_MASKED = -30000.0  # added to a score that must not count: finite in float16, and its exponential is 0
+_KERNEL = "ScaledDotProductAttentionVJP"  # MLX's name of the fused gradient
+
+
+def fused_gradient_exists(heads: int, width: int, dtype: mx.Dtype) -> bool:
+    """Whether MLX has a fused gradient of masked attention for this many heads of this width on this device."""
+    return _asked(heads, width, dtype, mx.default_device())
+
+
+@cache
+def _asked(heads: int, width: int, dtype: mx.Dtype, _: mx.Device) -> bool:
+    """Looks into the graph that MLX makes for a short gradient, and computes nothing."""
+    q = mx.zeros((1, heads, _TILE, width), dtype)
+    dq = _vjp(q, q, q, q, mx.zeros((1, 1, 1, _TILE), dtype))[0]
+    graph = io.StringIO()
+    mx.export_to_dot(graph, dq)
+    return _KERNEL in graph.getvalue()
+
+
+def fused_gradient(
+    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, mask: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of q, k, v (B, H, S, K) of attention, whose output has the gradient d_out (B, H, S, K).
+
+    mask: boolean (B or 1, 1, 1, S), True is attended, or None. The forward pass is computed again: MLX gives nobody
+    the statistics of its softmax.
+    """
+    S = q.shape[2]
+    more = -S % _TILE
+    added = None if mask is None else additive(mask, q.dtype)
+    if more:
+        q, k, v, d_out = (mx.pad(a, [(0, 0), (0, 0), (0, more), (0, 0)]) for a in (q, k, v, d_out))
+        added = mx.zeros((1, 1, 1, S), q.dtype) if added is None else added
+        added = mx.pad(added, [(0, 0), (0, 0), (0, 0), (0, more)], constant_values=_MASKED)  # (B or 1, 1, 1, S + more)
+    dq, dk, dv = _vjp(q, k, v, d_out, added)
+    return dq[:, :, :S], dk[:, :, :S], dv[:, :, :S]
+
+
+def additive(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A boolean mask as numbers to add to scores, of the mask's shape: 0 if attended, else far below all scores."""
+    return mx.where(mask, mx.array(0.0, dtype), mx.array(_MASKED, dtype))
+
+
+def _vjp(q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, added: mx.array | None) -> list[mx.array]:
+    """MLX's gradients of q, k, v."""
+    scale = q.shape[-1] ** -0.5
+
+    def attention(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+        return [mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=added)]
+
+    return mx.vjp(attention, [q, k, v], [d_out])[1]

@@ -1,0 +1,140 @@
+"""What a client asks for, checked: the pictures of a job. All interfaces make one of these."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import get_type_hints
+
+from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.errors import ConfigError
+from zimage_ref.formats.json_file import JsonObject
+from zimage_ref.generation.config import GenerateConfig, config_of
+from zimage_ref.generation.jobs import plan_requests
+from zimage_ref.generation.loras import with_scale
+from zimage_ref.model.flow import is_turbo
+from zimage_ref.options_file import typed
+from zimage_serve.refusals import RefusedError
+from zimage_serve.settings import ServeSettings
+
+_PICTURES = ("init_image", "mask")
+OWN_FIELDS = ("count", "loras", "preview_steps")
+_SEEDS = 2**31
+_MOST_LORAS = 16
+LONGEST_PROMPT = 20_000  # characters
+
+
+@dataclass(frozen=True)
+class PictureOrder:
+    """The pictures of one job. They differ only in their seed."""
+
+    configs: tuple[GenerateConfig, ...]
+    loras: tuple[tuple[Path, float], ...] = ()
+    preview_steps: int = 0  # steps from one preview to the next; 0: no previews
+
+    @property
+    def settings(self) -> object:
+        """A value that is equal for orders whose pictures can be made together."""
+        return replace(self.configs[0], prompt="", negative_prompt="", seed=0), self.loras, self.preview_steps
+
+
+@dataclass(frozen=True)
+class OrderDesk:
+    """Turns the fields of a request into an order, or refuses it."""
+
+    model: ModelFolder
+    settings: ServeSettings
+    defaults: Mapping[str, object]  # fields of GenerateConfig to use if a client leaves them out
+    find_picture: Callable[[object, str], Path]  # id and field -> file
+    find_lora: Callable[[object], Path]  # name -> file
+
+    def order(self, asked: Mapping[str, object]) -> PictureOrder:
+        """The order for the fields of GenerateConfig and OWN_FIELDS in `asked`. None means the default.
+
+        Raises RefusedError or UnknownError, ConfigError for options that do not fit, DatasetError for bad pictures.
+        """
+        given = {name: value for name, value in asked.items() if value is not None}
+        hints = get_type_hints(GenerateConfig)
+        for name in given:
+            if name not in hints and name not in OWN_FIELDS:
+                close = difflib.get_close_matches(name, [*hints, *OWN_FIELDS], 1)
+                raise RefusedError(f"`{name}` is not known" + (f": is `{close[0]}` meant?" if close else ""))
+        options = {
+            name: typed(value, hints[name], f"`{name}`")
+            for name, value in given.items() if name in hints and name not in _PICTURES
+        }  # fmt: skip
+        options |= {name: self.find_picture(given[name], name) for name in _PICTURES if name in given}
+        config = self._config(options)
+        if config.steps is not None and config.steps > self.settings.max_steps:  # before a schedule is made of them
+            raise RefusedError(f"`steps` {config.steps} is more than the {self.settings.max_steps} allowed here")
+        count = _whole("count", given.get("count", 1), 1, self.settings.max_count)
+        order = PictureOrder(
+            tuple(replace(config, seed=config.seed + i) for i in range(count)),
+            self._loras(given.get("loras", [])),
+            _whole("preview_steps", given.get("preview_steps", 0), 0, self.settings.max_steps),
+        )
+        self._check(order)
+        return order
+
+    def _config(self, options: dict[str, object]) -> GenerateConfig:
+        if "prompt" not in options:
+            raise RefusedError("`prompt` is missing")
+        for name in ("prompt", "negative_prompt"):
+            if len(str(options.get(name, ""))) > LONGEST_PROMPT:
+                raise RefusedError(f"`{name}` has more than {LONGEST_PROMPT:,} characters")
+        if options.get("seed", -1) == -1:  # as other programs ask for any seed
+            options["seed"] = secrets.randbelow(_SEEDS)
+        defaults = dict(self.defaults)
+        if "init_image" in options or {"width", "height"} & options.keys():
+            defaults = {name: value for name, value in defaults.items() if name not in ("width", "height")}
+        return config_of({**defaults, **options})
+
+    def _check(self, order: PictureOrder) -> None:
+        """Refuses what the model cannot draw or the limits do not allow. No weights are read."""
+        (request,) = plan_requests(order.configs[:1], self.model)
+        request.config.check_guidance()
+        limits = self.settings
+        if request.width * request.height > limits.max_pixels:
+            raise RefusedError(
+                f"{request.width} x {request.height} is more than the {limits.max_pixels:,} pixels allowed here"
+            )
+
+    def _loras(self, asked: object) -> tuple[tuple[Path, float], ...]:
+        """The files and scales of [{"name": ..., "scale": ...}], or of names alone."""
+        if not isinstance(asked, Sequence) or isinstance(asked, str) or len(asked) > _MOST_LORAS:
+            raise RefusedError(f"`loras` is a list of at most {_MOST_LORAS} objects with `name` and `scale`")
+        found = []
+        for item in asked:
+            entry: JsonObject = dict(item) if isinstance(item, Mapping) else {"name": item}
+            if unknown := entry.keys() - {"name", "scale"}:
+                raise RefusedError(f"`loras`: {min(map(str, unknown))} is not known: give `name` and `scale`")
+            scale = typed(entry.get("scale", 1.0), float, "`scale` of a LoRA")
+            path = self.find_lora(entry.get("name"))
+            with_scale((path, scale))  # refuses what is not finite
+            found.append((path, scale))
+        return tuple(found)
+
+
+def facts_of(model: ModelFolder) -> dict[str, object]:
+    """What clients may know of the model."""
+    return {
+        "name": model.path.name if model.path.name != "weights" else "tiny",
+        "kind": "turbo" if is_turbo(model.scheduler) else "base",
+        "size_multiple": model.size_multiple,
+        "longest_side": model.size_multiple * min(model.transformer.axes_lens[1:]),
+    }
+
+
+def option_names() -> list[str]:
+    """The fields that a request for pictures may have."""
+    return [*(field.name for field in fields(GenerateConfig)), *OWN_FIELDS]
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    number: int = typed(value, int, f"`{name}`")
+    if not low <= number <= high:
+        raise ConfigError(f"`{name}` {number} must be between {low} and {high}")
+    return number
