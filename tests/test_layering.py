@@ -253,7 +253,7 @@ def test_the_rules_catch_what_they_are_for() -> None:
 
 def test_both_packages_have_the_same_networks_under_the_same_names() -> None:
     """A class of zimage_mlx's networks that exists in zimage_ref stands in the file of the same name, in that order."""
-    for module in ("transformer", "text_encoder", "vae"):
+    for module in ("transformer", "text_encoder", "vae", "controlnet", "hints"):
         files = (ROOT / package / "networks" / f"{module}.py" for package in ("zimage_ref", "zimage_mlx"))
         ref, mlx = (
             [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]

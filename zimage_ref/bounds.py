@@ -99,5 +99,7 @@ MODEL = {  # keys in the configs of a model
     "vocab_size": _count(_ANY_SIZE), "hidden_size": _WIDTH, "intermediate_size": _WIDTH, "num_hidden_layers": _LAYERS,
     "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "head_dim": _WIDTH, "rms_norm_eps": _EPS,
     "latent_channels": _HEADS, "block_out_channels": _WIDTH, "layers_per_block": _LAYERS, "norm_num_groups": _WIDTH,
+    "control_in_dim": _HEADS, "control_layers_places": _count(998, low=0),
+    "control_refiner_layers_places": _count(998, low=0),
     "scaling_factor": Bounds(1e-6, 1e6), "shift_factor": Bounds(-1e6, 1e6), "shift": _SHIFT,
 }  # fmt: skip
