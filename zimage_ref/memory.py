@@ -150,6 +150,7 @@ def generation_stages(
     """
     folder, (width, height) = model.folder, size
     weights = {component: model.weight_bytes(component, footprint.mapped) for component in folder.weights}
+    weights["transformer"] += weights.pop("controlnet", 0)  # they compute together
     if not one_at_a_time:
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from zimage_ref.lora.file import write_lora
 from zimage_ref.model import control
 from zimage_ref.model.control import ControlNetConfig, check_pair, controlnet_parameters, controlnet_unused
 
+CONTROLNET_2_0 = replace(control.CONTROLNET_2_1, refiner=control.SHARED)
+CONTROLNET_LITE = replace(control.CONTROLNET_2_1, control_layers_places=(0, 10, 20))
 FULL = {  # variant -> config, names, bytes at 16 bits of the published file in GB
     "1.0: 6 blocks, 16 channels": (control.CONTROLNET_1_0, 136, 3.10),
-    "2.0: 15 blocks, 33 channels, takes a mask": (control.CONTROLNET_2_0, 295, 6.71),
+    "2.0: 15 blocks, 33 channels, takes a mask": (CONTROLNET_2_0, 295, 6.71),
     "2.1: 15 blocks, 33 channels, takes a mask": (control.CONTROLNET_2_1, 295, 6.71),
-    "2.1 lite: 3 blocks, 33 channels, takes a mask": (control.CONTROLNET_LITE, 91, 2.02),
+    "2.1 lite: 3 blocks, 33 channels, takes a mask": (CONTROLNET_LITE, 91, 2.02),
 }
 
 
@@ -48,7 +51,7 @@ def test_full_size(variant: str, dialect: str) -> None:
 
 
 def test_2_0_without_its_unused_tensors() -> None:
-    config, unused = control.CONTROLNET_2_0, controlnet_unused(control.CONTROLNET_2_0)
+    config, unused = CONTROLNET_2_0, controlnet_unused(CONTROLNET_2_0)
     assert len(unused) == 36
     tensors = {name: t for name, t in shapes_only(config, zero=True).items() if name not in unused}
     found = identify(tensors)

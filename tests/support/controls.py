@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from support import cases, tiny
-from zimage_ref.model.control import OWN, PLAIN, SHARED, ControlNetConfig
+from zimage_ref.formats import safetensors
+from zimage_ref.formats.tensors import Tensor
+from zimage_ref.model.control import (
+    OWN,
+    PLAIN,
+    SHARED,
+    ControlNetConfig,
+    controlnet_parameters,
+    controlnet_unused,
+)
 
 SEED, SCALE = 0, 0.7  # of the inputs of the golden file, and of its hints
 TRANSFORMER = replace(tiny.TRANSFORMER, n_layers=5, n_refiner_layers=2)
@@ -31,3 +42,22 @@ def inputs(config: ControlNetConfig, case: str, seed: int) -> cases.Arrays:
     arrays = cases.transformer_inputs(TRANSFORMER, case, seed)
     shape = (1, config.control_in_dim, *arrays["x"].shape[2:])
     return arrays | {"context": np.random.RandomState(seed + 1).standard_normal(shape).astype(np.float32)}
+
+
+# the same for the model of `tiny.write_model_folder`
+SMALL = {
+    name: replace(
+        config, n_refiner_layers=1, control_layers_places=(0,) if name == "lite" else (0, 1),
+        control_refiner_layers_places=config.control_refiner_layers_places[:1],
+    )
+    for name, config in VARIANTS.items()
+}  # fmt: skip
+
+
+def write(folder: Path, config: ControlNetConfig, salt: str = "") -> Path:
+    """A diffusers folder with a ControlNet and its config."""
+    arrays = tiny.random_weights(controlnet_parameters(config), salt)
+    used = {name: Tensor.of(array) for name, array in arrays.items() if name not in controlnet_unused(config)}
+    safetensors.write(folder / "diffusion_pytorch_model.safetensors", used, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_json()), encoding="utf-8")
+    return folder

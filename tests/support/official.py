@@ -12,7 +12,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    ZImageControlNetInpaintPipeline,
     ZImageControlNetModel,
+    ZImageControlNetPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -130,6 +132,14 @@ def sigmas(steps: int, shift: float) -> list[float]:
 def pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> ZImagePipeline:
     """diffusers' whole pipeline from a model folder."""
     pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def control_pipeline(folder: Path, network: Path, inpaint: bool = False) -> Any:
+    """diffusers' pipeline from a model folder and the folder of a ControlNet."""
+    kind = ZImageControlNetInpaintPipeline if inpaint else ZImageControlNetPipeline
+    pipe = kind(**pipeline(folder).components, controlnet=ZImageControlNetModel.from_pretrained(network))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -121,8 +121,6 @@ CONTROLNET_2_1 = replace(
     CONTROLNET_1_0, control_in_dim=33, control_layers_places=tuple(range(0, 30, 2)),
     control_refiner_layers_places=(0, 1), refiner=OWN,
 )  # fmt: skip
-CONTROLNET_2_0 = replace(CONTROLNET_2_1, refiner=SHARED)
-CONTROLNET_LITE = replace(CONTROLNET_2_1, control_layers_places=(0, 10, 20))
 
 
 def controlnet_parameters(config: ControlNetConfig) -> Shapes:
