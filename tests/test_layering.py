@@ -32,7 +32,7 @@ ROOMS = {
     "zimage_ref.checkpoints": f"{_BASE} extras lora",
     "zimage_ref.memory": f"{_BASE} checkpoints",
     "zimage_ref.generation": f"{_BASE} bounds version options options_file pictures lora checkpoints memory",
-    "zimage_ref.pipeline": "formats model lora networks memory generation",
+    "zimage_ref.pipeline": "formats model checkpoints lora networks memory generation",
     "zimage_ref.training": f"{_BASE} bounds options options_file pictures lora checkpoints memory generation",
     "zimage_ref.doctor": "errors formats model version checkpoints memory",
     "zimage_ref.inspection": "errors formats checkpoints",
@@ -222,7 +222,7 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node.args[0], ast.Constant)
     }
     libraries = {
-        "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft", "torch",
+        "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft", "torch",
         "transformers",
     }  # fmt: skip
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}

@@ -1,4 +1,4 @@
-"""What a ControlNet adds to the stream of the transformer: the interface between both networks."""
+"""Hints that a ControlNet adds to the stream of the transformer: the interface between both networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Hints(Protocol):
-    """What is added to the stream after some layers. `controlnet.Control` makes it."""
+    """Hints for the stream, added after some layers. `controlnet.Control` makes it."""
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class GenerateGroup(Group):
     PICTURE = "Prompt and size"
     DENOISING = "Denoising"
     START = "Start from a picture"
-    CONTROL = "Follow a picture (ControlNet)"
+    CONTROL = "Follow a picture"
     OUTPUT = "Output"
     RECORD = "Make a picture again"
     SPEED = "Memory and engine"

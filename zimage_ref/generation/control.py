@@ -22,7 +22,7 @@ from .control_options import control_and_scale
 
 @dataclass(frozen=True)
 class Control:
-    """What a picture is to follow."""
+    """A ControlNet and the map that a picture follows."""
 
     file: ControlFile
     picture: Picture  # the map, at the size of the result

@@ -20,7 +20,7 @@ Steer = Callable[[ConditioningT, float], ConditioningT]  # conditioning, sigma -
 
 @dataclass(frozen=True)
 class Start(Generic[ArrayT]):
-    """What was encoded for a request."""
+    """The encoded pictures of a request."""
 
     latents: ArrayT | None  # (1, C, h, w), of the picture to start from
     context: ArrayT | None  # (1, control_in_dim, h, w), for the ControlNet
@@ -51,7 +51,7 @@ def _start(engine: Engine[ArrayT, ConditioningT], request: Request) -> Start[Arr
 
 
 def steering(engine: Engine[ArrayT, ConditioningT], request: Request, context: ArrayT | None) -> Steer[ConditioningT]:
-    """A function that adds the ControlNet of `request` to a conditioning at the noise levels where it acts."""
+    """A function that adds the ControlNet of `request` to a conditioning at the noise levels at which it acts."""
     control = request.control
 
     def steer(conditioning: ConditioningT, sigma: float) -> ConditioningT:
