@@ -58,7 +58,7 @@ class Control:
         """The input of the network, (1, control_in_dim, h, w).
 
         encode: pixels (1, 3, H, W) -> latents (1, C, h, w). start, mask: of the request. A network that takes masks
-        gets the mask, 1 where the picture is kept, and the latents of the kept part; zeros without a mask.
+        gets the mask, 1 for kept pixels, and the latents of the kept part; zeros without a mask.
         """
         latents = encode(_pixels(self.picture))
         missing = self.file.config.control_in_dim - latents.shape[1]
