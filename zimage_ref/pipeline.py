@@ -13,7 +13,7 @@ from .checkpoints.control_file import ControlFile
 from .formats.tensors import DTYPE_NAMES, Array, Tensor
 from .generation.pipeline import Pipeline
 from .lora.file import LoRAFile
-from .memory import NUMPY, Footprint
+from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
 from .networks.controlnet import Control, ControlNet
@@ -40,7 +40,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         return np.dtype(self.precision)
 
     @classmethod
-    def footprint(cls, lean: bool) -> Footprint:
+    def footprint(cls, mode: Mode) -> Footprint:
         return NUMPY
 
     @cached_property

@@ -100,6 +100,17 @@ def test_a_batch_is_its_pictures(backend: str, model_dir: Path, nets: dict[str, 
 
 
 @mlx_only
+@pytest.mark.parametrize("variant", ["1.0", "2.1"])
+def test_memory_modes_change_nothing(variant: str, model_dir: Path, nets: dict[str, Path]) -> None:
+    control = [(nets[variant], MAP, 1.0)]
+    fast, lean, stream = (
+        drawn(pipeline("mlx", model_dir, **mode), control=control) for mode in ({}, {"lean": True}, {"stream": True})
+    )
+    np.testing.assert_array_equal(stream, lean)
+    assert_parity(lean, fast, "picture")
+
+
+@mlx_only
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"quantize": 8, "group_size": 32}])
 def test_other_precisions(settings: dict[str, Any], model_dir: Path, nets: dict[str, Path]) -> None:
     control = [(nets["2.1"], MAP, 1.0)]

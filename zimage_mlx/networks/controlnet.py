@@ -22,7 +22,7 @@ from zimage_ref.model.config import TransformerConfig
 from zimage_ref.model.control import OWN, PLAIN, SHARED, ControlNetConfig
 
 from .ops import in_rows
-from .transformer import Block, Conditioning, Transformer
+from .transformer import Block, Conditioning, RunBlock, Transformer
 
 
 class ControlBlock(Block):
@@ -74,6 +74,7 @@ class Control:
     network: ControlNet
     context: mx.array  # (1, control_in_dim, h, w)
     scale: float
+    run: RunBlock  # its blocks are in memory, whatever becomes of those of the transformer
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -91,7 +92,7 @@ class Control:
         c = mx.concatenate([c, caption], axis=1)  # (B, S, D)
         x = mx.concatenate([x, caption], axis=1)
         for i, block in enumerate(self.network.control_layers):
-            c = transformer.run(block, c if i else block.enter(c, x), layout.rotation, layout.mask, adaln)
+            c = self.run(block, c if i else block.enter(c, x), layout.rotation, layout.mask, adaln)
             yield block.hint(c) * self.scale
 
     def _refine(
@@ -99,7 +100,7 @@ class Control:
         adaln: mx.array,
     ) -> tuple[mx.array, mx.array]:  # fmt: skip
         """The first tokens of the control picture, and those of the picture as the ControlNet sees them, (B, L, D)."""
-        run, rotation, places = transformer.run, conditioning.layout.image_rotation, self.network.config
+        run, rotation, places = self.run, conditioning.layout.image_rotation, self.network.config
         if places.refiner == PLAIN:
             for plain in self.network.control_noise_refiner:
                 c = run(plain, c, rotation, None, adaln)
@@ -111,6 +112,6 @@ class Control:
                 hints[places.control_refiner_layers_places[i]] = block.hint(c) * self.scale
         x = embedded
         for i, refiner in enumerate(transformer.noise_refiner):
-            x = run(refiner, x, rotation, None, adaln)
+            x = transformer.run(refiner, x, rotation, None, adaln)
             x = x + hints[i] if i in hints else x
         return c, x
