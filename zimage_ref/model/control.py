@@ -76,7 +76,8 @@ class ControlNetConfig:
         number = {PLAIN: "1.0", SHARED: "2.0", OWN: "2.1"}[self.refiner]
         lite = " lite" if self.refiner == OWN and len(self.control_layers_places) < _FEW_LAYERS else ""
         takes = ", takes a mask" if self.inpaints else ""
-        return f"{number}{lite}: {len(self.control_layers_places)} blocks, {self.control_in_dim} channels{takes}"
+        count = len(self.control_layers_places)
+        return f"{number}{lite}: {count} block{'s' * (count > 1)}, {self.control_in_dim} channels{takes}"
 
     @classmethod
     def from_json(cls, data: Json, source: str) -> ControlNetConfig:
