@@ -24,7 +24,7 @@ from zimage_ref.options_file import typed
 from zimage_ref.pictures.metadata import read_record
 
 from .config import GenerateConfig, config_of
-from .control_options import control_and_scale
+from .control_options import CONTROL_FIELDS, control_and_scale
 
 _DIGITS = 16  # the digits of a SHA-256 that a record holds
 _PICTURES = ("init_image", "mask", "control_image")
@@ -88,6 +88,8 @@ class Recorder:
         known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files = {name: values.pop(name) for name in _PICTURES}
+        if config.control is None:
+            values = {name: value for name, value in values.items() if name not in CONTROL_FIELDS}
         made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
         for name, source in files.items():
             if isinstance(source, (str, Path)):
