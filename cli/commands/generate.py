@@ -17,6 +17,7 @@ from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
+from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.provenance import ModelChoice, Repeat
@@ -29,7 +30,7 @@ from ..terminal.console import Console
 from ..terminal.duration import duration
 from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
 from ..terminal.parser import CommandParser
-from ..terminal.pictures import STDOUT, OutputNames, PictureWriter, preview_path
+from ..terminal.pictures import STDOUT, GridSheet, OutputNames, PictureWriter, preview_path
 from . import interactive
 
 _EXAMPLES = (
@@ -40,6 +41,11 @@ _EXAMPLES = (
     (
         "Use a LoRA at a part of its strength, with 8-bit weights:",
         "zimage generate --model-dir ~/Z-Image-Turbo --lora dog.safetensors:0.8 --quantize 8 "
+        '--prompt "a photo of sks dog" --output dog.png',
+    ),
+    (
+        "Compare strengths of a LoRA on one sheet, dog.grid.png:",
+        'zimage generate --model-dir ~/Z-Image-Turbo --lora dog.safetensors --grid "lora=0,0.5,1 seed=1,2,3" '
         '--prompt "a photo of sks dog" --output dog.png',
     ),
     (
@@ -101,6 +107,8 @@ def _add_output(parser: CommandParser) -> None:
         "- writes to stdout.", output, type=Path, default=Path("output.png"), metavar="NAME")  # fmt: skip
     add("--interactive", "Keep the model loaded, and read one prompt after another.", output, action="store_true")
     add("--overwrite", "Replace pictures that exist.", output, action="store_true")
+    add("--grid", "Vary one or two options, such as 'lora=0,0.5,1 seed=1,2,3'. The pictures also come as one sheet, "
+        "NAME.grid.png.", output, metavar="AXES")  # fmt: skip
     add("--preview-steps", "Write NAME.preview.png every K steps. 0 writes none.", output,
         essential=False, type=int, default=0, metavar="K")  # fmt: skip
     add("--no-thumbnail", "Do not show the picture in the terminal.", output, essential=False, action="store_true")
@@ -113,10 +121,14 @@ def _add_output(parser: CommandParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Makes the pictures. Everything is checked before weights are read."""
     names = OutputNames(args.output, args.overwrite)
+    if args.grid and (args.interactive or names.pattern == STDOUT):
+        raise ConfigError("--grid writes several files: give no --interactive or --output -")
     if args.interactive and (args.prompts or args.prompt_file or names.pattern == STDOUT):
         raise ConfigError("--interactive reads prompts and writes files: give no --prompt, --prompt-file or --output -")
     repeat = Repeat.read(args.from_image) if args.from_image else None
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
+    grid = Grid.parse(args.grid, configs) if args.grid else None
+    configs = list(grid.configs) if grid else configs
     loras = _loras(args, repeat)
     pipe = _open(args, repeat)
     if pipe.backend == "mlx" and (note := blas.advice()):
@@ -130,10 +142,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
         return
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
+    sheet = GridSheet(grid, requests, names.of_sheet(configs)) if grid else None
     if args.preview_steps:
         check_writable(*map(preview_path, paths))
-    _show_facts(run, requests, console)
-    writer.make(requests, paths)
+    _show_facts(run, requests, args.grid, console)
+    writer.make(requests, paths, sheet)
 
 
 def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, float]]:
@@ -189,7 +202,7 @@ def _prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Console) -> None:
+def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | None, console: Console) -> None:
     """Shows a panel for each LoRA, and one for the pictures to make."""
     first, config, loras = requests[0], requests[0].config, run.read_loras()
     for lora in loras:
@@ -201,6 +214,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "steps": len(first.sigmas) - 1,
         "guidance": f"{config.guidance:g}",
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
+        "grid": grid and f"{grid}: {len(requests)} pictures",
         "negative": config.negative_prompt or None,
         "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
         "mask": config.mask,

@@ -57,7 +57,7 @@ class GenerateGroup(Group):
     SPEED = "Memory and engine"
 
 
-_, PICTURE, DENOISING, START, _, _, _ = GenerateGroup
+MODEL, PICTURE, DENOISING, START, _, _, _ = GenerateGroup
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class GenerateConfig:
         1.0, "Time at which guidance ends: 0 is the start of denoising, 1 is its end.", DENOISING
     )
     seed: int = option(0, "Seed of the noise at the start.", PICTURE)
+    lora_scale: float = option(1.0, "Factor on the strength of every LoRA.", MODEL)
     init_image: PictureSource | None = option(None, "Picture to start from.", START, value="PICTURE", essential=True)
     strength: float | None = option(
         None,

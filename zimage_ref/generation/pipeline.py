@@ -23,13 +23,14 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import LoadedModel, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_finite, checked_numbers
-from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
+from zimage_ref.pictures.images import Picture, to_picture, to_unit
 
 from .config import GenerateConfig, config_of
 from .denoising import DenoisingStep, denoised, plain_steps
 from .engine import ConditioningT, Engine, Terms
 from .jobs import Request, configs_for, in_batches, plan_requests
 from .loras import LoRACache, LoRASource
+from .starts import starting_latents
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -147,7 +148,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self, requests: Sequence[Request], terms: Terms, progress: StageProgress
     ) -> Iterator[DenoisingStep[ArrayT]]:
         captions, (start,) = self._prepared(requests, terms.lean, progress)
-        yield from self._in_turns(denoised(self, requests, captions, start), terms)
+        own = terms.scaled(requests[0].config.lora_scale)
+        yield from self._in_turns(denoised(self, requests, captions, start), own)
         self._done_with("transformer", terms.lean)
 
     def denoise(self, x: ArrayT, captions: Sequence[ArrayT], steps: int, guidance: float) -> Iterator[ArrayT]:
@@ -254,7 +256,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         done, total = 0, sum(len(requests[places[0]].sigmas) - 1 for places in batches)
         for places in batches:
             batch = requests[places.start : places.stop]
-            for step in self._in_turns(denoised(self, batch, captions, starts[places[0]]), terms):
+            own = terms.scaled(batch[0].config.lora_scale)
+            for step in self._in_turns(denoised(self, batch, captions, starts[places[0]]), own):
                 watch(places, step)
                 done += 1
                 progress("denoise", done, total)
@@ -296,21 +299,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
             captions[text] = self.encode_prompt(text)
             progress("encode", i, len(texts))
         self._done_with("text_encoder", lean)
-        return captions, self._starts(requests)
-
-    def _starts(self, requests: Sequence[Request]) -> list[ArrayT | None]:
-        """The latents (1, C, h, w) of the picture that each request starts from, or None. A picture is encoded once."""
-        starts: list[ArrayT | None] = []
-        before: Picture | None = None
-        for request in requests:
-            if request.picture is None:
-                starts.append(None)
-            elif request.picture is before:  # `plan_requests` reads a file once, so equal pictures are one object
-                starts.append(starts[-1])
-            else:
-                starts.append(self.encode(to_array(request.picture)[None]))
-            before = request.picture
-        return starts
+        return captions, starting_latents(self, requests)
 
     def _done_with(self, component: str, free: bool) -> None:
         if free:

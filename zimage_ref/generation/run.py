@@ -149,9 +149,11 @@ class GenerationRun:
         picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
-        self.read_loras(loras)
+        adapters = self.read_loras(loras)
         for request in requests:
             request.config.check_guidance()
+            if request.config.lora_scale != 1 and not adapters:
+                raise ConfigError("`lora_scale` needs `lora`: there is no LoRA to scale")
         for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
             # The prompt is tokenized again when it is encoded. This takes at most 2 ms, so the ids are not kept
             tokens = self.pipeline.tokenizer.count(text)
