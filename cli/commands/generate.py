@@ -20,8 +20,11 @@ from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
+from zimage_ref.generation.presets import PRESETS, misfit
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
+from zimage_ref.generation.samplers import TWICE
+from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.options import MEMORY
 
 from ..terminal import blas
@@ -70,8 +73,8 @@ def _add_model(parser: CommandParser) -> None:
     add, model, speed = parser.option, GenerateGroup.MODEL, GenerateGroup.SPEED
     add("--model-dir", "Folder with a Z-Image model, or the name of a repository on Hugging Face.", model,
         type=Path, metavar="MODEL")  # fmt: skip
-    add("--lora", "LoRA, with a strength if you want one. You can repeat this option.",
-        model, action="append", metavar="FILE[:X]")  # fmt: skip
+    add("--lora", "LoRA, with a strength if you want one. USER/REPOSITORY:FILE is on Hugging Face. "
+        "You can repeat this option.", model, action="append", metavar="FILE[:X]")  # fmt: skip
     add("--quantize", "Bits of the large matrices. They are quantized while they load.", model,
         type=int, choices=BITS, metavar="BITS")  # fmt: skip
     add("--group-size", "Weights that share one scale, if --quantize is given. A smaller group is more exact.", model,
@@ -95,8 +98,12 @@ def _add_pictures(parser: CommandParser) -> None:
         dest="prompts", action="append", default=[], metavar="TEXT")  # fmt: skip
     add("--prompt-file", "File with prompts, one in each line. - reads them from stdin.", picture,
         essential=False, type=Path, metavar="FILE")  # fmt: skip
-    add("--seed", "Seed of the noise at the start. You can repeat this option.", picture,
-        shown="0", dest="seeds", type=int, action="append", default=[], metavar="N")  # fmt: skip
+    add("--seed", "Seed of the noise at the start. random draws one. You can repeat this option.", picture,
+        shown="0, with --interactive random", dest="seeds", type=_seed, action="append", default=[],
+        metavar="N")  # fmt: skip
+    add("--size", "Width and height, such as 1024, 1024x768 or the shape 3:4.", picture, metavar="SIZE")
+    add("--preset", "Set of options for a model. Options that you give take precedence.", GenerateGroup.DENOISING,
+        essential=False, choices=tuple(PRESETS), metavar="NAME")  # fmt: skip
     add("--count", "Pictures for each prompt. Their seeds are seed, seed + 1, ...", picture,
         type=int, default=1, metavar="N")  # fmt: skip
 
@@ -133,12 +140,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
     pipe = _open(args, repeat)
     if pipe.backend == "mlx" and (note := blas.advice()):
         console.note(note)
+    if args.preset and (notice := misfit(args.preset, pipe.folder.scheduler)):
+        console.warn(notice)
     run = GenerationRun(pipe, _settings(args), loras)
     for notice in run.changes(repeat) if repeat else ():
         console.warn(notice)
     writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail)
     if args.interactive:
-        interactive.Session(writer, names, configs[0]).loop()
+        interactive.Session(writer, names, configs[0], draw=not args.seeds and not repeat).loop()
         return
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
@@ -150,9 +159,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, float]]:
-    """The LoRAs of the command line, else those in the record."""
+    """The LoRAs of the command line, else those of the preset, else those in the record."""
     if args.lora is not None:
         return [path_and_scale(text) for text in args.lora]
+    if args.preset and PRESETS[args.preset].loras:
+        return [(Path(name), scale) for name, scale in PRESETS[args.preset].loras]
     return [(lora.path, lora.scale) for lora in repeat.loras] if repeat else []
 
 
@@ -188,7 +199,21 @@ def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateCo
 
 
 def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig:
-    return from_args(GenerateConfig, args, {"prompt": "", "seed": 0, **(repeat.options if repeat else {})})
+    """The options of all pictures: those of the command line, else of the preset, else of the record."""
+    options: dict[str, object] = {"prompt": "", "seed": 0, **(repeat.options if repeat else {})}
+    if args.preset:
+        options |= PRESETS[args.preset].options
+    if args.interactive and args.seeds:
+        options["seed"] = args.seeds[0]
+    if args.size:
+        sides = parse_size(args.size, getattr(args, "width", None), getattr(args, "height", None))
+        args.width, args.height = sides
+    return from_args(GenerateConfig, args, options)
+
+
+def _seed(text: str) -> int:
+    """A seed on the command line. argparse shows this name without the line under it."""
+    return random_seed() if text == "random" else int(text)
 
 
 def _prompts(path: Path) -> list[str]:
@@ -231,7 +256,9 @@ def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
     figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
-    predictions = (len(first.sigmas) - 1) * (2 if first.guidance.scale > 0 else 1)
+    steps = len(first.sigmas) - 1
+    calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
+    predictions = calls * (2 if first.guidance.scale > 0 else 1)
     precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory_mode(requests)
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
     return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

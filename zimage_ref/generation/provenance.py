@@ -26,6 +26,8 @@ from .config import GenerateConfig, config_of
 
 _DIGITS = 16  # the digits of a SHA-256 that a record holds
 _PICTURES = ("init_image", "mask")
+# options that records of earlier versions do not have -> what those pictures were made with
+_LATE = {field.name: field.default for field in fields(GenerateConfig) if field.metadata.get("late")}
 T = TypeVar("T")
 
 
@@ -86,7 +88,9 @@ class Recorder:
         known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files, factor = {name: values.pop(name) for name in _PICTURES}, values.pop("lora_scale")
-        made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
+        made: dict[str, object] = {
+            name: value for name, value in values.items() if value is not None and value != _LATE.get(name)
+        }
         for name, source in files.items():
             if isinstance(source, (str, Path)):
                 made |= {name: str(source), f"{name}_sha256": known.get(name) or self._digest(Path(source))}
