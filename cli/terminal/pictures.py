@@ -118,12 +118,15 @@ class PictureWriter:
 
         def preview(index: int, picture: Picture) -> None:
             save_picture(picture, preview_path(paths[index]))
+            if self.thumbnails and (width := self.console.cells(min(THUMBNAIL_COLUMNS, picture.width))):
+                bars.picture(half_blocks(picture, width))
 
         with self.console.progress() as bars:
             for made in self.run.make(requests, bars.update, preview):
                 path = paths[made.index]
                 if grid:
                     grid.add(made)
+                bars.picture([])
                 write(made.picture, path, made.record, self.console)
                 if self.thumbnails and path != STDOUT:
                     show(made.picture, self.console, THUMBNAIL_COLUMNS)

@@ -31,6 +31,7 @@ from .denoising import DenoisingStep
 from .jobs import Request
 from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
+from .previews import quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
 
 _SHOWN = 60  # characters of a prompt in a notice
@@ -190,7 +191,8 @@ class GenerationRun:
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
-                    preview(place, pipe.picture(step.x_0[i : i + 1]))
+                    first = requests[places.start]
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], first.width, first.height))
 
         with pipe.turn():  # no other thread may change `lean` before `generate` has read it
             pipe.set_lean(self.memory_mode(requests) == "lean")
