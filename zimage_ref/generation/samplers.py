@@ -3,8 +3,8 @@
     euler     x' = x + (sigma' - sigma) velocity                                    1 prediction a step, order 1
     heun      the same with the mean of the velocities at both ends                 2 predictions a step, order 2
     dpm++2m   exact if x_0 is linear in log-SNR; uses the last two predictions      1 prediction a step, order 2
-    unipc     the same predictor; each prediction also corrects the step before     1 prediction a step, order 2
-    res_multistep   exact if x_0 is linear in log sigma; uses the last two          1 prediction a step, order 2
+    unipc     the same, and each prediction also corrects the step before           1 prediction a step, order 2
+    res_multistep   exact if x_0 is linear in log sigma, from the last two          1 prediction a step, order 2
     res_2s    the same from a prediction in the middle of the step                  2 predictions a step, order 2
 
 The functions take NumPy or MLX arrays. For signs and times see `model.flow`. To add a sampler, write a function and add
