@@ -81,7 +81,15 @@ TRAINING = {  # fields of TrainConfig
     "grad_clip": Bounds(0, 1e8), "ema": Bounds(0, 1, below=True), "lora_plus": Bounds(0, 1e4, above=True),
     "rank_dropout": Bounds(0, 1, below=True), "save_every": _count(1e9, low=0), "resume_every": _EVERY,
     "keep_last": _count(1e9, low=0), "preview_every": _EVERY, "preview_size": _SIDE, "preview_steps": _STEPS,
-    "preview_guidance": _GUIDANCE,
+    "preview_guidance": _GUIDANCE, "mask_outside": Bounds(0, 1), "keep_tags": _count(1e6, low=0),
+    "min_sigma": Bounds(0, 1, below=True), "max_sigma": Bounds(0, 1, above=True), "noise_offset": Bounds(0, 10),
+    "dropout": Bounds(0, 1, below=True), "module_dropout": Bounds(0, 1, below=True),
+    "differential_guidance": Bounds(0, 1e4, above=True), "huber_delta": Bounds(0, 1e4, above=True),
+    "preserve_every": _EVERY, "preserve_weight": Bounds(0, 1e4),
+}  # fmt: skip
+DATASET = {  # fields of DatasetOptions
+    "weight": Bounds(0, 1e4), "repeats": TRAINING["repeats"], "resolution": _SIDE,
+    "caption_dropout": TRAINING["caption_dropout"],
 }  # fmt: skip
 SERVER = {  # fields of ServeSettings
     "port": _count(65_535, low=0), "queue_size": _count(1e6), "max_pixels": _count(1e9), "max_steps": _STEPS,

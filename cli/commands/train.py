@@ -14,8 +14,8 @@ from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
-from zimage_ref.training.config import TrainGroup
 from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
+from zimage_ref.training.groups import TrainGroup
 from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def add_options(parser: CommandParser) -> None:
     """The options of `zimage train`."""
     parser.usage = "zimage train --model-dir MODEL --dataset FOLDER [options]"
     parser.examples = _EXAMPLES
-    add_fields(parser, TrainConfig, from_file=True)
+    add_fields(parser, TrainConfig, from_file=True, without=("datasets",))
     parser.option(
         "--config", "File with options (.toml or .json). The command line overrides it.",
         TrainGroup.RUN, type=Path, metavar="FILE",
@@ -105,7 +105,8 @@ def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
 
 def _show_options(config: TrainConfig, console: Console) -> None:
     console.facts("train", {
-        "model": config.model_dir, "dataset": config.dataset, "output": config.output,
+        "model": config.model_dir, "dataset": ", ".join(str(each.folder) for each in config.sets),
+        "output": config.output,
         "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",

@@ -23,8 +23,11 @@ from zimage_ref.generation.config import by_model, check_area, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, TARGETS
-from zimage_ref.options import MEMORY, Group, check_choices, option, required
+from zimage_ref.options import MEMORY, check_choices, option, required
 
+from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings
+from .groups import TrainGroup
+from .learning_options import SHARED, LearningOptions
 from .optimizers import OPTIMIZERS
 
 # Schedule -> function from progress (0 after the warmup, 1 at the last step) to a share of the learning rate
@@ -43,25 +46,11 @@ PRECISIONS = (
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
-class TrainGroup(Group):
-    """The groups of options of `zimage train`."""
-
-    MODEL = "Model"
-    DATA = "Pictures and captions"
-    LORA = "What is learned"
-    PACE = "How far and how fast"
-    NOISE = "Noise levels"
-    CHECKS = "Held-out loss and previews"
-    SAVING = "Saving"
-    MEMORY = "Memory"
-    RUN = "The run"
-
-
-MODEL, DATA, LORA, PACE, NOISE, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
+MODEL, DATA, LORA, PACE, NOISE, _, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LearningOptions):
     """The options of a LoRA training run. Raises ConfigError for values out of bounds.
 
     You may give paths as text. You may give options of several values as one value or as a list.
@@ -74,8 +63,9 @@ class TrainConfig:
         essential=True,
         free=True,
     )
-    dataset: Path = required(
-        "Folder with pictures and captions (.txt, metadata.jsonl or captions.json).",
+    dataset: Path | None = option(
+        None,
+        "Folder with pictures and captions (.txt, metadata.jsonl or captions.json). For several, see [[dataset]].",
         DATA,
         value="FOLDER",
         essential=True,
@@ -91,7 +81,10 @@ class TrainConfig:
         None, "Training steps. With auto, as many as `epochs` need.", PACE, essential=True, auto=True
     )
     lr: float | None = option(
-        None, "Learning rate. With auto, 1e-4 for Z-Image, and more for a narrower model.", PACE, auto=True
+        None,
+        "Learning rate. With auto, 1e-4 for Z-Image, more for a narrower model, and 1 for prodigy.",
+        PACE,
+        auto=True,
     )
     resolution: tuple[int, ...] = option(
         (256,),
@@ -227,6 +220,8 @@ class TrainConfig:
                 object.__setattr__(self, name, None)
         self._check_numbers()
         self._check_names()
+        self._check_datasets()
+        self.check_learning(self.optimizer, self.ema, self.lora_plus)
 
     @property
     def parts(self) -> dict[str, Path | None]:
@@ -237,6 +232,30 @@ class TrainConfig:
     def cache_folder(self) -> Path:
         """The folder for encoded pictures and captions."""
         return self.cache or self.output.parent / "zimage-cache"
+
+    @property
+    def sets(self) -> tuple[DatasetOptions, ...]:
+        """The datasets: those of `datasets`, or the one of `dataset`."""
+        return self.datasets if self.dataset is None else (DatasetOptions(folder=self.dataset),)
+
+    def settings(self, number: int) -> DatasetSettings:
+        """What the options of dataset `number` come to."""
+        given = self.sets[number]
+        own = {n: getattr(self, n) if (v := getattr(given, n)) is None else v for n in SHARED}
+        if given.kind == REGULARIZATION:
+            own["trigger"] = ""
+        return DatasetSettings(number, given.kind, given.weight, **own, lines=self.caption_lines)
+
+    def _check_datasets(self) -> None:
+        if self.dataset is None and not self.datasets:
+            raise ConfigError("`dataset` must be given, or [[dataset]] tables in a file of options")
+        if self.dataset is not None and self.datasets:
+            raise ConfigError("`dataset` and [[dataset]] tables are both given: give one of them")
+        settings = [self.settings(number) for number in range(len(self.sets))]
+        if not any(each.kind == TRAIN for each in settings):
+            raise ConfigError("every dataset is of the kind regularization: one must be of the kind train")
+        if self.preserve and not any(each.trigger for each in settings):
+            raise ConfigError("`preserve` puts its words in place of `trigger`: give `trigger`")
 
     def _check_numbers(self) -> None:
         check_bounds(self, TRAINING)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import TypedDict, cast
 
 from zimage_ref.errors import FormatError
+from zimage_ref.options_file import plain
 
-from .config import auto_options, free_options, is_former_auto
+from .config import TrainConfig, auto_options, free_options, is_former_auto
 
 
 class RunFacts(TypedDict):
@@ -42,7 +44,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _NEWER = {"kept_bytes"}  # facts that an older version did not save
 _DIFFERENCES = {
-    "dataset": "the pictures or captions",
+    "dataset": "the pictures, captions or masks",
     "model": "the model's weights or tokenizer",
     "adapter": "the training adapter",
     "batch": "the number of machines",
@@ -61,15 +63,33 @@ def checked_facts(data: object) -> SavedFacts:
 
 def changes(then: RunFacts, now: RunFacts) -> list[str]:
     """The changed facts that change the result, in words."""
-    free, found = free_options(), []
-    for name, value in now["config"].items():
-        before = then["config"].get(name)
+    found, before_all = [], deciding_options({**_defaults(), **then["config"]})
+    for name, value in deciding_options(now["config"]).items():
+        before = before_all.get(name)
         if is_former_auto(name, before):
             before = None
-        if name not in free and before != value:
+        if before != value:
             found.append(f"`{name}` {_in_words(name, before)} -> {_in_words(name, value)}")
     old, new = cast(Mapping[str, object], then), cast(Mapping[str, object], now)
     return found + [text for key, text in _DIFFERENCES.items() if old[key] != new[key]]
+
+
+def deciding_options(options: Mapping[str, object]) -> dict[str, object]:
+    """Those of `options`, as JSON, that decide the result."""
+    free = free_options()
+    return {name: _without_folders(value) for name, value in options.items() if name not in free}
+
+
+def _defaults() -> dict[str, object]:
+    """The defaults of options, as JSON: an older version did not save those that it had not."""
+    return {field.name: plain(field.default) for field in fields(TrainConfig) if field.default is not MISSING}
+
+
+def _without_folders(value: object) -> object:
+    """`value` without the folders of datasets. They may move: digests tell whether pictures and captions changed."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in item.items() if k != "folder"} if isinstance(item, dict) else item for item in value]
 
 
 def _in_words(name: str, value: object) -> object:

@@ -35,11 +35,16 @@ from .batches import BatchOrder, Item
 from .buckets import Size, buckets
 from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out, list_dataset
+from .dataset_options import TRAIN, DatasetSettings
 from .events import Encoded
 from .facts import RunFacts
+from .learning_options import SHARED
+from .masks import unmasked_notice
 from .optimizers import OPTIMIZERS
+from .variants import Variants
 
 _KEPT = 128 << 20  # bytes of picture files that are kept from their check until they are encoded
+_Listed = tuple[DatasetSettings, list[tuple[Path, str]]]  # a dataset, and its pictures with their captions
 _SHOWN = 200  # characters of a path or a prompt in a notice
 TURBO_WARNING = (
     "this is Turbo, a distilled model: training it as it is destroys its few-step ability (blurred pictures at 8 "
@@ -74,6 +79,8 @@ class TrainPlan:
         """
         if self.config.lr is not None:
             return self.config.lr
+        if (own := OPTIMIZERS[self.config.optimizer].lr) is not None:
+            return own
         return LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
 
     @property
@@ -142,11 +149,15 @@ class CheckedDataset:
     def __init__(self, config: TrainConfig) -> None:
         """Raises the errors of `list_dataset`, and ConfigError if `validation` is neither a share nor a folder."""
         self.notices: list[str] = []  # files that are left out, or used in part
-        folders = [config.dataset] if _fraction(config) is not None else [config.dataset, Path(config.validation)]
-        listed = [list_dataset(folder, config.trigger, self.notices.append) for folder in folders]
-        self._listed = (listed[0], listed[1] if len(listed) > 1 else [])
+        self._listed = [self._list(config.settings(i), each.folder) for i, each in enumerate(config.sets)]
+        held_out = _held_out_settings(config)
+        self._listed_held_out = [self._list(held_out, Path(config.validation))] if _fraction(config) is None else []
         self.examples: list[Example] = []  # both lists are complete after `check`
         self.held_out: list[Example] = []  # the examples of `validation`, if it is a folder
+
+    def _list(self, settings: DatasetSettings, folder: Path) -> _Listed:
+        masks = settings.mask == "file"
+        return settings, list_dataset(folder, settings.trigger, self.notices.append, masks=masks, lines=settings.lines)
 
     def check(self) -> Iterator[Encoded]:
         """Opens every picture. Raises DatasetError if one cannot be read.
@@ -154,15 +165,21 @@ class CheckedDataset:
         The content of the first ones is kept until they are encoded, as far as memory for it goes.
         """
         kept = 0
-        done, total = 0, sum(map(len, self._listed))
-        for listed, examples in zip(self._listed, (self.examples, self.held_out), strict=True):
+        every = [*self._listed, *self._listed_held_out]
+        done, total = 0, sum(len(listed) for _, listed in every)
+        for number, (settings, listed) in enumerate(every):
+            examples, bare = self.held_out if number >= len(self._listed) else self.examples, list[Path]()
             for picture, caption in listed:
-                examples.append(Example.open(picture, caption, self.notices.append))
+                examples.append(Example.open(picture, caption, self.notices.append, settings))
                 kept += picture.stat().st_size
                 if kept > _KEPT:
-                    examples[-1].content.forget()
+                    examples[-1].forget()
+                if not examples[-1].mask:
+                    bare.append(picture)
                 done += 1
                 yield Encoded(done, total, "pictures")
+            if settings.mask != "none" and bare:
+                self.notices.append(unmasked_notice(bare[0].parent, bare, settings.mask))
 
 
 def make_plan(
@@ -184,27 +201,30 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
     model = ModelFolder.open(config.model_dir, config.parts)
     examples, held_out = dataset.examples, dataset.held_out
     if fraction := _fraction(config):
-        examples, held_out = hold_out(examples, fraction, config.seed)
+        taught = [example for example in examples if example.settings.kind == TRAIN]
+        taught, held_out = hold_out(taught, fraction, config.seed)
+        examples = [*taught, *(example for example in examples if example.settings.kind != TRAIN)]
     _check_sides(config, model)
     items = [
         Item(index, size, repeat)
-        for repeat in range(config.repeats)
+        for repeat in range(max(example.settings.repeats for example in examples))
         for index, example in enumerate(examples)
+        if repeat < example.settings.repeats
         for size in _sizes(config, model, example)
     ]
     batches = BatchOrder(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
     layers = lora_modules(model.transformer, config.targets)
     adapter = config.training_adapter
     merged = read_lora(adapter, transformer_parameters(model.transformer)).updates if adapter else {}
-    notices = [*dataset.notices, *_long_texts(config, model, [*examples, *held_out])]
+    notices = [*dataset.notices, *_long_texts(config, model, [*examples, *held_out]), *_unused(config)]
     return TrainPlan(config, model, examples, held_out, layers, batches, merged, notices)
 
 
 def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Example]) -> Iterator[str]:
     """Notices of captions and of prompts of previews that are longer than the model reads."""
-    tokenizer = Tokenizer(model.tokenizer)
+    tokenizer, variants = Tokenizer(model.tokenizer), Variants(config)
     texts = {
-        "captions": {str(e.picture): e.caption for e in examples},
+        "captions": {str(e.picture): max(variants.all_of(e.caption), key=len) for e in examples},
         "prompts": {p: p for p in config.preview_prompt},
     }
     for what, named in texts.items():
@@ -214,17 +234,33 @@ def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Exam
             yield f"{what} longer than {MAX_TOKENS} tokens are cut off ({len(counts)}): {found}"
 
 
+def _unused(config: TrainConfig) -> Iterator[str]:
+    """Notices of options that have no effect beside others."""
+    if OPTIMIZERS[config.optimizer].averages and config.schedule != "constant":
+        yield (
+            f"`optimizer` {config.optimizer} keeps the learning rate after the warmup: "
+            f"`schedule` {config.schedule} is not used"
+        )
+
+
 def _check_sides(config: TrainConfig, model: ModelFolder) -> None:
     previews = [] if config.preview_size is None else [config.preview_size]
-    for name, sides in (("resolution", config.resolution), ("preview_size", previews)):
+    shown = [side for number in range(len(config.sets)) for side in config.settings(number).resolution]
+    for name, sides in (("resolution", [*config.resolution, *shown]), ("preview_size", previews)):
         for side in sides:
             if side % model.size_multiple:
                 raise ConfigError(f"`{name}` {side} must be a multiple of {model.size_multiple} for {model.path}")
 
 
 def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Size]:
-    sides = sorted(config.resolution)
-    return buckets(example.size, sides, model.size_multiple, config.max_upscale, config.square)
+    sides, square = sorted(example.settings.resolution), example.settings.square
+    return buckets(example.size, sides, model.size_multiple, config.max_upscale, square)
+
+
+def _held_out_settings(config: TrainConfig) -> DatasetSettings:
+    """The settings of a folder of held-out pictures: the run's own, without what a loss that is measured has not."""
+    shared = {name: getattr(config, name) for name in SHARED if name != "mask"}
+    return DatasetSettings(**shared, lines=config.caption_lines)
 
 
 def _fraction(config: TrainConfig) -> float | None:
