@@ -16,7 +16,7 @@ from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
 from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
 from zimage_ref.training.groups import TrainGroup
-from zimage_ref.training.plan import make_plan
+from zimage_ref.training.plan import TrainPlan, make_plan
 from zimage_ref.training.run_folder import RunFolder
 
 from ..terminal import blas
@@ -214,6 +214,8 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
         ("memory", choice.sentence(plan.model)),
     ])  # fmt: skip
+    if config.datasets:
+        _show_datasets(plan, console)
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
     frugal, streamed = engine.footprint("lean"), engine.footprint("stream")
@@ -229,3 +231,16 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
         "largest stage": peak((captions, pictures, train)).total,
         "  the same, --memory stream": peak(stream).total,
     }.items()])  # fmt: skip
+
+
+def _show_datasets(plan: TrainPlan, console: Console) -> None:
+    """A line for each dataset."""
+    rows = []
+    for number, given in enumerate(plan.config.sets):
+        settings = plan.config.settings(number)
+        pictures = [example for example in plan.examples if example.settings.number == number]
+        rows.append((
+            given.folder, settings.kind, len(pictures), settings.repeats, f"{settings.weight:g}",
+            sum(example.mask is not None for example in pictures),
+        ))  # fmt: skip
+    console.table(("dataset", "kind", "pictures", "repeats", "weight", "masks"), rows)

@@ -65,7 +65,9 @@ class Saver:
 
     def _record(self, step: int) -> dict[str, object]:
         """What a LoRA file says about itself."""
-        config, sides = self._plan.config, self._plan.config.resolution
+        config = self._plan.config
+        datasets = [config.settings(number) for number in range(len(config.sets))]
+        sides = list(dict.fromkeys(side for each in datasets for side in each.resolution))
         trained = {target: target in config.targets or "all" in config.targets for target in TARGETS if target != "all"}
         return {
             "base_model": config.model_dir.resolve().name,
@@ -73,9 +75,9 @@ class Saver:
             "alpha": config.alpha,
             **{f"target_{target}": on for target, on in trained.items()},
             "steps": step,
-            "resolution": sides[0] if len(sides) == 1 else list(sides),
+            "resolution": sides[0] if len(sides) == 1 else sides,
             "timesteps": config.timesteps,
-            "trigger": config.trigger,
+            "trigger": ", ".join(dict.fromkeys(each.trigger for each in datasets if each.trigger)),
             "training_adapter": config.training_adapter.name if config.training_adapter else "",
             "dataset": self._facts["dataset"],
         }

@@ -103,13 +103,6 @@ class TrainConfig(LearningOptions):
         value="WORDS",
         essential=True,
     )
-    caption_dropout: float = option(
-        0.05, "Share of pictures that are shown without their caption. Guidance needs it.", DATA
-    )
-    repeats: int = option(1, "Times that an epoch shows each picture.", DATA)
-    flip: bool = option(False, "Mirror each picture left to right, half of the time.", DATA)
-    max_upscale: float = option(1.0, "A picture smaller than `resolution` is enlarged at most this many times.", DATA)
-    square: bool = option(False, "Crop each picture to a square. Without this option it keeps its shape.", DATA)
     cache: Path | None = option(
         None,
         "Folder for encoded pictures and captions. With auto, zimage-cache beside `output`.",

@@ -26,6 +26,13 @@ class LearningOptions:
     """Options of the pictures and captions that are shown, and of the loss."""
 
     datasets: tuple[DatasetOptions, ...] = ()  # the tables [[dataset]] of a file of options
+    caption_dropout: float = option(
+        0.05, "Share of pictures that are shown without their caption. Guidance needs it.", _DATA
+    )
+    repeats: int = option(1, "Times that an epoch shows each picture.", _DATA)
+    flip: bool = option(False, "Mirror each picture left to right, half of the time.", _DATA)
+    max_upscale: float = option(1.0, "A picture smaller than `resolution` is enlarged at most this many times.", _DATA)
+    square: bool = option(False, "Crop each picture to a square. Without this option it keeps its shape.", _DATA)
     mask: str = option(
         MASKS[0],
         "Part of a picture that is learned. file: the white of NAME.mask.png beside it. alpha: its opaque part.",
