@@ -17,6 +17,7 @@ from zimage_ref.options_file import dump_options, read_options
 from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
 from zimage_ref.training.groups import TrainGroup
 from zimage_ref.training.plan import TrainPlan, make_plan
+from zimage_ref.training.presets import PRESETS
 from zimage_ref.training.run_folder import RunFolder
 
 from ..terminal import blas
@@ -56,6 +57,10 @@ def add_options(parser: CommandParser) -> None:
         TrainGroup.RUN, type=Path, metavar="FILE",
     )  # fmt: skip
     parser.option(
+        "--preset", "Options that fit a kind of thing. Options that you give count before them.",
+        TrainGroup.RUN, choices=tuple(PRESETS), metavar="NAME",
+    )  # fmt: skip
+    parser.option(
         "--dry-run", "Check everything and show the plan. Load no weights.",
         TrainGroup.RUN, action="store_true",
     )  # fmt: skip
@@ -69,7 +74,8 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Trains, shows the progress and each written file. Returns 0, or 128 + the signal that stopped the run."""
-    config = from_args(TrainConfig, args, read_options(args.config, TrainConfig) if args.config else None)
+    file = read_options(args.config, TrainConfig) if args.config else {}
+    config = from_args(TrainConfig, args, {**PRESETS.get(args.preset, {}), **file})
     if args.dump_config:
         console.print(dump_options(config).rstrip("\n"))
         return 0

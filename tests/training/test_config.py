@@ -17,6 +17,7 @@ from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.options_file import dump_options, read_options, to_json
 from zimage_ref.training.config import LR
+from zimage_ref.training.presets import PRESETS
 
 # A value other than the default for every option
 OTHER: dict[str, Any] = {
@@ -122,6 +123,17 @@ def test_the_command_line_comes_before_the_file(tmp_path: Path, capfd: pytest.Ca
     lines = capfd.readouterr().out.splitlines()
     expected = ("rank = 4", "lr = 0.001", 'base_precision = "4"', "resolution = [512, 768, 1024]", 'model_dir = "m"')
     assert set(expected) <= set(lines)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_what_nobody_else_does(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "o.toml"
+    file.write_text('model_dir = "m"\ndataset = "d"\nepochs = 7\n', encoding="utf-8")
+    assert main(["train", f"--config={file}", f"--preset={name}", "--rank=5", "--dump-config"]) == 0
+    file.write_text(capfd.readouterr().out, encoding="utf-8")
+    expected = {**PRESETS[name], "rank": 5, "epochs": 7}
+    assert TrainConfig(**read_options(file, TrainConfig)) == TrainConfig(Path("m"), Path("d"), **expected)
+    assert TrainConfig(Path("m"), Path("d"), **PRESETS[name]).resolution != (256,)
 
 
 FORMER_AUTO = {"steps": 0, "lr": 0.0, "preview_size": 0, "preview_steps": 0, "preview_guidance": -1.0}
