@@ -19,8 +19,9 @@ from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import TRAINED
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.training.batches import INITIAL, RANKS, rng_for
+from zimage_ref.training.batches import RANKS, rng_for
 from zimage_ref.training.plan import TrainPlan
 
 from .feed import Feed
@@ -50,10 +51,14 @@ class Learner:
         """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
-        layers.add_trainable_loras(model, plan.layers, config.rank, config.alpha, rng_for(config.seed, INITIAL))
+        self._kind = TRAINED[config.kind]
+        scales = {layer: self._kind.scale(plan.matrices[layer], size) for layer, size in plan.layers.items()}
+        start = plan.start()
+        self.notices = start.notices  # what there is to say about the first matrices
+        layers.add_trainable(model, config.kind, start.factors, scales)
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
         self._packing = Packing(parameters)
-        self._vectors = self._packing.pack(parameters)
+        self._vectors = self._agreed(self._packing.pack(parameters))
         self._average = dict(self._vectors) if config.ema else {}
         self._optimizer = Optimizer(config, self._packing, self._vectors)
         self._differentiate = LossAndGradients(model, budget, compiled=on_gpu())
@@ -114,7 +119,7 @@ class Learner:
     def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Vectors]:
         """Loss and gradients, means over all pictures of the step, the same on every machine."""
         mask = self._mask(step)
-        masked = {"lora_A": self._vectors["lora_A"], "lora_B": self._vectors["lora_B"] * mask}
+        masked = {factor: vector * mask.get(factor, 1.0) for factor, vector in self._vectors.items()}
         self._use(masked, self._model.dtype)  # the branches work in the stream's dtype
         pictures = sum(map(len, batches))
         loss, gradients = mx.array(0.0), {factor: mx.zeros_like(vector) for factor, vector in masked.items()}
@@ -130,7 +135,7 @@ class Learner:
         if self._group.size() > 1:
             loss = summed(loss, self._group)
             gradients = {factor: summed(part, self._group) for factor, part in gradients.items()}
-        return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
+        return number(loss), {factor: total * mask.get(factor, 1.0) for factor, total in gradients.items()}
 
     def _forget_buffers_of_another(self, shape: tuple[int, ...]) -> None:
         """Frees what MLX kept for reuse if the last batch had another shape: it rarely fits, and a Mac needs it."""
@@ -143,17 +148,24 @@ class Learner:
         rank, each = self._group.rank(), self._plan.config.batch_size
         return batch[rank * each : (rank + 1) * each]
 
-    def _mask(self, step: int) -> mx.array | float:
-        """For every element of the Bs: 0 if its rank rests in `step`, more than 1 otherwise."""
-        rest = self._plan.config.rank_dropout
-        if not rest:
-            return 1.0
+    def _mask(self, step: int) -> Vectors:
+        """For every element of the matrices that have ranks as columns: 0 if its rank rests in `step`, else above 1."""
+        rest, by_rank = self._plan.config.rank_dropout, self._kind.by_rank
+        if not rest or by_rank not in self._packing.shapes:
+            return {}
         rng = rng_for(self._plan.config.seed, RANKS, step)
         rows = []
-        for shape in self._packing.shapes["lora_B"].values():
+        for shape in self._packing.shapes[by_rank].values():
             awake = rng.random((1, shape[1])) >= rest
             rows.append(np.broadcast_to(awake / (1 - rest), shape).astype(np.float32).ravel())
-        return mx.array(np.concatenate(rows))
+        return {by_rank: mx.array(np.concatenate(rows))}
+
+    def _agreed(self, vectors: Vectors) -> Vectors:
+        """The same first matrices on every machine: the mean, if they follow from singular values."""
+        size = self._group.size()
+        if size == 1 or self._plan.begins_with is None:
+            return vectors
+        return {factor: summed(vector / size, self._group) for factor, vector in vectors.items()}
 
     def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
         place(self._model, self._packing.unpack(vectors, dtype))

@@ -15,22 +15,24 @@ import numpy as np
 
 from zimage_mlx.device import number
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.training.config import SCHEDULES, TrainConfig
 from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 
-from .packing import FACTORS, Packing, Vectors
+from .packing import Packing, Vectors
 
 _SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
 
 
 class Optimizer:
-    """The optimizer of a config: one for all A, one for all B, which may learn at different rates."""
+    """The optimizer of a config: one for each sort of matrices, which may learn at different rates."""
 
     def __init__(self, config: TrainConfig, packing: Packing, vectors: Vectors) -> None:
         self._packing, self._by_matrix = packing, OPTIMIZERS[config.optimizer].by_matrix
-        self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
-        self._parts = {factor: make_optimizer(config) for factor in FACTORS}
+        last = TRAINED[config.kind].last
+        self._ratios = {factor: config.lora_plus if factor in last else 1.0 for factor in packing.shapes}
+        self._parts = {factor: make_optimizer(config, factor != MAGNITUDE) for factor in packing.shapes}
         for factor, part in self._parts.items():
             part.init(self._view(factor, vectors))
 
@@ -47,7 +49,7 @@ class Optimizer:
         """The arrays that the optimizer of `factor` works on: its vector, or the matrices in it by name."""
         if not self._by_matrix:
             return {factor: vectors[factor]}
-        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(factor)}
+        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(f".{factor}")}
 
     def state(self) -> dict[str, Array]:
         """Everything that the next step depends on, as one table of arrays, for `restore`."""
@@ -69,10 +71,13 @@ class Optimizer:
                 state[key] = mx.array(array)
 
 
-def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step."""
+def make_optimizer(config: TrainConfig, decays: bool = True) -> optim.Optimizer:
+    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step.
+
+    decays: whether the weights decay. A magnitude must not: it is the length of a weight, not a change.
+    """
     kind = getattr(optim, OPTIMIZERS[config.optimizer].mlx_class)
-    settings = {**_SETTINGS, "weight_decay": config.weight_decay}
+    settings = {**_SETTINGS, "weight_decay": config.weight_decay if decays else 0.0}
     known = inspect.signature(kind).parameters
     optimizer: optim.Optimizer = kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
     return optimizer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
+from zimage_ref.lora.clients import losses_of
 from zimage_ref.lora.file import read_lora
+from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, Matrices, UpdateSize
 from zimage_ref.lora.updates import LoRA
 from zimage_ref.memory import (
     LEAN,
@@ -22,22 +24,23 @@ from zimage_ref.memory import (
     Stage,
     lora_bytes,
     require_memory,
-    trainable_parameters,
     training_stages,
 )
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
-from zimage_ref.model.parameters import lora_modules, transformer_parameters
+from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 from zimage_ref.options_file import to_json
 
-from .batches import BatchOrder, Item
+from .batches import INITIAL, BatchOrder, Item, rng_for
 from .buckets import Size, buckets
 from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out, list_dataset
 from .events import Encoded
 from .facts import RunFacts
 from .optimizers import OPTIMIZERS
+from .start import Start, going_on, layer_matrices, new_matrices
+from .targets import chosen_layers
 
 _KEPT = 128 << 20  # bytes of picture files that are kept from their check until they are encoded
 _SHOWN = 200  # characters of a path or a prompt in a notice
@@ -55,10 +58,11 @@ class TrainPlan:
     model: ModelFolder
     examples: Sequence[Example]
     held_out: Sequence[Example]
-    layers: Sequence[str]  # the layers that get a LoRA
+    layers: Mapping[str, UpdateSize]  # the layers that get a LoRA, in the order in which they run
     batches: BatchOrder
     adapter: LoRA  # the training adapter, merged into the base while training; empty if there is none
-    notices: Sequence[str] = ()  # what the user should know of the pictures and captions
+    notices: Sequence[str] = ()  # what the user should know before the run
+    begins_with: LoRA | None = None  # the LoRA that the run goes on from
 
     @cached_property
     def total(self) -> int:
@@ -84,7 +88,21 @@ class TrainPlan:
     @property
     def trainable(self) -> int:
         """The number of parameters that are trained."""
-        return trainable_parameters(transformer_parameters(self.model.transformer), self.layers, self.config.rank)
+        return sum(math.prod(shape) for each in self.matrices.values() for shape in each.values())
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrices]:
+        """The shapes of the matrices that train, by layer."""
+        shapes, kind = transformer_parameters(self.model.transformer), self.config.kind
+        return {layer: layer_matrices(shapes[f"{layer}.weight"], kind, size) for layer, size in self.layers.items()}
+
+    def start(self) -> Start:
+        """The matrices that the run begins with. Takes time if it goes on from a LoRA of another kind or rank."""
+        kind = self.config.kind
+        new = new_matrices(self.matrices, kind, rng_for(self.config.seed, INITIAL))
+        return (
+            Start(new) if self.begins_with is None else going_on(self.begins_with, kind, self.layers, new, self.model)
+        )
 
     @property
     def stored_bits(self) -> list[int]:
@@ -107,7 +125,11 @@ class TrainPlan:
         """The memory of each stage of the run with the base in this precision. The rest: see `training_stages`."""
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
-        return training_stages(model, most, lora, self.batches.batch_size, lean, footprint)
+        *before, train = training_stages(model, most, lora, self.batches.batch_size, lean, footprint)
+        shapes = transformer_parameters(self.model.transformer)
+        largest = max(math.prod(shapes[f"{layer}.weight"]) for layer in self.layers)
+        passing = footprint.with_margin(0, 4 * TRAINED[self.config.kind].passing * largest)
+        return [*before, replace(train, activations=train.activations + passing)]
 
     def require_memory(
         self, precision: str, quantization: Quantization | None, limit: int | None, footprint: Footprint = LEAN
@@ -132,6 +154,7 @@ class TrainPlan:
             "dataset": fingerprint([*self.examples, *self.held_out]),
             "model": part_digests(self.model),
             "adapter": sha256(adapter) if adapter else None,
+            "begins_with": sha256(self.config.init_lora) if self.config.init_lora else None,
             "environment": environment,
         }
 
@@ -193,11 +216,35 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
         for size in _sizes(config, model, example)
     ]
     batches = BatchOrder(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
-    layers = lora_modules(model.transformer, config.targets)
-    adapter = config.training_adapter
-    merged = read_lora(adapter, transformer_parameters(model.transformer)).updates if adapter else {}
-    notices = [*dataset.notices, *_long_texts(config, model, [*examples, *held_out])]
-    return TrainPlan(config, model, examples, held_out, layers, batches, merged, notices)
+    layers = _layers(config, model)
+    shapes = transformer_parameters(model.transformer)
+    adapter, begins_with = (
+        read_lora(file, shapes).updates if file else None for file in (config.training_adapter, config.init_lora)
+    )
+    notices = [*dataset.notices, *_long_texts(config, model, [*examples, *held_out]), *_readers(config)]
+    return TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with)
+
+
+def _layers(config: TrainConfig, model: ModelFolder) -> dict[str, UpdateSize]:
+    """The layers that train. Raises ConfigError if `rank_dropout` has nothing to drop in any of them."""
+    layers, shapes = (
+        chosen_layers(model.transformer, config.targets, config.size),
+        transformer_parameters(model.transformer),
+    )
+    by_rank = TRAINED[config.kind].by_rank
+    if config.rank_dropout and not any(
+        by_rank in layer_matrices(shapes[f"{layer}.weight"], config.kind, size) for layer, size in layers.items()
+    ):
+        raise ConfigError("`rank_dropout` needs matrices with a rank: with this `rank` those of lokr are whole")
+    return layers
+
+
+def _readers(config: TrainConfig) -> list[str]:
+    """Which programs load the result, if not all do."""
+    title = TRAINED[config.kind].title
+    if config.kind == DEFAULT_KIND:
+        return []
+    return [*losses_of([title], config.lora_format), f"{title}: mflux refuses a file that holds it"]
 
 
 def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Example]) -> Iterator[str]:
