@@ -68,7 +68,7 @@ def test_a_pattern_that_matches_nothing_names_what_may_be_meant(target: str, fac
 @pytest.mark.parametrize(
     ("target", "fact"),
     [
-        ("atention", "'atention' is unknown: known are attention, feed_forward, .* is attention meant"),
+        ("atention", "'atention' is unknown: known are attention, feed_forward, .*is attention or"),
         ("attention=", "after = stands a rank, or a rank and alpha, such as attention=32/16"),
         ("attention=x", "after = stands a rank"),
         ("attention=8/", "after = stands a rank"),

@@ -96,9 +96,9 @@ class TrainConfig:
         essential=True,
     )
     factor: int = option(
-        -1, "lokr: largest side of the small matrix. -1 makes both matrices as nearly equal as possible.", LORA
+        -1, "For lokr: largest side of the small matrix. -1 makes the two matrices as equal in size as can be.", LORA
     )
-    decompose_both: bool = option(False, "lokr: make the small matrix a product of two, too.", LORA)
+    decompose_both: bool = option(False, "For lokr: make the small matrix a product of two, as the large one is.", LORA)
     init_lora: Path | None = option(
         None, "Go on from this LoRA of any kind and spelling instead of a new one.", LORA, value="FILE", free=True
     )
