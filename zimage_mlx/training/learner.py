@@ -15,6 +15,7 @@ from zimage_mlx import device
 from zimage_mlx.device import number, on_gpu
 from zimage_mlx.lora import layers
 from zimage_mlx.networks.parameters import Parameters
+from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
@@ -53,7 +54,7 @@ class Learner:
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
         self._kind = TRAINED[config.kind]
         scales = {layer: self._kind.scale(plan.matrices[layer], size) for layer, size in plan.layers.items()}
-        start = plan.start()
+        start = plan.start(magnitudes=isinstance(model.weights, Stream))  # no weight of a block is in memory then
         self.notices = start.notices  # what there is to say about the first matrices
         layers.add_trainable(model, config.kind, start.factors, scales)
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))

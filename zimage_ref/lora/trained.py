@@ -46,6 +46,7 @@ class TrainedKind:
     draws: Mapping[str, Draw]  # first values of matrices; those without an entry are zero
     by_rank: str  # the matrix whose columns are the ranks; rank dropout lets columns rest
     last: tuple[str, ...]  # the matrices that begin with zeros, which LoRA+ lets learn faster
+    rate: float = 1.0  # of the learning rate of lora, at which it learns as much in as many steps: see `RATES`
     passing: int = 0  # float32 matrices of the size of a weight that its gradient makes and drops again
 
     def scale(self, shapes: Matrices, size: UpdateSize) -> float:

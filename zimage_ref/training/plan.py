@@ -21,6 +21,7 @@ from zimage_ref.memory import (
     LEAN,
     Footprint,
     LoadedModel,
+    Mode,
     Stage,
     lora_bytes,
     require_memory,
@@ -31,6 +32,7 @@ from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 from zimage_ref.options_file import to_json
+from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
 
 from .batches import INITIAL, BatchOrder, Item, rng_for
 from .buckets import Size, buckets
@@ -39,7 +41,7 @@ from .dataset import Example, fingerprint, hold_out, list_dataset
 from .events import Encoded
 from .facts import RunFacts
 from .optimizers import OPTIMIZERS
-from .start import Start, going_on, layer_matrices, new_matrices
+from .start import Start, going_on, layer_matrices, new_matrices, with_magnitudes
 from .targets import chosen_layers
 
 _KEPT = 128 << 20  # bytes of picture files that are kept from their check until they are encoded
@@ -73,12 +75,15 @@ class TrainPlan:
     def lr(self) -> float:
         """The highest learning rate: `lr` if it is given, else LR * sqrt(width of Z-Image / width of this model).
 
+        A kind other than lora has its own share of that; see `TrainedKind`.
+
         The square root is a choice made on the tiny model, which is 27 times narrower than Z-Image. At Z-Image's own
         rate it learns too little in the default number of steps; at 27 times that rate it forgets what it knew.
         """
         if self.config.lr is not None:
             return self.config.lr
-        return LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
+        width = OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim
+        return LR * math.sqrt(width) * TRAINED[self.config.kind].rate
 
     @property
     def turbo(self) -> bool:
@@ -96,13 +101,18 @@ class TrainPlan:
         shapes, kind = transformer_parameters(self.model.transformer), self.config.kind
         return {layer: layer_matrices(shapes[f"{layer}.weight"], kind, size) for layer, size in self.layers.items()}
 
-    def start(self) -> Start:
-        """The matrices that the run begins with. Takes time if it goes on from a LoRA of another kind or rank."""
+    def start(self, magnitudes: bool = False) -> Start:
+        """The matrices that the run begins with. Takes time if it goes on from a LoRA of another kind or rank.
+
+        magnitudes: read those of DoRA from the file. Else they are left to the layers.
+        """
         kind = self.config.kind
         new = new_matrices(self.matrices, kind, rng_for(self.config.seed, INITIAL))
-        return (
-            Start(new) if self.begins_with is None else going_on(self.begins_with, kind, self.layers, new, self.model)
-        )
+        if magnitudes and kind == "dora":
+            new = with_magnitudes(new, self.model)
+        if self.begins_with is None:
+            return Start(new)
+        return going_on(self.begins_with, kind, self.layers, new, self.model)
 
     @property
     def stored_bits(self) -> list[int]:
@@ -120,25 +130,47 @@ class TrainPlan:
         return size[0] * size[1] // self.model.size_multiple**2
 
     def memory(
-        self, precision: str, quantization: Quantization | None, lean: bool, footprint: Footprint = LEAN
+        self, precision: str, quantization: Quantization | None, mode: Mode, footprint: Footprint = LEAN
     ) -> list[Stage]:
-        """The memory of each stage of the run with the base in this precision. The rest: see `training_stages`."""
+        """The memory of each stage of the run with the base in this precision.
+
+        footprint: that of the engine in `mode`; for "fast", that of the mode lean. The rest: see `training_stages`.
+        """
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
-        *before, train = training_stages(model, most, lora, self.batches.batch_size, lean, footprint)
+        *before, train = training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
         shapes = transformer_parameters(self.model.transformer)
         largest = max(math.prod(shapes[f"{layer}.weight"]) for layer in self.layers)
         passing = footprint.with_margin(0, 4 * TRAINED[self.config.kind].passing * largest)
         return [*before, replace(train, activations=train.activations + passing)]
 
-    def require_memory(
-        self, precision: str, quantization: Quantization | None, limit: int | None, footprint: Footprint = LEAN
-    ) -> None:
-        """Raises ConfigError if the run takes more than `limit` bytes, unless `force` is set."""
+    def choose_memory(
+        self,
+        precision: str,
+        quantization: Quantization | None,
+        limit: int | None,
+        footprint: Callable[[Mode], Footprint],
+    ) -> Choice:
+        """The memory mode of the run on an engine with such a `footprint` and `limit` bytes.
+
+        Raises ConfigError if the mode stream is asked for and the model's files do not allow it.
+        """
+        asked = self.config.memory
+        if asked == "stream":
+            require_streamable(self.model)
+        modes: list[Mode] = ["fast", "lean"]
+        if asked == "stream" or can_stream(self.model):
+            modes.append("stream")
+        stages = {
+            mode: self.memory(precision, quantization, mode, footprint("lean" if mode == "fast" else mode))
+            for mode in modes
+        }
+        return choose(asked, stages, limit)
+
+    def require_memory(self, stages: Sequence[Stage], limit: int | None) -> None:
+        """Raises ConfigError if `stages` take more than `limit` bytes, unless `force` is set."""
         if not self.config.force:
-            lean = self.config.memory != "fast"
-            stages = self.memory(precision, quantization, lean, footprint)
-            sides = "`resolution`" if lean else "`resolution`, `memory` lean"
+            sides = "`resolution`, `memory` lean" if self.config.memory == "fast" else "`resolution`"
             require_memory(stages, limit, "base_precision", sides)
 
     def facts(self, environment: dict[str, str]) -> RunFacts:

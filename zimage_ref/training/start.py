@@ -11,7 +11,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import listing
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.continued import Fresh, continued
-from zimage_ref.lora.trained import TRAINED, Factors, Matrices, UpdateSize
+from zimage_ref.lora.trained import MAGNITUDE, TRAINED, Factors, Matrices, UpdateSize
 from zimage_ref.lora.updates import LoRA
 
 _EXACT = 1e-5  # share of the norm of an update that rounding may take
@@ -34,6 +34,13 @@ def layer_matrices(shape: tuple[int, ...], kind: str, size: UpdateSize) -> Matri
 def new_matrices(shapes: Mapping[str, Matrices], kind: str, rng: np.random.Generator) -> dict[str, Factors]:
     """New matrices for every layer, drawn in the order of the layers."""
     return {layer: TRAINED[kind].initial(each, rng) for layer, each in shapes.items()}
+
+
+def with_magnitudes(new: Mapping[str, Factors], model: ModelFolder) -> dict[str, Factors]:
+    """The same with the lengths of the rows of each weight, (out,), as the magnitudes of DoRA."""
+    return {
+        layer: {**factors, MAGNITUDE: np.linalg.norm(_weight(model, layer), axis=1)} for layer, factors in new.items()
+    }
 
 
 def going_on(
