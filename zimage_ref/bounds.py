@@ -74,7 +74,8 @@ COUNT = _count(10_000)  # pictures of one command
 LORA_SCALE = Bounds(-1e3, 1e3)
 LORA_RANK = _count(65_536)
 TRAINING = {  # fields of TrainConfig
-    "rank": LORA_RANK, "alpha": Bounds(0, 1e8, above=True), "epochs": _count(1e6), "steps": _count(1e8),
+    "rank": LORA_RANK, "alpha": Bounds(0, 1e8, above=True), "factor": _count(1 << 17, low=-1),
+    "epochs": _count(1e6), "steps": _count(1e8),
     "lr": Bounds(0, 1e3), "resolution": _SIDE, "batch_size": _count(4096), "grad_accumulation": _count(1e5),
     "seed": _SEED, "caption_dropout": Bounds(0, 1), "repeats": _count(1e4), "max_upscale": Bounds(1, 1e3),
     "validation_every": _EVERY, "weight_decay": Bounds(0, 1e3), "warmup": _count(1e8, low=0),

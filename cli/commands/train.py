@@ -12,6 +12,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
+from zimage_ref.lora.trained import TRAINED
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
 from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
@@ -19,6 +20,7 @@ from zimage_ref.training.groups import TrainGroup
 from zimage_ref.training.plan import TrainPlan, make_plan
 from zimage_ref.training.presets import PRESETS
 from zimage_ref.training.run_folder import RunFolder
+from zimage_ref.training.targets import by_module, ranges
 
 from ..terminal import blas
 from ..terminal.awake import keep_awake
@@ -29,6 +31,7 @@ from ..terminal.options import add_fields, from_args
 from ..terminal.parser import CommandParser
 from ..terminal.signals import noted
 
+_TITLE = {name: kind.title for name, kind in TRAINED.items()}
 _LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
 _EXAMPLES = (
     (
@@ -113,7 +116,8 @@ def _show_options(config: TrainConfig, console: Console) -> None:
     console.facts("train", {
         "model": config.model_dir, "dataset": ", ".join(str(each.folder) for each in config.sets),
         "output": config.output,
-        "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
+        _TITLE[config.kind]: f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
+        **({"goes on from": config.init_lora} if config.init_lora else {}),
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
@@ -198,6 +202,10 @@ class _Display:
         return lines
 
 
+def _ranks(plan: TrainPlan) -> str:
+    return ", ".join(str(rank) for rank in sorted({size.rank for size in plan.layers.values()}))
+
+
 def _show_plan(config: TrainConfig, console: Console) -> None:
     """Shows the plan of a run, from headers and pictures. No weights are read."""
     resolved: tuple[str, Quantization | None] = require_mlx("training").resolve_base_precision(config)
@@ -214,7 +222,7 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     console.table(("plan", ""), [
         ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
-        ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
+        (_TITLE[config.kind], f"{len(plan.layers)} layers, rank {_ranks(plan)}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
         ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
@@ -222,6 +230,10 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     ])  # fmt: skip
     if config.datasets:
         _show_datasets(plan, console)
+    console.table(("layers", "blocks", "rank", "alpha"), [
+        (module, ranges(blocks), str(rank), f"{alpha:g}")
+        for (module, rank, alpha), blocks in by_module(plan.layers).items()
+    ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
     frugal, streamed = engine.footprint("lean"), engine.footprint("stream")

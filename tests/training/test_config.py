@@ -26,7 +26,7 @@ OTHER: dict[str, Any] = {
     "trigger": 'sks "x"', "caption_dropout": 0.2, "repeats": 3, "flip": True, "max_upscale": 1.5, "square": True,
     "cache": Path("c"), "validation": "0.1", "validation_every": 11, "targets": ("attention", "adaln"),
     "optimizer": "lion", "weight_decay": 0.1, "warmup": 8, "schedule": "linear", "grad_clip": 0.5, "ema": 0.99,
-    "lora_format": "kohya",
+    "lora_format": "kohya", "kind": "lokr", "factor": 8, "decompose_both": True, "init_lora": Path("i.safetensors"),
     "lora_plus": 16.0, "rank_dropout": 0.1, "timesteps": "shift=2.5", "base_precision": "8",
     "memory": "lean",
     "training_adapter": Path("a.safetensors"), "transformer": Path("t.npz"), "text_encoder": Path("q.npz"),

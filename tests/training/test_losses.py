@@ -17,6 +17,7 @@ from zimage_mlx.training.dropout import dropout
 from zimage_mlx.training.feed import Feed
 from zimage_mlx.training.loss import Distance
 from zimage_ref import ConfigError, TrainConfig
+from zimage_ref.lora.trained import TRAINED
 from zimage_ref.model.flow import TimestepSampling
 from zimage_ref.training.dataset_options import DatasetOptions
 
@@ -121,13 +122,16 @@ def test_dropout_rests_inputs_of_each_layer(shop: Workshop) -> None:
 
 def test_the_inputs_that_are_left_are_enlarged() -> None:
     config = TrainConfig(Path("m"), Path("d"), dropout=0.25)
-    factors = dropout(config, {"lora_A": {"x": (3, 400), "y": (2, 100)}, "lora_B": {}}, 7)
+    factors = dropout(config, TRAINED["lora"], {"lora_A": {"x": (3, 400), "y": (2, 100)}, "lora_B": {}}, 7)
     first, second = factors["lora_A"][:1200].reshape(3, 400), factors["lora_A"][1200:].reshape(2, 100)
     for part in (np.array(first), np.array(second)):
         assert {round(float(value), 4) for value in np.unique(part)} == {0.0, 1.3333}
         assert (part == part[0]).all()
     assert 0.7 < float((first > 0).mean()) < 0.8
-    assert dropout(config, {"lora_A": {"x": (3, 400)}, "lora_B": {}}, 8)["lora_A"].tolist() != first.flatten().tolist()
+    assert (
+        dropout(config, TRAINED["lora"], {"lora_A": {"x": (3, 400)}, "lora_B": {}}, 8)["lora_A"].tolist()
+        != first.flatten().tolist()
+    )
 
 
 def test_module_dropout_rests_whole_layers(shop: Workshop) -> None:

@@ -16,25 +16,28 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import TrainedKind
 from zimage_ref.training.batches import INPUTS, MODULES, RANKS, rng_for
 from zimage_ref.training.config import TrainConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape of a matrix
 
 
-def dropout(config: TrainConfig, shapes: Mapping[str, Shapes], step: int) -> dict[str, mx.array]:
-    """The factors of the vectors of A and B in `step`, by name; a vector that is left as it is has none.
+def dropout(config: TrainConfig, kind: TrainedKind, shapes: Mapping[str, Shapes], step: int) -> dict[str, mx.array]:
+    """The factors of the vectors of `kind` in `step`, by name; a vector that is left as it is has none.
 
     shapes: those of the matrices in each vector.
     """
     found: dict[str, mx.array] = {}
     if config.dropout:
         found["lora_A"] = mx.array(_columns(shapes["lora_A"], config.dropout, rng_for(config.seed, INPUTS, step)))
-    if config.rank_dropout:
-        found["lora_B"] = mx.array(_columns(shapes["lora_B"], config.rank_dropout, rng_for(config.seed, RANKS, step)))
+    if config.rank_dropout and kind.by_rank in shapes:
+        rng = rng_for(config.seed, RANKS, step)
+        found[kind.by_rank] = mx.array(_columns(shapes[kind.by_rank], config.rank_dropout, rng))
     if config.module_dropout:
-        layers = mx.array(_layers(shapes["lora_B"], config.module_dropout, rng_for(config.seed, MODULES, step)))
-        found["lora_B"] = found["lora_B"] * layers if "lora_B" in found else layers
+        for name in set(kind.last) & shapes.keys():
+            layers = mx.array(_layers(shapes[name], config.module_dropout, rng_for(config.seed, MODULES, step)))
+            found[name] = found[name] * layers if name in found else layers
     return found
 
 

@@ -15,13 +15,14 @@ from zimage_mlx import device
 from zimage_mlx.device import number, on_gpu
 from zimage_mlx.lora import layers
 from zimage_mlx.networks.parameters import Parameters
+from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.lora.updates import LoRA
 from zimage_ref.model.flow import model_time
-from zimage_ref.training.batches import INITIAL, rng_for
 from zimage_ref.training.plan import TrainPlan
 
 from .dropout import dropout
@@ -53,10 +54,15 @@ class Learner:
         """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
-        layers.add_trainable_loras(model, plan.layers, config.rank, config.alpha, rng_for(config.seed, INITIAL))
+        self._kind = TRAINED[config.kind]
+        scales = {layer: self._kind.scale(plan.matrices[layer], size) for layer, size in plan.layers.items()}
+        start = plan.start(magnitudes=isinstance(model.weights, Stream))  # no weight of a block is in memory then
+        self.notices = start.notices  # what there is to say about the first matrices
+        layers.add_trainable(model, config.kind, start.factors, scales)
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
         self._packing = Packing(parameters)
-        self._vectors = self._packing.pack(parameters)
+        self._vectors = self._agreed(self._packing.pack(parameters))
+        self._lengths = {factor: v for factor, v in self._vectors.items() if factor == MAGNITUDE}  # of the base
         self._average = dict(self._vectors) if config.ema else {}
         self._optimizer = Optimizer(config, self._packing, self._vectors)
         self._differentiate = LossAndGradients(model, budget, compiled=on_gpu())
@@ -116,7 +122,7 @@ class Learner:
 
     def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Vectors]:
         """Loss and gradients, means over all pictures of the step, the same on every machine."""
-        dropped = dropout(self._plan.config, self._packing.shapes, step)
+        dropped = dropout(self._plan.config, self._kind, self._packing.shapes, step)
         masked = {factor: vector * dropped.get(factor, 1.0) for factor, vector in self._vectors.items()}
         self._use(masked, self._model.dtype)  # the branches work in the stream's dtype
         pictures = sum(map(len, batches))
@@ -148,7 +154,9 @@ class Learner:
             return
         for blank in [False] * bool(config.preserve) + [True] * config.preserve_blank:
             if batch := self._feed.preserved(noisy, epoch, items, blank):
-                self._use({factor: mx.zeros_like(v) for factor, v in vectors.items()}, self._model.dtype)
+                self._use(
+                    {factor: mx.zeros_like(v) for factor, v in vectors.items()} | self._lengths, self._model.dtype
+                )
                 raw = self._model(batch.x_sigma, model_time(batch.sigma), batch.captions).astype(mx.float32)
                 mx.eval(raw)
                 self._use(vectors, self._model.dtype)
@@ -164,6 +172,13 @@ class Learner:
         """This machine's share of a batch."""
         rank, each = self._group.rank(), self._plan.config.batch_size
         return batch[rank * each : (rank + 1) * each]
+
+    def _agreed(self, vectors: Vectors) -> Vectors:
+        """The same first matrices on every machine: the mean, if they follow from singular values."""
+        size = self._group.size()
+        if size == 1 or self._plan.begins_with is None:
+            return vectors
+        return {factor: summed(vector / size, self._group) for factor, vector in vectors.items()}
 
     def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
         place(self._model, self._packing.unpack(vectors, dtype))

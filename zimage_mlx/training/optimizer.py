@@ -15,29 +15,33 @@ import numpy as np
 
 from zimage_mlx.device import number
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.training.config import SCHEDULES, TrainConfig
 from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 
 from . import optimizers
 from .optimizers import ScheduleFreeAdamW
-from .packing import FACTORS, Packing, Vectors
+from .packing import Packing, Vectors
 
 _SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
 
 
 class Optimizer:
-    """The optimizer of a config: one for all A, one for all B, which may learn at different rates.
+    """The optimizer of a config: one for each sort of matrices, which may learn at different rates.
 
-    An optimizer that finds one rate for all is one for both.
+    An optimizer that finds one rate for all is one for all sorts, except for magnitudes, which do not decay.
     """
 
     def __init__(self, config: TrainConfig, packing: Packing, vectors: Vectors) -> None:
-        kind = OPTIMIZERS[config.optimizer]
+        kind, last = OPTIMIZERS[config.optimizer], TRAINED[config.kind].last
         self._packing, self._by_matrix = packing, kind.by_matrix
-        self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
-        self._factors = {"all": FACTORS} if kind.one_rate else {factor: (factor,) for factor in FACTORS}
-        self._parts = {name: make_optimizer(config) for name in self._factors}
+        self._ratios = {factor: config.lora_plus if factor in last else 1.0 for factor in packing.shapes}
+        alone = [factor for factor in packing.shapes if factor == MAGNITUDE or not kind.one_rate]
+        self._factors = {factor: (factor,) for factor in alone}
+        if together := tuple(factor for factor in packing.shapes if factor not in alone):
+            self._factors["all"] = together
+        self._parts = {name: make_optimizer(config, name != MAGNITUDE) for name in self._factors}
         for name, part in self._parts.items():
             part.init(self._view(name, vectors))
 
@@ -63,7 +67,8 @@ class Optimizer:
         factors = self._factors[name]
         if not self._by_matrix:
             return {factor: vectors[factor] for factor in factors}
-        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(factors)}
+        endings = tuple(f".{factor}" for factor in factors)
+        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(endings)}
 
     def state(self) -> dict[str, Array]:
         """Everything that the next step depends on, as one table of arrays, for `restore`."""
@@ -85,11 +90,14 @@ class Optimizer:
                 state[key] = mx.array(array)
 
 
-def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step."""
+def make_optimizer(config: TrainConfig, decays: bool = True) -> optim.Optimizer:
+    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step.
+
+    decays: whether the weights decay. A magnitude must not: it is the length of a weight, not a change.
+    """
     name = OPTIMIZERS[config.optimizer].mlx_class
     kind = getattr(optim, name, None) or getattr(optimizers, name)
-    settings = {**_SETTINGS, "weight_decay": config.weight_decay}
+    settings = {**_SETTINGS, "weight_decay": config.weight_decay if decays else 0.0}
     known = inspect.signature(kind).parameters
     optimizer: optim.Optimizer = kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
     return optimizer

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from zimage_ref.bounds import TRAINING, check_bounds
@@ -20,15 +20,17 @@ from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.generation.config import by_model, check_area, check_side
-from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings, spelling_of
+from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, UpdateSize
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
-from zimage_ref.model.parameters import LORA_TARGETS, TARGETS
+from zimage_ref.model.parameters import LORA_TARGETS
 from zimage_ref.options import MEMORY, check_choices, option, required
 
 from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings
 from .groups import TrainGroup
 from .learning_options import SHARED, LearningOptions
 from .optimizers import OPTIMIZERS
+from .targets import PRESETS, normalized
 
 # Schedule -> function from progress (0 after the warmup, 1 at the last step) to a share of the learning rate
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -76,6 +78,20 @@ class TrainConfig(LearningOptions):
     )
     rank: int = option(16, "Rank of the LoRA. A higher rank learns more.", LORA, essential=True)
     alpha: float = option(16.0, "Strength of the LoRA. Its change of the weights is multiplied by alpha / rank.", LORA)
+    kind: str = option(
+        DEFAULT_KIND,
+        "Form of the change of a weight. Every program reads lora; lokr is small, loha and dora are slower.",
+        LORA,
+        choices=TRAINED,
+        essential=True,
+    )
+    factor: int = option(
+        -1, "For lokr: largest side of the small matrix. -1 makes the two matrices as equal in size as can be.", LORA
+    )
+    decompose_both: bool = option(False, "For lokr: make the small matrix a product of two, as the large one is.", LORA)
+    init_lora: Path | None = option(
+        None, "Go on from this LoRA of any kind and spelling instead of a new one.", LORA, value="FILE", free=True
+    )
     epochs: int = option(100, "Times that the run goes through the dataset.", PACE)
     steps: int | None = option(
         None, "Training steps. With auto, as many as `epochs` need.", PACE, essential=True, auto=True
@@ -125,9 +141,10 @@ class TrainConfig(LearningOptions):
     )
     targets: tuple[str, ...] = option(
         (*LORA_TARGETS, "refiners"),
-        "Layers that the LoRA changes. refiners adds the same layers of the refiner blocks.",
+        f"Layers that the LoRA changes: {', '.join(PRESETS)}, or patterns such as layers.10-20.attention.*. =32 sets "
+        "a rank. refiners adds the same layers of the refiner blocks.",
         LORA,
-        choices=TARGETS,
+        value="NAME",
     )
     optimizer: str = option("adamw", "Optimizer that changes the LoRA.", PACE, choices=OPTIMIZERS)
     weight_decay: float = option(1e-2, "Weight decay, for an optimizer that has one.", PACE)
@@ -138,7 +155,6 @@ class TrainConfig(LearningOptions):
         0.0, "Decay of an average of the LoRA over the steps. The average becomes the result. 0 makes no average.", PACE
     )
     lora_plus: float = option(1.0, "The learning rate of matrix B is that of matrix A times this number.", PACE)
-    rank_dropout: float = option(0.0, "Share of the ranks that a step does not train.", LORA)
     timesteps: str = option(
         "auto", f"How noise levels are drawn. Choices: {', '.join(TIMESTEP_SAMPLINGS)}, shift=S.", NOISE, value="NAME"
     )
@@ -203,19 +219,19 @@ class TrainConfig(LearningOptions):
     force: bool = option(False, "Continue if memory seems too small.", MEMORY_USE, free=True)
 
     def __post_init__(self) -> None:
-        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *_PARTS):
+        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", "init_lora", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
             object.__setattr__(self, name, _several(getattr(self, name)))
-        object.__setattr__(self, "targets", tuple(target.replace("-", "_") for target in self.targets))
+        object.__setattr__(self, "targets", normalized(self.targets))
         for name in _FORMER_AUTO:
             if is_former_auto(name, getattr(self, name)):
                 object.__setattr__(self, name, None)
         self._check_numbers()
         self._check_names()
         self._check_datasets()
-        self.check_learning(self.optimizer, self.ema, self.lora_plus)
+        self.check_learning(self.optimizer, self.ema, self.lora_plus, self.kind, self.init_lora is not None)
 
     @property
     def parts(self) -> dict[str, Path | None]:
@@ -251,8 +267,15 @@ class TrainConfig(LearningOptions):
         if self.preserve and not any(each.trigger for each in settings):
             raise ConfigError("`preserve` puts its words in place of `trigger`: give `trigger`")
 
+    @property
+    def size(self) -> UpdateSize:
+        """How large the update of a layer may become, if `targets` does not say it."""
+        return UpdateSize(self.rank, self.alpha, self.factor, self.decompose_both)
+
     def _check_numbers(self) -> None:
         check_bounds(self, TRAINING)
+        if self.factor == 0:
+            raise ConfigError("`factor` 0: give -1, or the largest side of the small matrix")
         if not self.resolution:
             raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:
@@ -266,6 +289,12 @@ class TrainConfig(LearningOptions):
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"`output` {self.output}: a LoRA is written as .safetensors")
+        if self.kind != DEFAULT_KIND and spelling_of(self.lora_format).low_rank_only:
+            able = [name for name in lora_namings() if not spelling_of(name).low_rank_only]
+            raise ConfigError(f"`lora_format` {self.lora_format} has no {self.kind}: use {' or '.join(able)}")
+        for name, needed in (("factor", -1), ("decompose_both", False)):
+            if self.kind != "lokr" and getattr(self, name) != needed:
+                raise ConfigError(f"`{name}` needs `kind` lokr")
 
 
 def free_options() -> set[str]:
@@ -276,6 +305,11 @@ def free_options() -> set[str]:
 def auto_options() -> set[str]:
     """The names of the options that the run decides if they are None."""
     return _with_trait("auto")
+
+
+def default_options() -> dict[str, object]:
+    """The default of every option that has one, by name."""
+    return {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 
 def is_former_auto(name: str, value: object) -> bool:

@@ -45,6 +45,7 @@ class LearningOptions:
     shuffle_tags: bool = option(False, "Draw another order of the parts of a caption that commas separate.", _DATA)
     keep_tags: int = option(1, "Parts at the start of a caption that `shuffle_tags` leaves in place.", _DATA)
 
+    rank_dropout: float = option(0.0, "Share of the ranks that a step does not train.", _LORA)
     dropout: float = option(0.0, "Share of the inputs of each LoRA layer that a step leaves out.", _LORA)
     module_dropout: float = option(0.0, "Share of the LoRA layers that a step leaves out.", _LORA)
 
@@ -80,8 +81,16 @@ class LearningOptions:
     preserve_every: int = option(1, "Steps from one with `preserve` or `preserve_blank` to the next.", _LOSS)
     preserve_weight: float = option(1.0, "Weight of the loss of `preserve` and `preserve_blank`.", _LOSS)
 
-    def check_learning(self, optimizer: str, ema: float, lora_plus: float) -> None:
-        """Raises ConfigError for options that exclude one another."""
+    def _check_kind(self, kind: str, goes_on: bool) -> None:
+        """Raises ConfigError for options that the kind of the LoRA has not. goes_on: whether it begins with another."""
+        if self.dropout and kind not in ("lora", "dora"):
+            raise ConfigError("`dropout` needs `kind` lora or dora: the others have no matrix of inputs alone")
+        if (self.preserve or self.preserve_blank) and kind == "dora" and goes_on:
+            raise ConfigError("`preserve` of a dora with `init_lora`: its lengths are not those of the base")
+
+    def check_learning(self, optimizer: str, ema: float, lora_plus: float, kind: str, goes_on: bool) -> None:
+        """Raises ConfigError for options that exclude one another. goes_on: whether the run begins with a LoRA."""
+        self._check_kind(kind, goes_on)
         if self.min_sigma >= self.max_sigma:
             raise ConfigError(f"`min_sigma` {self.min_sigma:g} must be below `max_sigma` {self.max_sigma:g}")
         kind = OPTIMIZERS[optimizer]
