@@ -181,7 +181,7 @@ def test_help_says_what_auto_comes_to(capfd: pytest.CaptureFixture[str], monkeyp
         main(["train", "--help-all"])
     text = " ".join(capfd.readouterr().out.split())
     for name, fact in {
-        "steps N": "as many as --epochs need", "lr X": "1e-4 for Z-Image, more for a narrower model, and 1 for prodigy",
+        "steps N": "as many as --epochs need", "lr X": "1e-4 for Z-Image, more if narrower, 1 for prodigy, by --kind",
         "preview-size N": "the largest --resolution", "preview-steps N": "8 for Turbo, 30 for the base model",
         "preview-guidance X": "0 for Turbo, 4 for the base model", "cache FOLDER": "zimage-cache beside --output",
     }.items():  # fmt: skip

@@ -131,9 +131,19 @@ def test_lokr_options_change_the_matrices(shop: Workshop) -> None:
 
 def test_the_memory_estimate_counts_the_matrices_of_the_kind(shop: Workshop) -> None:
     stages = {
-        kind: make_plan(shop.config("memory", kind=kind, rank=4)).memory("float32", None, lean=True)[-1]
+        kind: make_plan(shop.config("memory", kind=kind, rank=4)).memory("float32", None, "lean")[-1]
         for kind in ("lora", "loha", "dora")
     }
     assert stages["loha"].lora == 2 * stages["lora"].lora < 3 * stages["dora"].lora
     assert stages["dora"].lora > stages["lora"].lora
     assert stages["loha"].activations > stages["lora"].activations  # a matrix of the size of a weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_stays_in_its_file_gives_the_same(kind: str, shop: Workshop) -> None:
+    """The first magnitudes of DoRA are then read from the file."""
+    runs = [shop.train(f"{kind}-{mode}", kind=kind, memory=mode, steps=2) for mode in ("lean", "stream")]
+    one, other = (read_lora(run.output, SHAPES).updates for run in runs)
+    for layer, update in one.items():
+        for part, array in update.tensors().items():
+            np.testing.assert_allclose(other[layer].tensors()[part], array, rtol=1e-2, atol=1e-4, err_msg=layer)

@@ -46,7 +46,7 @@ class TrainedKind:
     draws: Mapping[str, Draw]  # first values of matrices; those without an entry are zero
     by_rank: str  # the matrix whose columns are the ranks; rank dropout lets columns rest
     last: tuple[str, ...]  # the matrices that begin with zeros, which LoRA+ lets learn faster
-    rate: float = 1.0  # of the learning rate of lora, at which it learns as much in as many steps: see `RATES`
+    rate: float = 1.0  # of the learning rate of lora, the default of this kind
     passing: int = 0  # float32 matrices of the size of a weight that its gradient makes and drops again
 
     def scale(self, shapes: Matrices, size: UpdateSize) -> float:
@@ -137,12 +137,12 @@ TRAINED = {
     "lokr": TrainedKind(
         Kronecker.title, _kronecker, _kronecker_update,
         dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a"), _uniform),
-        by_rank="lokr_w2_a", last=("lokr_w2", "lokr_w2_b"),
+        by_rank="lokr_w2_a", last=("lokr_w2", "lokr_w2_b"), rate=4.0,
     ),
     "loha": TrainedKind(
         Hadamard.title, _hadamard, _hadamard_update,
         {"hada_w1_a": _normal(0.1), "hada_w1_b": _normal(1.0), "hada_w2_b": _normal(1.0)},
-        by_rank="hada_w1_a", last=("hada_w2_a",), passing=4,
+        by_rank="hada_w1_a", last=("hada_w2_a",), rate=0.2, passing=4,
     ),
     "dora": TrainedKind(
         DoRA.title, _dora, _dora_update, {"lora_A": _uniform}, by_rank="lora_B", last=("lora_B",), passing=2,
