@@ -38,7 +38,7 @@ class Optimizer:
         self._packing, self._by_matrix = packing, kind.by_matrix
         self._ratios = {factor: config.lora_plus if factor in last else 1.0 for factor in packing.shapes}
         alone = [factor for factor in packing.shapes if factor == MAGNITUDE or not kind.one_rate]
-        self._factors = {factor: (factor,) for factor in alone}
+        self._factors: dict[str, tuple[str, ...]] = {factor: (factor,) for factor in alone}
         if together := tuple(factor for factor in packing.shapes if factor not in alone):
             self._factors["all"] = together
         self._parts = {name: make_optimizer(config, name != MAGNITUDE) for name in self._factors}

@@ -93,8 +93,8 @@ class LearningOptions:
         self._check_kind(kind, goes_on)
         if self.min_sigma >= self.max_sigma:
             raise ConfigError(f"`min_sigma` {self.min_sigma:g} must be below `max_sigma` {self.max_sigma:g}")
-        kind = OPTIMIZERS[optimizer]
-        if kind.averages and ema:
+        found = OPTIMIZERS[optimizer]
+        if found.averages and ema:
             raise ConfigError(f"`optimizer` {optimizer} makes an average of its own: leave out `ema`")
-        if kind.one_rate and lora_plus != 1:
+        if found.one_rate and lora_plus != 1:
             raise ConfigError(f"`optimizer` {optimizer} finds one rate for all matrices: leave out `lora_plus`")
