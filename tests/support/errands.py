@@ -27,8 +27,8 @@ from safetensors.numpy import save_file
 
 from zimage_cli.app import main
 from zimage_ref.checkpoints.hub import BUILT_IN
-from zimage_ref.training.dataset_options import MASKS
 from zimage_ref.model.control import CONTROLNET_2_1, controlnet_parameters
+from zimage_ref.training.dataset_options import MASKS
 
 from .pages import ROOT
 from .tiny import photograph, random_weights
