@@ -76,14 +76,23 @@ COUNT = _count(10_000)  # pictures of one command
 CONTROL_SCALE = Bounds(0, 100)
 LORA_RANK = _count(65_536)
 TRAINING = {  # fields of TrainConfig
-    "rank": LORA_RANK, "alpha": Bounds(0, 1e8, above=True), "epochs": _count(1e6), "steps": _count(1e8),
+    "rank": LORA_RANK, "alpha": Bounds(0, 1e8, above=True), "factor": _count(1 << 17, low=-1),
+    "epochs": _count(1e6), "steps": _count(1e8),
     "lr": Bounds(0, 1e3), "resolution": _SIDE, "batch_size": _count(4096), "grad_accumulation": _count(1e5),
     "seed": _SEED, "caption_dropout": Bounds(0, 1), "repeats": _count(1e4), "max_upscale": Bounds(1, 1e3),
     "validation_every": _EVERY, "weight_decay": Bounds(0, 1e3), "warmup": _count(1e8, low=0),
     "grad_clip": Bounds(0, 1e8), "ema": Bounds(0, 1, below=True), "lora_plus": Bounds(0, 1e4, above=True),
     "rank_dropout": Bounds(0, 1, below=True), "save_every": _count(1e9, low=0), "resume_every": _EVERY,
     "keep_last": _count(1e9, low=0), "preview_every": _EVERY, "preview_size": _SIDE, "preview_steps": _STEPS,
-    "preview_guidance": _GUIDANCE,
+    "preview_guidance": _GUIDANCE, "mask_outside": Bounds(0, 1), "keep_tags": _count(1e6, low=0),
+    "min_sigma": Bounds(0, 1, below=True), "max_sigma": Bounds(0, 1, above=True), "noise_offset": Bounds(0, 10),
+    "dropout": Bounds(0, 1, below=True), "module_dropout": Bounds(0, 1, below=True),
+    "differential_guidance": Bounds(0, 1e4, above=True), "huber_delta": Bounds(0, 1e4, above=True),
+    "preserve_every": _EVERY, "preserve_weight": Bounds(0, 1e4),
+}  # fmt: skip
+DATASET = {  # fields of DatasetOptions
+    "weight": Bounds(0, 1e4), "repeats": TRAINING["repeats"], "resolution": _SIDE,
+    "caption_dropout": TRAINING["caption_dropout"],
 }  # fmt: skip
 SERVER = {  # fields of ServeSettings
     "port": _count(65_535, low=0), "queue_size": _count(1e6), "max_pixels": _count(1e9), "max_steps": _STEPS,

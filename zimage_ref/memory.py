@@ -220,12 +220,12 @@ def training_stages(
     ]
 
 
-def lora_bytes(trainable: int, slots: int, ema: bool = False) -> int:
+def lora_bytes(trainable: int, slots: float, ema: bool = False) -> int:
     """The bytes of `trainable` LoRA parameters in training: matrices, gradients, optimizer state, average; float32.
 
     slots: values that the optimizer keeps for each parameter. ema: whether the run keeps an average over steps.
     """
-    return 4 * (2 + slots + ema) * trainable
+    return round(4 * (2 + slots + ema) * trainable)
 
 
 def kept_widths(config: TransformerConfig) -> list[tuple[str, int]]:

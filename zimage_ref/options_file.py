@@ -7,10 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, reason
 from .formats.json_file import read_json
@@ -21,13 +21,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+AnyConfig = TypeVar("AnyConfig")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def read_options(path: Path, config: type[Any]) -> dict[str, Any]:
     """The options in `path` (.toml or .json) as keyword arguments of the dataclass `config`.
 
-    Names may have - or _. Raises ConfigError for an unknown name or a value of a wrong type.
+    Names may have - or _. Tables [[name]] give the values of the field `names`. Raises ConfigError for an unknown name
+    or a value of a wrong type.
     """
     if path.suffix == ".toml":
         data = _read_toml(path)
@@ -39,25 +41,54 @@ def read_options(path: Path, config: type[Any]) -> dict[str, Any]:
     options = {}
     for key, value in data.items():
         name = key.replace("-", "_")
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, 1)
-            raise ConfigError(f"{path}: unknown option {key!r}" + (f": is {close[0]} meant?" if close else ""))
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            name += _SEVERAL
+        _check_known(name, key, hints, str(path))
         options[name] = typed(value, hints[name], f"{path}: {key}")
     return options
 
 
+def _check_known(name: str, key: str, known: Mapping[str, Any], what: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        raise ConfigError(f"{what}: unknown option {key!r}" + (f": is {close[0]} meant?" if close else ""))
+
+
+def _table(value: Mapping[str, Any], config: type[AnyConfig], what: str) -> AnyConfig:
+    """The table `value` as the dataclass `config`. Raises ConfigError as `read_options` does, naming `what`."""
+    hints, options = get_type_hints(config), {}
+    for key, item in value.items():
+        name = key.replace("-", "_")
+        _check_known(name, key, hints, what)
+        options[name] = typed(item, hints[name], f"{what}: {key}")
+    for field in fields(config):  # type: ignore[arg-type]
+        if field.default is MISSING and field.name not in options:
+            raise ConfigError(f"{what}: a table needs {field.name}")
+    try:
+        return config(**options)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
 def dump_options(config: Any) -> str:
     """All options of `config` as TOML, in the form that `read_options` reads."""
-    lines = []
-    for name, value in to_json(config).items():
-        if value is not None:  # TOML has no null, so the option is left out; its default is None
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")  # these JSON values are TOML too
+    tables = {f.name for f in fields(config) if any(map(is_dataclass, get_args(get_type_hints(type(config))[f.name])))}
+    values = to_json(config)
+    lines = _toml_lines({name: value for name, value in values.items() if name not in tables})
+    for name in tables:
+        for table in values[name]:
+            lines += ["", f"[[{name.removesuffix(_SEVERAL)}]]", *_toml_lines(table)]
     return "\n".join(lines) + "\n"
 
 
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    """A line for each value. TOML has no null, so None is left out; it is the default."""
+    return [f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in values.items() if v is not None]
+
+
 def to_json(config: Any) -> dict[str, Any]:
-    """`config` as JSON values: paths as text, tuples as lists."""
-    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+    """`config` as JSON values: paths as text, tuples as lists, dataclasses as objects."""
+    return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def typed(value: Any, hint: Any, what: str) -> Any:
@@ -71,6 +102,8 @@ def typed(value: Any, hint: Any, what: str) -> Any:
     if get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(typed(item, get_args(hint)[0], what) for item in items)
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return _table(value, cast(type[Any], hint), what)
     if hint is bool:
         return _boolean(value, what)
     if isinstance(value, str) and hint in (str, Path):
@@ -85,9 +118,10 @@ def typed(value: Any, hint: Any, what: str) -> Any:
             return number
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # base_precision = 8, validation = 0.1
-    raise ConfigError(f"{what}: {value!r} is not {_KINDS[hint]}")
+    raise ConfigError(f"{what}: {value!r} is not {_KINDS.get(hint, 'a table')}")
 
 
+_SEVERAL = "s"  # what the name of a field has more than the name of its tables
 _KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
 
 
@@ -116,7 +150,10 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: cannot be read as TOML: {reason(error)}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value of an option as `to_json` gives it."""
     if isinstance(value, Path):
         return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if is_dataclass(value):
+        return to_json(value)
+    return [plain(item) for item in value] if isinstance(value, tuple) else value

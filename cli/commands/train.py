@@ -12,12 +12,15 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
+from zimage_ref.lora.trained import TRAINED
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
-from zimage_ref.training.config import TrainGroup
 from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
-from zimage_ref.training.plan import make_plan
+from zimage_ref.training.groups import TrainGroup
+from zimage_ref.training.plan import TrainPlan, make_plan
+from zimage_ref.training.presets import PRESETS
 from zimage_ref.training.run_folder import RunFolder
+from zimage_ref.training.targets import by_module, ranges
 
 from ..terminal import blas
 from ..terminal.awake import keep_awake
@@ -28,6 +31,7 @@ from ..terminal.options import add_fields, from_args
 from ..terminal.parser import CommandParser
 from ..terminal.signals import noted
 
+_TITLE = {name: kind.title for name, kind in TRAINED.items()}
 _LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
 _EXAMPLES = (
     (
@@ -50,10 +54,14 @@ def add_options(parser: CommandParser) -> None:
     """The options of `zimage train`."""
     parser.usage = "zimage train --model-dir MODEL --dataset FOLDER [options]"
     parser.examples = _EXAMPLES
-    add_fields(parser, TrainConfig, from_file=True)
+    add_fields(parser, TrainConfig, from_file=True, without=("datasets",))
     parser.option(
         "--config", "File with options (.toml or .json). The command line overrides it.",
         TrainGroup.RUN, type=Path, metavar="FILE",
+    )  # fmt: skip
+    parser.option(
+        "--preset", "Options that fit a kind of thing. Options that you give count before them.",
+        TrainGroup.RUN, choices=tuple(PRESETS), metavar="NAME",
     )  # fmt: skip
     parser.option(
         "--dry-run", "Check everything and show the plan. Load no weights.",
@@ -69,7 +77,8 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Trains, shows the progress and each written file. Returns 0, or 128 + the signal that stopped the run."""
-    config = from_args(TrainConfig, args, read_options(args.config, TrainConfig) if args.config else None)
+    file = read_options(args.config, TrainConfig) if args.config else {}
+    config = from_args(TrainConfig, args, {**PRESETS.get(args.preset, {}), **file})
     if args.dump_config:
         console.print(dump_options(config).rstrip("\n"))
         return 0
@@ -105,8 +114,10 @@ def follow(config: TrainConfig, console: Console) -> tuple[int, list[float]]:
 
 def _show_options(config: TrainConfig, console: Console) -> None:
     console.facts("train", {
-        "model": config.model_dir, "dataset": config.dataset, "output": config.output,
-        "LoRA": f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
+        "model": config.model_dir, "dataset": ", ".join(str(each.folder) for each in config.sets),
+        "output": config.output,
+        _TITLE[config.kind]: f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
+        **({"goes on from": config.init_lora} if config.init_lora else {}),
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
@@ -191,6 +202,10 @@ class _Display:
         return lines
 
 
+def _ranks(plan: TrainPlan) -> str:
+    return ", ".join(str(rank) for rank in sorted({size.rank for size in plan.layers.values()}))
+
+
 def _show_plan(config: TrainConfig, console: Console) -> None:
     """Shows the plan of a run, from headers and pictures. No weights are read."""
     resolved: tuple[str, Quantization | None] = require_mlx("training").resolve_base_precision(config)
@@ -207,11 +222,17 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     console.table(("plan", ""), [
         ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
-        ("LoRA", f"{len(plan.layers)} layers, rank {config.rank}: {plan.trainable:,} parameters"),
+        (_TITLE[config.kind], f"{len(plan.layers)} layers, rank {_ranks(plan)}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
         ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
         ("memory", choice.sentence(plan.model)),
+    ])  # fmt: skip
+    if config.datasets:
+        _show_datasets(plan, console)
+    console.table(("layers", "blocks", "rank", "alpha"), [
+        (module, ranges(blocks), str(rank), f"{alpha:g}")
+        for (module, rank, alpha), blocks in by_module(plan.layers).items()
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
@@ -228,3 +249,16 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
         "largest stage": peak((captions, pictures, train)).total,
         "  the same, --memory stream": peak(stream).total,
     }.items()])  # fmt: skip
+
+
+def _show_datasets(plan: TrainPlan, console: Console) -> None:
+    """A line for each dataset."""
+    rows = []
+    for number, given in enumerate(plan.config.sets):
+        settings = plan.config.settings(number)
+        pictures = [example for example in plan.examples if example.settings.number == number]
+        rows.append((
+            given.folder, settings.kind, len(pictures), settings.repeats, f"{settings.weight:g}",
+            sum(example.mask is not None for example in pictures),
+        ))  # fmt: skip
+    console.table(("dataset", "kind", "pictures", "repeats", "weight", "masks"), rows)

@@ -31,7 +31,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
-        "batch.py", "merge.py", "stream.py", "train-character.toml", "train-object.toml", "train-style.toml"
+        "batch.py", "merge.py", "stream.py", "train-character.toml", "train-datasets.toml",
+        "train-object.toml", "train-style.toml",
     }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def ranks_of(path: Path) -> dict[str, int]:
 
 
 @mlx_only
-@pytest.mark.parametrize("kind", ["character", "style", "object"])
+@pytest.mark.parametrize("kind", ["character", "datasets", "style", "object"])
 @pytest.mark.slow
 def test_the_options_of_each_kind_train_a_lora(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 from zimage_cli.app import main
 from zimage_ref.checkpoints.hub import BUILT_IN
 from zimage_ref.model.control import CONTROLNET_2_1, controlnet_parameters
+from zimage_ref.training.dataset_options import MASKS
 
 from .pages import ROOT
 from .tiny import photograph, random_weights
@@ -82,8 +84,11 @@ class Errands:
     def _instead_of_config(self, rest: list[str]) -> list[str]:
         """Options that take the place of a file's, which name a large model."""
         self._provide("--training-adapter", "adapter.safetensors")
-        if "--dataset" not in rest:
-            self._provide("--dataset", Path(rest[rest.index("--config") + 1]).stem.removeprefix("train-"))
+        file = Path(rest[rest.index("--config") + 1])
+        tables = re.findall(r'folder = "(.*?)"', file.read_text(encoding="utf-8")) if file.is_file() else []
+        for folder in tables or [file.stem.removeprefix("train-")]:
+            if "--dataset" not in rest:
+                self._provide("--dataset", folder)
         return ["--model-dir", "tiny", "--training-adapter", "adapter.safetensors"]
 
     def _value(self, flag: str, value: str) -> str:
@@ -105,7 +110,8 @@ class Errands:
             "--control": self._control, "--mask": self._mask,
             "--tokenizer": self._tokenizer, "--config": self._config,
         }  # fmt: skip
-        if flag in makers and not path.exists():
+        names_no_file = flag == "--mask" and value in MASKS  # of `zimage train`
+        if flag in makers and not names_no_file and not path.exists():
             makers[flag](path)
 
     def lora(self, path: Path, rank: int = 2) -> Path:

@@ -147,7 +147,7 @@ def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
         ({"steps": 5}, "`steps` 4 -> 5"),
         ({"ema": 0.9}, r"`ema` 0\.0 -> 0\.9"),
         ({"targets": "attention"}, "`targets`"),
-        ({"dataset": "other"}, "the pictures or captions"),
+        ({"dataset": "other"}, "the pictures, captions or masks"),
         ({"model_dir": "other"}, "the model's weights"),
     ],
 )

@@ -16,6 +16,7 @@ from zimage_mlx.networks.transformer import Transformer
 from zimage_ref.lora.updates import BIAS, LoRA
 
 from . import layers
+from .trained import Trainable
 
 _BASE = ".base"  # the name of a layer's own module inside its trained LoRA layer
 
@@ -30,7 +31,7 @@ class TrainingAdapter:
     def __init__(
         self, model: Transformer, adapter: LoRA, reload: Callable[[str], mx.array], stream: Stream | None = None
     ) -> None:
-        trained = {name for name, module in model.named_modules() if isinstance(module, layers.LoRALinear)}
+        trained = {name for name, module in model.named_modules() if isinstance(module, Trainable)}
         self._adapters = layers.Adapters(
             model, lambda name: reload(name.replace(f"{_BASE}.", ".")), merge=True, stream=stream
         )

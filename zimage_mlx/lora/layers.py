@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,44 +17,12 @@ import numpy as np
 from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.tree import find, replace
 from zimage_ref.lora.low_rank import LowRank, concatenated
+from zimage_ref.lora.trained import TRAINED, Factors, UpdateSize
 from zimage_ref.lora.updates import LoRA, Update, by_parameter
 from zimage_ref.model.parameters import block_of
 
 from .arithmetic import updated
-
-_Triple = tuple[mx.array, mx.array, mx.array]
-
-
-class LoRALinear(nn.Module):
-    """A Linear layer (quantized or not) with a branch. The factors may be float32 while the base is bfloat16."""
-
-    def __init__(self, base: nn.Module, A: mx.array, B: mx.array, scale: float = 1.0) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_A = A  # (rank, in)
-        self.lora_B = B  # (out, rank)
-        self._scale = scale
-
-    def __call__(self, x: mx.array) -> mx.array:
-        A, B = self.lora_A.astype(x.dtype), self.lora_B.astype(x.dtype)  # so that the result keeps the dtype of x
-
-        def branched(x: mx.array, A: mx.array, B: mx.array) -> mx.array:
-            return mx.addmm(self.base(x), x @ A.T, B.T, self._scale)
-
-        def gradient(primals: _Triple, d: mx.array, _: mx.array) -> _Triple:
-            """The gradient of the branch; the base is frozen. Adding in place saves passes over the wide arrays."""
-            x, A, B = primals
-            (dx,) = mx.vjp(lambda x: [self.base(x)], [x], [d])[1]
-            inner, hidden = d @ B, x @ A.T  # (..., rank)
-            if self._scale != 1:
-                inner, hidden = inner * self._scale, hidden * self._scale
-            d_A = inner.flatten(0, -2).T @ x.flatten(0, -2)
-            d_B = d.flatten(0, -2).T @ hidden.flatten(0, -2)
-            return mx.addmm(dx, inner, A), d_A, d_B
-
-        function = mx.custom_function(branched)
-        function.vjp(gradient)
-        return cast(mx.array, function(x, A, B))
+from .trained import LAYERS, LoRALinear, Trainable, dense_weight
 
 
 class Adapters:
@@ -141,35 +107,40 @@ class Adapters:
 
 def as_branch(base: nn.Module, update: LowRank) -> LoRALinear:
     """`base` with the update as a branch beside it."""
-    return LoRALinear(base, mx.array(update.A), mx.array(update.B), update.scale)
+    return LoRALinear(base, {"lora_A": update.A, "lora_B": update.B}, update.scale)
 
 
 def _dense_weight(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> mx.array:
     """The dequantized weight of `layer`, and the updates merged into it."""
-    biases = layer.get("biases")
-    weight = mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
-    return updated(weight, updates)
+    return updated(dense_weight(layer), updates)
+
+
+def add_trainable(model: nn.Module, kind: str, start: Mapping[str, Factors], scales: Mapping[str, float]) -> None:
+    """Freezes `model` and gives its layers trainable float32 matrices that begin as `start` says, at their scales.
+
+    kind: in `zimage_ref.lora.trained.TRAINED`.
+    """
+    model.freeze()
+    for layer, factors in start.items():
+        replace(model, [(layer, LAYERS[kind](find(model, layer), factors, scales[layer]))])
 
 
 def add_trainable_loras(
     model: nn.Module, layers: Sequence[str], rank: int, alpha: float, rng: np.random.Generator
 ) -> None:
-    """Freezes `model` and gives `layers` new trainable float32 LoRAs: A Kaiming-uniform, B zero, so they add 0."""
-    model.freeze()
-    for layer in layers:
-        base = find(model, layer)
-        outputs, inputs = _linear_shape(base)
-        bound = 1 / math.sqrt(inputs)  # kaiming_uniform_ with a = sqrt(5), as peft and kohya initialise A
-        A = mx.array(rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32))
-        replace(model, [(layer, LoRALinear(base, A, mx.zeros((outputs, rank)), alpha / rank))])
+    """Freezes `model` and gives `layers` new trainable LoRAs: A Kaiming-uniform, B zero, so they add 0."""
+    kind, size = TRAINED["lora"], UpdateSize(rank, alpha)
+    shapes = {layer: kind.matrices(*_linear_shape(find(model, layer)), size) for layer in layers}
+    start = {layer: kind.initial(each, rng) for layer, each in shapes.items()}
+    add_trainable(model, "lora", start, dict.fromkeys(layers, alpha / rank))
 
 
 def trained_loras(model: nn.Module) -> LoRA:
-    """The current trainable branches of `model`, by layer."""
+    """The current trainable updates of `model`, by layer."""
     return {
-        name: LowRank(*(np.array(factor.astype(mx.float32)) for factor in (m.lora_A, m.lora_B)), scale=m._scale)
-        for name, m in model.named_modules()
-        if isinstance(m, LoRALinear) and "lora_A" in m.trainable_parameters()
+        name: module.learned()
+        for name, module in model.named_modules()
+        if isinstance(module, Trainable) and module.trainable_parameters()
     }
 
 

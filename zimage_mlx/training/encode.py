@@ -21,15 +21,17 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.memory import LEAN
 from zimage_ref.training.buckets import Size
 from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
+from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.dataset import Example
 from zimage_ref.training.events import Encoded
 from zimage_ref.training.plan import TrainPlan
+from zimage_ref.training.variants import Variants
 
 _Work = tuple[Path, Callable[[], mx.array]]  # an entry, and what computes it
 
 
 class EncodedDataset:
-    """Latents and caption features of a plan's pictures, and of its previews' prompts."""
+    """Latents, masks and caption features of a plan's pictures, and of its previews' prompts."""
 
     def __init__(self, plan: TrainPlan, pipeline: ZImagePipeline) -> None:
         engine = f"mlx {mx.default_device().type} {pipeline.dtype}"
@@ -54,7 +56,7 @@ class EncodedDataset:
                 yield Encoded(done, len(work), what)
             self._pipeline.release(network)
         for example in (*self._plan.examples, *self._plan.held_out):
-            example.content.forget()
+            example.forget()
 
     def _write(self, path: Path, value: Array, left: int) -> None:
         try:
@@ -71,34 +73,65 @@ class EncodedDataset:
         """(C, h, w) float32. Raises TrainingError if the entry is gone or damaged since `build`."""
         return _read(self._cache.latents(example, size, flip))
 
+    def mask(self, example: Example, size: Size, flip: bool = False) -> mx.array:
+        """(h, w) float32 in 0..1: the mask of a picture that has one. Raises as `latents` does."""
+        return _read(self._cache.mask(example, size, flip, self._plan.model.vae.factor))
+
     def caption(self, text: str) -> mx.array:
         """(T, cap_feat_dim) in the text encoder's precision. Raises as `latents` does."""
         return _read(self._cache.caption(text))
 
     def _caption_work(self) -> list[_Work]:
         plan, config = self._plan, self._plan.config
-        texts = [example.caption for example in (*plan.examples, *plan.held_out)]
+        texts = [*drawn_captions(plan), *(Variants(config).first(example.caption) for example in plan.held_out)]
         texts += config.preview_prompt
-        if config.caption_dropout or config.preview_prompt:
+        dropped = any(example.settings.caption_dropout for example in plan.examples)
+        if dropped or config.preview_prompt or config.preserve_blank:
             texts.append("")
         return [(self._cache.caption(text), partial(self._encode_caption, text)) for text in dict.fromkeys(texts)]
 
     def _latent_work(self) -> list[_Work]:
         plan = self._plan
         wanted = [(plan.examples[item.example], item.size) for item in plan.batches.items]
-        flips = (False, True) if plan.config.flip else (False,)
-        seen = [(example, size, flip) for example, size in wanted for flip in flips]
+        seen = [
+            (example, size, flip) for example, size in wanted for flip in (False, True)[: 1 + example.settings.flip]
+        ]
+        masks = {self._cache.mask(*p, plan.model.vae.factor): partial(self._mask, *p) for p in seen if p[0].mask}
         seen += [(example, size, False) for example, size in zip(plan.held_out, plan.held_out_sizes, strict=True)]
         work = {self._cache.latents(*picture): partial(self._encode_picture, *picture) for picture in seen}
-        return list(work.items())
+        return list((work | masks).items())
 
     def _encode_caption(self, text: str) -> mx.array:
         return self._pipeline.encode_prompt(text)
+
+    def _mask(self, example: Example, size: Size, flip: bool) -> mx.array:
+        """(h, w) float32."""
+        return mx.array(example.latent_mask(*size, flip, self._plan.model.vae.factor))
 
     def _encode_picture(self, example: Example, size: Size, flip: bool) -> mx.array:
         """(C, h, w) float32. Each picture is encoded once, so memory matters more than time: strips are small."""
         pixels = mx.array(example.pixels(*size, flip))[None]  # (1, 3, H, W)
         return self._pipeline.vae.encode(pixels, Strips(LEAN.strips)).astype(mx.float32)[0]
+
+
+def drawn_captions(plan: TrainPlan) -> list[str]:
+    """The different captions that the whole run may draw, in order, with those of `preserve`."""
+    config, variants = plan.config, Variants(plan.config)
+    epochs = -(-plan.total // plan.batches.steps_per_epoch) if variants.vary else 1
+    texts: dict[str, None] = {}
+    for epoch in range(epochs):
+        for number, item in enumerate(plan.batches.items):
+            example = plan.examples[item.example]
+            texts[variants.draw(example.caption, epoch, number)] = None
+            if config.preserve and example.settings.trigger:
+                texts[preserving_caption(config, example, epoch, number)] = None
+    return list(texts)
+
+
+def preserving_caption(config: TrainConfig, example: Example, epoch: int, item: int) -> str:
+    """The caption of `item` in `epoch`, with the words of `preserve` in place of the trigger."""
+    drawn = Variants(config).draw(example.caption, epoch, item)
+    return drawn.replace(example.settings.trigger, config.preserve)
 
 
 def _read(path: Path) -> mx.array:

@@ -7,6 +7,7 @@ do not change it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,49 +15,106 @@ import numpy as np
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.flow import VALIDATION_SIGMAS, TimestepSampling
 from zimage_ref.training.batches import DRAW, HELD_OUT, rng_for
+from zimage_ref.training.dataset import Example
 from zimage_ref.training.plan import TrainPlan
+from zimage_ref.training.variants import Variants
 
-from .encode import EncodedDataset
-from .loss import NoisyBatch
+from .encode import EncodedDataset, preserving_caption
+from .loss import Distance, NoisyBatch
+
+_LEAST = 1e-6  # of a latent's weight: a crop may leave only black of a mask
+
+
+class _Drawn(NamedTuple):
+    """One picture of a batch."""
+
+    x_0: mx.array  # (C, h, w)
+    noise: Array  # (C, h, w)
+    sigma: Array  # (1,)
+    caption: str
+    mask: mx.array | None  # (h, w) in 0..1
 
 
 class Feed:
     """Training and held-out batches of a plan."""
 
     def __init__(self, plan: TrainPlan, data: EncodedDataset) -> None:
-        self._plan, self._data = plan, data
-        self._sampling = TimestepSampling.parse(plan.config.timesteps)
+        config = plan.config
+        self._plan, self._data, self._variants = plan, data, Variants(config)
+        weighs = config.loss_weight != "none"
+        self._sampling = TimestepSampling.parse(config.timesteps, config.min_sigma, config.max_sigma, weighs)
+        self._distance = Distance(config.loss, config.huber_delta, config.differential_guidance)
 
     def batch(self, epoch: int, items: Sequence[int]) -> NoisyBatch:
         """The pictures of `items`, all of one size, as they are in `epoch`."""
         drawn = [self._draw(epoch, item) for item in items]
-        sigma = np.concatenate([s for _, _, s, _ in drawn])
+        sigma = np.concatenate([each.sigma for each in drawn])
+        own = np.array([self._example(item).settings.weight for item in items], np.float32)
+        masks = [each.mask for each in drawn]
         return NoisyBatch(
-            x_0=mx.stack([x_0 for x_0, _, _, _ in drawn]),
-            noise=mx.array(np.stack([noise for _, noise, _, _ in drawn])),
+            x_0=mx.stack([each.x_0 for each in drawn]),
+            noise=mx.array(np.stack([each.noise for each in drawn])),
             sigma=mx.array(sigma),
-            weight=mx.array(self._sampling.weights(sigma)),
-            captions=[self._data.caption(caption) for _, _, _, caption in drawn],
+            weight=mx.array(self._sampling.weights(sigma) * own),
+            captions=[self._data.caption(each.caption) for each in drawn],
+            mask=self._weights(masks, drawn[0].x_0.shape[1:]) if any(m is not None for m in masks) else None,
+            distance=self._distance,
+        )
+
+    def preserved(self, batch: NoisyBatch, epoch: int, items: Sequence[int], blank: bool) -> NoisyBatch | None:
+        """The same pictures with the same noise under captions at which the LoRA should change nothing.
+
+        These are the captions with the class in place of the trigger, of pictures that have a trigger; or none, if
+        `blank`. None if no picture is left.
+        """
+        keep = [i for i, item in enumerate(items) if blank or self._example(item).settings.trigger]
+        if not keep:
+            return None
+        captions = [
+            "" if blank else preserving_caption(self._plan.config, self._example(items[i]), epoch, items[i])
+            for i in keep
+        ]
+        chosen = mx.array(keep)
+        return NoisyBatch(
+            x_0=batch.x_0[chosen],
+            noise=batch.noise[chosen],
+            sigma=batch.sigma[chosen],
+            captions=[self._data.caption(caption) for caption in captions],
         )
 
     def held_out(self, index: int) -> list[tuple[float, NoisyBatch]]:
         """One batch, of one picture, for each sigma of the held-out loss; always the same noise."""
         plan = self._plan
         example, size = plan.held_out[index], plan.held_out_sizes[index]
-        x_0, caption = self._data.latents(example, size)[None], self._data.caption(example.caption)
+        x_0, caption = (
+            self._data.latents(example, size)[None],
+            self._data.caption(self._variants.first(example.caption)),
+        )
         batches = []
         for i, sigma in enumerate(VALIDATION_SIGMAS):
             noise = rng_for(plan.config.seed, HELD_OUT, index, i).standard_normal(x_0.shape, dtype=np.float32)
             batches.append((sigma, NoisyBatch(x_0, mx.array(noise), mx.array([sigma]), [caption])))
         return batches
 
-    def _draw(self, epoch: int, item: int) -> tuple[mx.array, Array, Array, str]:
-        """Latents (C, h, w), noise (C, h, w), sigma (1,) and caption of an item in an epoch."""
-        config, showing = self._plan.config, self._plan.batches.items[item]
-        example = self._plan.examples[showing.example]
+    def _example(self, item: int) -> Example:
+        return self._plan.examples[self._plan.batches.items[item].example]
+
+    def _draw(self, epoch: int, item: int) -> _Drawn:
+        """An item as it is in an epoch."""
+        config, size, example = self._plan.config, self._plan.batches.items[item].size, self._example(item)
         rng = rng_for(config.seed, DRAW, epoch, item)
-        mirrored, unnamed = rng.random() < 0.5, rng.random() < config.caption_dropout
-        x_0 = self._data.latents(example, showing.size, config.flip and mirrored)
+        mirrored, unnamed = rng.random() < 0.5, rng.random() < example.settings.caption_dropout
+        flip = example.settings.flip and mirrored
+        x_0 = self._data.latents(example, size, flip)
         noise = rng.standard_normal(x_0.shape, dtype=np.float32)
-        sigma = self._sampling.sigmas(rng, 1, self._plan.tokens(showing.size))
-        return x_0, noise, sigma, "" if unnamed else example.caption
+        sigma = self._sampling.sigmas(rng, 1, self._plan.tokens(size))
+        if config.noise_offset:
+            noise += config.noise_offset * rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
+        caption = "" if unnamed else self._variants.draw(example.caption, epoch, item)
+        return _Drawn(x_0, noise, sigma, caption, self._data.mask(example, size, flip) if example.mask else None)
+
+    def _weights(self, masks: Sequence[mx.array | None], shape: tuple[int, ...]) -> mx.array:
+        """(B, 1, h, w): the weight of each latent in the loss. A picture without a mask counts everywhere alike."""
+        outside, whole = self._plan.config.mask_outside, mx.ones(shape)
+        weights = [whole if mask is None else outside + (1 - outside) * mask for mask in masks]
+        return mx.maximum(mx.stack(weights)[:, None], _LEAST)

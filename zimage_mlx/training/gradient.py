@@ -31,7 +31,7 @@ from zimage_mlx.networks.token_layout import TokenLayout
 from zimage_mlx.networks.transformer import Block, RunBlock, Transformer
 from zimage_mlx.networks.tree import substituted, trainable
 from zimage_ref.memory import kept_values
-from zimage_ref.model.flow import add_noise, model_time
+from zimage_ref.model.flow import model_time
 
 from .loss import NoisyBatch, flow_matching_error
 
@@ -212,7 +212,7 @@ class LossAndGradients:
     def __call__(self, batch: NoisyBatch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
         model, t, captions = self.model, model_time(batch.sigma), batch.captions
-        x = add_noise(batch.x_0, batch.noise, batch.sigma[:, None, None, None])
+        x = batch.x_sigma
         layout = model.layout([len(c) for c in captions], *x.shape[2:])
         adaln = model.embed_time(t)
         roots = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,16 +15,20 @@ from zimage_mlx import device
 from zimage_mlx.device import number, on_gpu
 from zimage_mlx.lora import layers
 from zimage_mlx.networks.parameters import Parameters
+from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.lora.updates import LoRA
-from zimage_ref.training.batches import INITIAL, RANKS, rng_for
+from zimage_ref.model.flow import model_time
 from zimage_ref.training.plan import TrainPlan
 
+from .dropout import dropout
 from .feed import Feed
 from .gradient import LossAndGradients
+from .loss import NoisyBatch
 from .machines import summed
 from .optimizer import Optimizer, averaged, clipped, learning_rate
 from .packing import Packing, Vectors
@@ -50,10 +54,15 @@ class Learner:
         """budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         config = plan.config
         self._plan, self._model, self._feed, self._group = plan, model, feed, group
-        layers.add_trainable_loras(model, plan.layers, config.rank, config.alpha, rng_for(config.seed, INITIAL))
+        self._kind = TRAINED[config.kind]
+        scales = {layer: self._kind.scale(plan.matrices[layer], size) for layer, size in plan.layers.items()}
+        start = plan.start(magnitudes=isinstance(model.weights, Stream))  # no weight of a block is in memory then
+        self.notices = start.notices  # what there is to say about the first matrices
+        layers.add_trainable(model, config.kind, start.factors, scales)
         parameters: Parameters = dict(tree_flatten(model.trainable_parameters()))
         self._packing = Packing(parameters)
-        self._vectors = self._packing.pack(parameters)
+        self._vectors = self._agreed(self._packing.pack(parameters))
+        self._lengths = {factor: v for factor, v in self._vectors.items() if factor == MAGNITUDE}  # of the base
         self._average = dict(self._vectors) if config.ema else {}
         self._optimizer = Optimizer(config, self._packing, self._vectors)
         self._differentiate = LossAndGradients(model, budget, compiled=on_gpu())
@@ -80,7 +89,7 @@ class Learner:
     @contextmanager
     def result(self) -> Iterator[Transformer]:
         """The transformer with the LoRA as it would be saved: the average, if there is one."""
-        self._use(self._average or self._vectors)
+        self._use(self._average or self._optimizer.result(self._vectors))
         yield self._model
 
     def factors(self) -> LoRA:
@@ -113,8 +122,8 @@ class Learner:
 
     def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Vectors]:
         """Loss and gradients, means over all pictures of the step, the same on every machine."""
-        mask = self._mask(step)
-        masked = {"lora_A": self._vectors["lora_A"], "lora_B": self._vectors["lora_B"] * mask}
+        dropped = dropout(self._plan.config, self._kind, self._packing.shapes, step)
+        masked = {factor: vector * dropped.get(factor, 1.0) for factor, vector in self._vectors.items()}
         self._use(masked, self._model.dtype)  # the branches work in the stream's dtype
         pictures = sum(map(len, batches))
         loss, gradients = mx.array(0.0), {factor: mx.zeros_like(vector) for factor, vector in masked.items()}
@@ -122,15 +131,36 @@ class Learner:
             if own := self._own(batch):
                 noisy = self._feed.batch(epoch, own)
                 self._forget_buffers_of_another(noisy.x_0.shape)
-                part_loss, part = self._differentiate(noisy)
-                share, packed = len(own) / pictures, self._packing.pack(part)
-                loss = loss + share * part_loss
-                gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
-                mx.eval(loss, gradients)
+                for weight, shown in [(1.0, noisy), *self._preserved(noisy, masked, step, epoch, own)]:
+                    part_loss, part = self._differentiate(shown)
+                    share, packed = weight * len(shown.x_0) / pictures, self._packing.pack(part)
+                    loss = loss + share * part_loss
+                    gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
+                    mx.eval(loss, gradients)
         if self._group.size() > 1:
             loss = summed(loss, self._group)
             gradients = {factor: summed(part, self._group) for factor, part in gradients.items()}
-        return number(loss), {**gradients, "lora_B": gradients["lora_B"] * mask}
+        return number(loss), {factor: part * dropped.get(factor, 1.0) for factor, part in gradients.items()}
+
+    def _preserved(
+        self, noisy: NoisyBatch, vectors: Vectors, step: int, epoch: int, items: Sequence[int]
+    ) -> Iterator[tuple[float, NoisyBatch]]:
+        """(weight, batch) of what the LoRA should leave as the base makes it, if that is due in `step`.
+
+        vectors: those of the step, which are in use again before a batch is given.
+        """
+        config = self._plan.config
+        if step % config.preserve_every:
+            return
+        for blank in [False] * bool(config.preserve) + [True] * config.preserve_blank:
+            if batch := self._feed.preserved(noisy, epoch, items, blank):
+                self._use(
+                    {factor: mx.zeros_like(v) for factor, v in vectors.items()} | self._lengths, self._model.dtype
+                )
+                raw = self._model(batch.x_sigma, model_time(batch.sigma), batch.captions).astype(mx.float32)
+                mx.eval(raw)
+                self._use(vectors, self._model.dtype)
+                yield config.preserve_weight, replace(batch, target=raw)
 
     def _forget_buffers_of_another(self, shape: tuple[int, ...]) -> None:
         """Frees what MLX kept for reuse if the last batch had another shape: it rarely fits, and a Mac needs it."""
@@ -143,17 +173,12 @@ class Learner:
         rank, each = self._group.rank(), self._plan.config.batch_size
         return batch[rank * each : (rank + 1) * each]
 
-    def _mask(self, step: int) -> mx.array | float:
-        """For every element of the Bs: 0 if its rank rests in `step`, more than 1 otherwise."""
-        rest = self._plan.config.rank_dropout
-        if not rest:
-            return 1.0
-        rng = rng_for(self._plan.config.seed, RANKS, step)
-        rows = []
-        for shape in self._packing.shapes["lora_B"].values():
-            awake = rng.random((1, shape[1])) >= rest
-            rows.append(np.broadcast_to(awake / (1 - rest), shape).astype(np.float32).ravel())
-        return mx.array(np.concatenate(rows))
+    def _agreed(self, vectors: Vectors) -> Vectors:
+        """The same first matrices on every machine: the mean, if they follow from singular values."""
+        size = self._group.size()
+        if size == 1 or self._plan.begins_with is None:
+            return vectors
+        return {factor: summed(vector / size, self._group) for factor, vector in vectors.items()}
 
     def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
         place(self._model, self._packing.unpack(vectors, dtype))

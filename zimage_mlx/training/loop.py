@@ -15,7 +15,7 @@ from zimage_mlx.networks.weights import to_mlx
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.errors import TrainingError
 from zimage_ref.training.batches import ItemBatch
-from zimage_ref.training.events import Done, Event, Started, Step, Stopped
+from zimage_ref.training.events import Done, Event, Notice, Started, Step, Stopped
 from zimage_ref.training.facts import RunFacts
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder, SavedState
@@ -80,6 +80,7 @@ class Loop:
         Raises TrainingError if three steps in a row fail, after saving, or if the disk is full.
         """
         total, upcoming = self._plan.total, self._plan.batches.since(self.done)
+        yield from () if self.done else map(Notice, self._learner.notices)
         yield Started(self.done, total)
         if not self.done:
             yield from self._measurer.due(0)

@@ -18,6 +18,36 @@ from zimage_ref.model.flow import add_noise, model_time, training_target
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far a prediction is from its target.
+
+    mse     the square e^2 of the error e
+    mae     its absolute value
+    huber   e^2 up to `delta`, from there on delta (2 |e| - delta): without a jump, and as steep as a straight line
+
+    guidance: the target is moved away from the prediction, so that the error is `guidance` times as large. Source:
+    differential guidance of ai-toolkit.
+    """
+
+    kind: str = "mse"
+    delta: float = 0.1
+    guidance: float = 1.0
+
+    def __call__(self, raw: mx.array, target: mx.array) -> mx.array:
+        """The distance of each element, float32."""
+        if self.guidance != 1:
+            fixed = mx.stop_gradient(raw)
+            target = fixed + self.guidance * (target - fixed)
+        error = raw - target
+        if self.kind == "mse":
+            return mx.square(error)
+        size = mx.abs(error)
+        if self.kind == "mae":
+            return size
+        return mx.where(size <= self.delta, mx.square(error), self.delta * (2 * size - self.delta))
+
+
+@dataclass(frozen=True)
 class NoisyBatch:
     """Pictures of one size, noised and captioned."""
 
@@ -26,16 +56,28 @@ class NoisyBatch:
     sigma: mx.array  # (B,) float32
     captions: Sequence[mx.array]  # B arrays (T_i, cap_feat_dim)
     weight: mx.array | None = None  # (B,) float32; None is 1
+    mask: mx.array | None = None  # (B, 1, h, w) float32, the weight of each latent; None is 1
+    target: mx.array | None = None  # (B, C, h, w) float32; None is x_0 - noise
+    distance: Distance = Distance()
+
+    @property
+    def x_sigma(self) -> mx.array:
+        """(B, C, h, w): the pictures with their noise."""
+        return add_noise(self.x_0, self.noise, self.sigma[:, None, None, None])
 
 
 def flow_matching_loss(model: Transformer, batch: NoisyBatch) -> mx.array:
     """The loss of `batch`, a float32 scalar."""
-    x = add_noise(batch.x_0, batch.noise, batch.sigma[:, None, None, None])
-    return flow_matching_error(model(x, model_time(batch.sigma), batch.captions), batch)
+    return flow_matching_error(model(batch.x_sigma, model_time(batch.sigma), batch.captions), batch)
 
 
 def flow_matching_error(raw: mx.array, batch: NoisyBatch) -> mx.array:
-    """The weighted mean squared error, a float32 scalar, of what the transformer made of `batch`, (B, C, h, w)."""
-    difference = raw.astype(mx.float32) - training_target(batch.x_0, batch.noise)
-    losses = mx.mean(mx.square(difference), axis=(1, 2, 3))  # (B,)
+    """The weighted mean error, a float32 scalar, of what the transformer made of `batch`, (B, C, h, w)."""
+    target = training_target(batch.x_0, batch.noise) if batch.target is None else batch.target
+    errors = batch.distance(raw.astype(mx.float32), target)
+    if batch.mask is None:
+        losses = mx.mean(errors, axis=(1, 2, 3))  # (B,)
+    else:
+        by_place = mx.mean(errors, axis=1, keepdims=True)  # (B, 1, h, w)
+        losses = mx.sum(batch.mask * by_place, axis=(1, 2, 3)) / mx.sum(batch.mask, axis=(1, 2, 3))
     return mx.mean(losses if batch.weight is None else batch.weight * losses)

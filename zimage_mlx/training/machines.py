@@ -15,8 +15,7 @@ import numpy as np
 from zimage_mlx.device import number
 from zimage_ref.errors import TrainingError
 from zimage_ref.formats.tensors import Array
-from zimage_ref.training.config import free_options
-from zimage_ref.training.facts import RunFacts
+from zimage_ref.training.facts import RunFacts, deciding_options
 from zimage_ref.training.run_folder import SavedState
 
 _AGREED = ("total", "batch", "dataset", "model", "adapter")  # facts of a run, besides options
@@ -91,7 +90,7 @@ class Machines:
         """
         if self.alone:
             return
-        config = {name: value for name, value in facts["config"].items() if name not in free_options()}
+        config = deciding_options(facts["config"])
         by_name = cast(Mapping[str, object], facts)
         text = json.dumps([config, *(by_name[key] for key in _AGREED)], sort_keys=True)
         own = mx.array(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32))

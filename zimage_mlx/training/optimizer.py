@@ -1,4 +1,4 @@
-"""From gradients to new LoRA matrices: clipping, learning rate, the optimizers of MLX, and the average over steps.
+"""From gradients to new LoRA matrices: clipping, learning rate, the optimizers, and the average over steps.
 
 The betas of AdamW and its like are (0.9, 0.99), lower than usual, because a run has only a few thousand steps.
 Source: LoRA+, arXiv 2402.12354 (B learns faster than A).
@@ -15,39 +15,60 @@ import numpy as np
 
 from zimage_mlx.device import number
 from zimage_ref.formats.tensors import Array
+from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.training.config import SCHEDULES, TrainConfig
 from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.plan import TrainPlan
 
-from .packing import FACTORS, Packing, Vectors
+from . import optimizers
+from .optimizers import ScheduleFreeAdamW
+from .packing import Packing, Vectors
 
 _SETTINGS = {"betas": [0.9, 0.99], "bias_correction": True, "relative_step": False, "scale_parameter": False}
 
 
 class Optimizer:
-    """The optimizer of a config: one for all A, one for all B, which may learn at different rates."""
+    """The optimizer of a config: one for each sort of matrices, which may learn at different rates.
+
+    An optimizer that finds one rate for all is one for all sorts, except for magnitudes, which do not decay.
+    """
 
     def __init__(self, config: TrainConfig, packing: Packing, vectors: Vectors) -> None:
-        self._packing, self._by_matrix = packing, OPTIMIZERS[config.optimizer].by_matrix
-        self._ratios = {"lora_A": 1.0, "lora_B": config.lora_plus}
-        self._parts = {factor: make_optimizer(config) for factor in FACTORS}
-        for factor, part in self._parts.items():
-            part.init(self._view(factor, vectors))
+        kind, last = OPTIMIZERS[config.optimizer], TRAINED[config.kind].last
+        self._packing, self._by_matrix = packing, kind.by_matrix
+        self._ratios = {factor: config.lora_plus if factor in last else 1.0 for factor in packing.shapes}
+        alone = [factor for factor in packing.shapes if factor == MAGNITUDE or not kind.one_rate]
+        self._factors: dict[str, tuple[str, ...]] = {factor: (factor,) for factor in alone}
+        if together := tuple(factor for factor in packing.shapes if factor not in alone):
+            self._factors["all"] = together
+        self._parts = {name: make_optimizer(config, name != MAGNITUDE) for name in self._factors}
+        for name, part in self._parts.items():
+            part.init(self._view(name, vectors))
 
     def apply(self, vectors: Vectors, gradients: Vectors, lr: float) -> Vectors:
         """The vectors after one step. `gradients` has the layout of `vectors`."""
         updated: dict[str, mx.array] = {}
-        for factor, part in self._parts.items():
-            part.learning_rate = lr * self._ratios[factor]
-            updated |= part.apply_gradients(self._view(factor, gradients), self._view(factor, vectors))
+        for name, part in self._parts.items():
+            part.learning_rate = lr * self._ratios.get(name, 1.0)
+            updated |= part.apply_gradients(self._view(name, gradients), self._view(name, vectors))
             mx.eval(updated, part.state)  # one part after the other, so that only one has old and new state in memory
         return self._packing.pack(updated) if self._by_matrix else updated
 
-    def _view(self, factor: str, vectors: Vectors) -> dict[str, mx.array]:
-        """The arrays that the optimizer of `factor` works on: its vector, or the matrices in it by name."""
+    def result(self, vectors: Vectors) -> Vectors:
+        """What the run should give: `vectors`, or the averages that the optimizer makes of them."""
+        found = dict(vectors)
+        for name, part in self._parts.items():
+            if isinstance(part, ScheduleFreeAdamW):
+                found |= part.result(self._view(name, vectors))
+        return found
+
+    def _view(self, name: str, vectors: Vectors) -> dict[str, mx.array]:
+        """The arrays that the optimizer `name` works on: its vectors, or the matrices in them by name."""
+        factors = self._factors[name]
         if not self._by_matrix:
-            return {factor: vectors[factor]}
-        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(factor)}
+            return {factor: vectors[factor] for factor in factors}
+        endings = tuple(f".{factor}" for factor in factors)
+        return {name: matrix for name, matrix in self._packing.unpack(vectors).items() if name.endswith(endings)}
 
     def state(self) -> dict[str, Array]:
         """Everything that the next step depends on, as one table of arrays, for `restore`."""
@@ -69,10 +90,14 @@ class Optimizer:
                 state[key] = mx.array(array)
 
 
-def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step."""
-    kind = getattr(optim, OPTIMIZERS[config.optimizer].mlx_class)
-    settings = {**_SETTINGS, "weight_decay": config.weight_decay}
+def make_optimizer(config: TrainConfig, decays: bool = True) -> optim.Optimizer:
+    """The optimizer that `config` names, with those of our settings that it has. Its rate is set before each step.
+
+    decays: whether the weights decay. A magnitude must not: it is the length of a weight, not a change.
+    """
+    name = OPTIMIZERS[config.optimizer].mlx_class
+    kind = getattr(optim, name, None) or getattr(optimizers, name)
+    settings = {**_SETTINGS, "weight_decay": config.weight_decay if decays else 0.0}
     known = inspect.signature(kind).parameters
     optimizer: optim.Optimizer = kind(learning_rate=0.0, **{k: v for k, v in settings.items() if k in known})
     return optimizer
@@ -83,7 +108,8 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     config, total = plan.config, plan.total
     rise = min(1.0, (step + 1) / (config.warmup + 1))
     progress = max(0.0, (step - config.warmup) / max(1, total - config.warmup))  # 0..1
-    return plan.lr * rise * SCHEDULES[config.schedule](progress)
+    schedule = "constant" if OPTIMIZERS[config.optimizer].averages else config.schedule
+    return plan.lr * rise * SCHEDULES[schedule](progress)
 
 
 def clipped(gradients: Vectors, longest: float) -> tuple[Vectors, float]:

@@ -25,11 +25,12 @@ from zimage_mlx import device
 from zimage_mlx.device import gpu_errors_explained
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.formats.quantize import GROUP_SIZE
+from zimage_ref.training.checked_dataset import CheckedDataset
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
 from zimage_ref.training.metrics import recorded
-from zimage_ref.training.plan import TURBO_WARNING, CheckedDataset, plan_for
+from zimage_ref.training.plan import TURBO_WARNING, plan_for
 from zimage_ref.training.run_folder import RunFolder
 
 from .encode import EncodedDataset

@@ -11,13 +11,19 @@ import numpy as np
 
 from zimage_ref import __version__
 from zimage_ref.lora.file import write_lora
+from zimage_ref.lora.trained import DEFAULT_KIND
 from zimage_ref.model.parameters import TARGETS
+from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Checkpointed, Saved
 from zimage_ref.training.facts import RunFacts, SavedFacts
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder
 
 from .learner import Learner
+
+_GROUPS = {  # target -> what is in the name of each of its layers
+    "attention": ".attention.", "feed_forward": ".feed_forward.", "refiners": "_refiner.", "adaln": "adaLN_modulation.0"
+}  # fmt: skip
 
 
 class Saver:
@@ -65,20 +71,37 @@ class Saver:
 
     def _record(self, step: int) -> dict[str, object]:
         """What a LoRA file says about itself."""
-        config, sides = self._plan.config, self._plan.config.resolution
-        trained = {target: target in config.targets or "all" in config.targets for target in TARGETS if target != "all"}
+        config = self._plan.config
+        datasets = [config.settings(number) for number in range(len(config.sets))]
+        sides = list(dict.fromkeys(side for each in datasets for side in each.resolution))
+        trained = {name: any(part in layer for layer in self._plan.layers) for name, part in _GROUPS.items()}
         return {
             "base_model": config.model_dir.resolve().name,
             "rank": config.rank,
             "alpha": config.alpha,
             **{f"target_{target}": on for target, on in trained.items()},
+            **_beyond_a_plain_lora(config),
             "steps": step,
-            "resolution": sides[0] if len(sides) == 1 else list(sides),
+            "resolution": sides[0] if len(sides) == 1 else sides,
             "timesteps": config.timesteps,
-            "trigger": config.trigger,
+            "trigger": ", ".join(dict.fromkeys(each.trigger for each in datasets if each.trigger)),
             "training_adapter": config.training_adapter.name if config.training_adapter else "",
             "dataset": self._facts["dataset"],
         }
+
+
+def _beyond_a_plain_lora(config: TrainConfig) -> dict[str, object]:
+    """The facts that a LoRA with common options does not have."""
+    found: dict[str, object] = {}
+    if config.kind != DEFAULT_KIND:
+        found["kind"] = config.kind
+    if config.kind == "lokr":
+        found["factor"] = config.factor
+    if not set(config.targets) <= set(TARGETS):
+        found["targets"] = list(config.targets)
+    if config.init_lora:
+        found["init_lora"] = config.init_lora.name
+    return found
 
 
 def environment() -> dict[str, str]:

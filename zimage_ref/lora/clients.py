@@ -6,9 +6,11 @@ convert_lora.py, ai-toolkit and stable-diffusion.cpp. Their rules are in tests/s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .kinds import Dense, DoRA, Hadamard, Kronecker
+from .kinds import Dense, DoRA, Hadamard
+from .kronecker import Kronecker
 from .low_rank import LowRank
 from .updates import BIAS, LoRA
 from .whole import Whole
@@ -51,7 +53,12 @@ def losses(lora: LoRA, naming: str) -> list[str]:
     others = [client for client in CLIENTS if client.namings != (_ITS_OWN,)]
     without = [client.name for client in others if naming not in (*client.namings, *client.untried)]
     said = [f"{', '.join(without)}: known to lose keys of the {naming} naming"] if without else []
-    found = {_kind(name, update.title) for name, update in lora.items()}
+    return said + losses_of({_kind(name, update.title) for name, update in lora.items()}, naming)
+
+
+def losses_of(kinds: Iterable[str], naming: str) -> list[str]:
+    """Which programs load updates of these kinds (titles) in this naming, in sentences."""
+    said, found = [], set(kinds)
     for kind in sorted(found - {_LOW_RANK}):
         able = [client.name for client in CLIENTS if naming in client.namings and _loads(client, kind)]
         those = f"only {', '.join(able)}" if able else "no other program"

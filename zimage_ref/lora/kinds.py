@@ -24,6 +24,7 @@ from zimage_ref.errors import listing
 from zimage_ref.formats.tensors import Array
 
 from .arithmetic import AnyArray, Arithmetic
+from .kronecker import Kronecker
 from .low_rank import LowRank
 from .parts import Parts
 from .updates import Plain, Update
@@ -77,68 +78,12 @@ class Dense(Plain):
 
 
 @dataclass(frozen=True)
-class Kronecker(Plain):
-    """s W1 (x) W2, or some of its rows."""
-
-    title = "LoKr"
-    style = "LoKr"
-    suffixes: ClassVar[Mapping[str, str]] = {
-        f".lokr_w{n}{end}": f"W{n}{x}" for n in "12" for end, x in (("", ""), ("_a", "a"), ("_b", "b"))
-    }
-    forms = ({"W1", "W2"}, {"W1", "W2a", "W2b"}, {"W1a", "W1b", "W2"}, {"W1a", "W1b", "W2a", "W2b"})
-
-    W1: Array  # (out1, in1) float32
-    W2: Array  # (out2, in2) float32; out1 out2 = out, in1 in2 = in
-    start: int = 0
-    stop: int | None = None
-
-    @classmethod
-    def of_parts(cls, parts: Parts) -> Kronecker:
-        """Made from W1 and W2. Each is stored whole or as a product of two."""
-        rank, matrices = None, {}
-        for name in ("W1", "W2"):  # if both are products, the rank is that of W2
-            if name in parts:
-                matrices[name] = parts.array(name)
-            else:
-                left, right = parts.factors(f"{name}a", f"{name}b")
-                matrices[name], rank = left @ right, len(right)
-        return cls(matrices["W1"], matrices["W2"], scale=parts.scale(rank))
-
-    def tensors(self) -> dict[str, Array]:
-        """W1, multiplied by the scale, and W2. Rows that are no Kronecker product become a full difference."""
-        if self.stop is not None:
-            return {"D": np.kron(self.folded().W1, self.W2)[self.start : self.stop]}
-        return {"W1": self.folded().W1, "W2": self.W2}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        stop = len(self.W1) * len(self.W2) if self.stop is None else self.stop
-        return stop - self.start, self.W1.shape[1] * self.W2.shape[1]
-
-    def matrix(self, arithmetic: Arithmetic[AnyArray]) -> AnyArray:
-        """W1 (x) W2."""
-        product = arithmetic.kron(arithmetic.array(self.W1), arithmetic.array(self.W2))
-        return product[self.start : self.stop]
-
-    def folded(self) -> Kronecker:
-        """W1 multiplied by the scale."""
-        return replace(self, W1=self.W1 * np.float32(self.scale), scale=1.0)
-
-    def rows(self, start: int, stop: int) -> Kronecker:
-        """Rows of W1 if the slice consists of whole copies of W2, else rows of the product."""
-        start, stop, height = self.start + start, self.start + stop, len(self.W2)
-        if start % height or stop % height:
-            return replace(self, start=start, stop=stop)
-        return replace(self, W1=self.W1[start // height : stop // height], start=0, stop=None)
-
-
-@dataclass(frozen=True)
 class Hadamard(Plain):
     """s (A1 B1) * (A2 B2), elementwise."""
 
     title = "LoHa"
     style = "LoHa"
+    alpha_is_read = True
     suffixes: ClassVar[Mapping[str, str]] = {f".hada_w{n}_{x}": f"H{n}{x}" for n in "12" for x in "ab"}
     forms = ({"H1a", "H1b", "H2a", "H2b"},)
 

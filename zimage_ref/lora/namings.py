@@ -24,9 +24,14 @@ _T = TypeVar("_T")
 
 
 def with_alpha_folded(lora: LoRA, spelling: Spelling) -> Spelled:
-    """alpha / rank is multiplied into the matrices. Readers use the scale 1."""
+    """alpha / rank is multiplied into the matrices. Readers use the scale 1.
+
+    LoKr and LoHa keep an alpha key, which gives the scale 1 too: LyCORIS does not load them without one.
+    """
     folded = {name: update.folded() for name, update in lora.items()}
-    return _without_alpha(folded, spelling), {"alpha_folded": True}
+    with_alpha = {name: update for name, update in folded.items() if update.alpha_is_read}
+    alphas = {key: array for part, key, array in _keyed(with_alpha, spelling) if part == "alpha"}
+    return _without_alpha(folded, spelling) | alphas, {"alpha_folded": True}
 
 
 def with_alpha_keys(lora: LoRA, spelling: Spelling) -> Spelled:

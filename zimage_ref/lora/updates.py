@@ -31,6 +31,7 @@ class Update(ABC):
     style: ClassVar[str] = ""  # the name of its keys, in the name of a dialect
     suffixes: ClassVar[Mapping[str, str]] = {}  # suffix of a key, in all tools -> part; the first of a part is written
     forms: ClassVar[tuple[AbstractSet[str], ...]] = ()  # the complete sets of parts, without alpha
+    alpha_is_read: ClassVar[bool] = False  # whether every program reads alpha, and LyCORIS needs it
 
     @classmethod
     def recognises(cls, parts: AbstractSet[str]) -> bool:

@@ -30,7 +30,8 @@ from .spacings import SPACINGS
 _BASE_TOKENS, _MAX_TOKENS = 256, 4096
 _BASE_MU, _MAX_MU = 0.5, 1.15
 TRAINING_SHIFT_RANGE = (1.0, 3.2)  # above 1024 x 1024 the formula alone would draw almost no low noise
-TIMESTEP_SAMPLINGS = ("auto", "uniform", "logit-normal", "sigmoid", "weighted")
+TIMESTEP_SAMPLINGS = ("auto", "uniform", "logit-normal", "sigmoid", "weighted", "content", "style", "beta")
+_BETA, _BIAS = (2.0, 2.0), 3  # of the kinds beta, content and style
 _NEAREST = 1e-5  # the smallest distance of a training sigma from 0 and from 1
 # `weighted`: (sigma, weight), published points of a curve that ai-toolkit measured on a model of this kind
 _WEIGHT_CURVE = ((0.0, 0.1, 0.3, 0.5, 0.875, 1.0), (0.72, 0.72, 0.72, 0.93, 1.52, 0.45))
@@ -73,14 +74,23 @@ class TimestepSampling:
     logit-normal   the logistic function of a normal variable; `sigmoid` is another name for it
     weighted       uniform levels, and a larger loss weight for high noise
     shift=S        uniform levels, shifted by S
+    content        more high noise, which decides the composition: 1 - u^3 of a uniform u
+    style          more low noise, which decides the details: u^3
+    beta           the beta distribution with both parameters 2: few levels near 0 and 1
+
+    The levels are then moved into `low` to `high`, in proportion. Sources: content and style, ai-toolkit; beta, the
+    beta schedule of SimpleTuner with its defaults.
     """
 
     kind: str
     shift: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    weighs: bool = False  # whether the loss is weighted as with `weighted`, for any kind
 
     @classmethod
-    def parse(cls, text: str) -> TimestepSampling:
-        """The sampling that `text` names. Raises ConfigError for an unknown one."""
+    def parse(cls, text: str, low: float = 0.0, high: float = 1.0, weighs: bool = False) -> TimestepSampling:
+        """The sampling that `text` names, between two levels. Raises ConfigError for an unknown one."""
         kind, _, value = text.partition("=")
         if kind == "shift":
             try:
@@ -89,26 +99,33 @@ class TimestepSampling:
                 shift = 0.0
             if not 0 < shift < math.inf:
                 raise ConfigError(f"`timesteps` {text}: shift=S takes a number above 0, such as shift=3")
-            return cls(kind, shift)
+            return cls(kind, shift, low, high, weighs)
         if text not in TIMESTEP_SAMPLINGS:
             raise ConfigError(f"`timesteps` {text!r} is unknown: known are {', '.join(TIMESTEP_SAMPLINGS)} and shift=S")
-        return cls(text)
+        return cls(text, 1.0, low, high, weighs or text == "weighted")
 
     def sigmas(self, rng: np.random.Generator, count: int, image_tokens: int) -> Array:
         """Random sigmas (count,) float32 for pictures of `image_tokens` tokens, never 0 or 1."""
         if self.kind in ("auto", "logit-normal", "sigmoid"):
             plain = 1 / (1 + np.exp(-rng.standard_normal(count)))
+        elif self.kind == "beta":
+            plain = rng.beta(*_BETA, count)
         else:
             plain = rng.random(count)
+        if self.kind in ("content", "style"):
+            plain = 1 - plain**_BIAS if self.kind == "content" else plain**_BIAS
         shift = self.shift
         if self.kind == "auto":
             low, high = TRAINING_SHIFT_RANGE
             shift = min(max(resolution_shift(image_tokens), low), high)
-        return np.clip(shifted(plain, shift), _NEAREST, 1 - _NEAREST).astype(np.float32)
+        moved = shifted(plain, shift)
+        if (self.low, self.high) != (0, 1):
+            moved = self.low + (self.high - self.low) * moved
+        return np.clip(moved, _NEAREST, 1 - _NEAREST).astype(np.float32)
 
     def weights(self, sigma: Array) -> Array:
-        """Loss weights (count,) float32 of pictures at `sigma` (count,). Their average over all draws is 1."""
-        if self.kind != "weighted":
+        """Loss weights (count,) float32 of pictures at `sigma` (count,). Their average over uniform levels is 1."""
+        if not self.weighs:
             return np.ones(len(sigma), np.float32)
         return (np.interp(sigma, *_WEIGHT_CURVE) / _WEIGHT_MEAN).astype(np.float32)
 

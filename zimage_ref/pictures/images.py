@@ -122,6 +122,21 @@ def fit_mask(mask: Picture, width: int, height: int, how: str) -> Array:
     return np.asarray(mask) > 127
 
 
+def brightness(picture: Picture) -> Picture:
+    """`picture` in grey. Transparent parts are black."""
+    return flat(picture, behind="black").convert("L")
+
+
+def alpha(picture: Picture) -> Picture | None:
+    """How opaque each pixel is, in grey; None if the picture has no transparency."""
+    return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+
+
+def mask_array(mask: Picture, width: int, height: int) -> Array:
+    """A grey `mask` as (height, width) float32 in 0..1, cropped as `cover` crops its picture, scaled by area."""
+    return np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.BOX), np.float32) / 255
+
+
 def half_blocks(picture: Picture, columns: int) -> list[list[tuple[RGB, RGB]]]:
     """`picture`, `columns` pixels wide, as lines of cells of a terminal. A cell is two pixels, (upper, lower)."""
     rows = max(2, round(columns * picture.height / picture.width / 2) * 2)

@@ -1,6 +1,6 @@
-"""Latents and caption features on disk, kept between runs: the names of the entries and the layout of their files.
+"""Latents, masks and caption features on disk, kept between runs: names of the entries and layout of their files.
 
-    <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors
+    <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors     <cache>/masks/<key>.safetensors
 
 A key is a digest of everything that the value depends on, so an entry is never out of date. A file holds one tensor,
 `value`, and the SHA-256 of its bytes. A damaged file counts as absent.
@@ -43,6 +43,11 @@ class TrainCache:
         """The file of the latents of a picture at a size, mirrored if `flip`."""
         return self._entry("latents", [example.digest, *size, flip, *self._vae])
 
+    def mask(self, example: Example, size: Size, flip: bool, factor: int) -> Path:
+        """The file of the mask of a picture, `factor` times smaller than `size`."""
+        digest = example.mask.digest if example.mask else None
+        return self._entry("masks", [digest, example.settings.mask, *size, flip, factor])
+
     def caption(self, text: str) -> Path:
         """The file of the features of a caption."""
         return self._entry("captions", [text, *self._text_encoder])
@@ -54,7 +59,7 @@ class TrainCache:
 
 def entry_names(folder: Path) -> list[Path]:
     """Names as long as those of the entries in the cache `folder`, one for each kind."""
-    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions")]
+    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions", "masks")]
 
 
 def read_entry(path: Path) -> Array:

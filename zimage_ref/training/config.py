@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from zimage_ref.bounds import TRAINING, check_bounds
@@ -21,12 +21,17 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.generation.presets import by_model
 from zimage_ref.generation.sizes import check_area, check_side
-from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings, spelling_of
+from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, UpdateSize
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
-from zimage_ref.model.parameters import LORA_TARGETS, TARGETS
-from zimage_ref.options import MEMORY, Group, check_choices, option, required
+from zimage_ref.model.parameters import LORA_TARGETS
+from zimage_ref.options import MEMORY, check_choices, option, required
 
+from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings
+from .groups import TrainGroup
+from .learning_options import SHARED, LearningOptions
 from .optimizers import OPTIMIZERS
+from .targets import PRESETS, normalized
 
 # Schedule -> function from progress (0 after the warmup, 1 at the last step) to a share of the learning rate
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -44,25 +49,11 @@ PRECISIONS = (
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 
-class TrainGroup(Group):
-    """The groups of options of `zimage train`."""
-
-    MODEL = "Model"
-    DATA = "Pictures and captions"
-    LORA = "What is learned"
-    PACE = "How far and how fast"
-    NOISE = "Noise levels"
-    CHECKS = "Held-out loss and previews"
-    SAVING = "Saving"
-    MEMORY = "Memory"
-    RUN = "The run"
-
-
-MODEL, DATA, LORA, PACE, NOISE, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
+MODEL, DATA, LORA, PACE, NOISE, _, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LearningOptions):
     """The options of a LoRA training run. Raises ConfigError for values out of bounds.
 
     You may give paths as text. You may give options of several values as one value or as a list.
@@ -75,8 +66,9 @@ class TrainConfig:
         essential=True,
         free=True,
     )
-    dataset: Path = required(
-        "Folder with pictures and captions (.txt, metadata.jsonl or captions.json).",
+    dataset: Path | None = option(
+        None,
+        "Folder with pictures and captions (.txt, metadata.jsonl or captions.json). For several, see [[dataset]].",
         DATA,
         value="FOLDER",
         essential=True,
@@ -87,12 +79,26 @@ class TrainConfig:
     )
     rank: int = option(16, "Rank of the LoRA. A higher rank learns more.", LORA, essential=True)
     alpha: float = option(16.0, "Strength of the LoRA. Its change of the weights is multiplied by alpha / rank.", LORA)
+    kind: str = option(
+        DEFAULT_KIND,
+        "Form of the change of a weight. Every program reads lora; lokr is small, loha and dora are slower.",
+        LORA,
+        choices=TRAINED,
+        essential=True,
+    )
+    factor: int = option(
+        -1, "For lokr: largest side of the small matrix. -1 makes the two matrices as equal in size as can be.", LORA
+    )
+    decompose_both: bool = option(False, "For lokr: make the small matrix a product of two, as the large one is.", LORA)
+    init_lora: Path | None = option(
+        None, "Go on from this LoRA of any kind and spelling instead of a new one.", LORA, value="FILE", free=True
+    )
     epochs: int = option(100, "Times that the run goes through the dataset.", PACE)
     steps: int | None = option(
         None, "Training steps. With auto, as many as `epochs` need.", PACE, essential=True, auto=True
     )
     lr: float | None = option(
-        None, "Learning rate. With auto, 1e-4 for Z-Image, and more for a narrower model.", PACE, auto=True
+        None, "Learning rate. With auto, 1e-4 for Z-Image, more if narrower, 1 for prodigy, by `kind`.", PACE, auto=True
     )
     resolution: tuple[int, ...] = option(
         (256,),
@@ -111,13 +117,6 @@ class TrainConfig:
         value="WORDS",
         essential=True,
     )
-    caption_dropout: float = option(
-        0.05, "Share of pictures that are shown without their caption. Guidance needs it.", DATA
-    )
-    repeats: int = option(1, "Times that an epoch shows each picture.", DATA)
-    flip: bool = option(False, "Mirror each picture left to right, half of the time.", DATA)
-    max_upscale: float = option(1.0, "A picture smaller than `resolution` is enlarged at most this many times.", DATA)
-    square: bool = option(False, "Crop each picture to a square. Without this option it keeps its shape.", DATA)
     cache: Path | None = option(
         None,
         "Folder for encoded pictures and captions. With auto, zimage-cache beside `output`.",
@@ -140,9 +139,10 @@ class TrainConfig:
     )
     targets: tuple[str, ...] = option(
         (*LORA_TARGETS, "refiners"),
-        "Layers that the LoRA changes. refiners adds the same layers of the refiner blocks.",
+        f"Layers that the LoRA changes: {', '.join(PRESETS)}, or patterns such as layers.10-20.attention.*. =32 sets "
+        "a rank. refiners adds the same layers of the refiner blocks.",
         LORA,
-        choices=TARGETS,
+        value="NAME",
     )
     optimizer: str = option("adamw", "Optimizer that changes the LoRA.", PACE, choices=OPTIMIZERS)
     weight_decay: float = option(1e-2, "Weight decay, for an optimizer that has one.", PACE)
@@ -153,7 +153,6 @@ class TrainConfig:
         0.0, "Decay of an average of the LoRA over the steps. The average becomes the result. 0 makes no average.", PACE
     )
     lora_plus: float = option(1.0, "The learning rate of matrix B is that of matrix A times this number.", PACE)
-    rank_dropout: float = option(0.0, "Share of the ranks that a step does not train.", LORA)
     timesteps: str = option(
         "auto", f"How noise levels are drawn. Choices: {', '.join(TIMESTEP_SAMPLINGS)}, shift=S.", NOISE, value="NAME"
     )
@@ -218,17 +217,19 @@ class TrainConfig:
     force: bool = option(False, "Continue if memory seems too small.", MEMORY_USE, free=True)
 
     def __post_init__(self) -> None:
-        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", *_PARTS):
+        for name in ("model_dir", "dataset", "output", "cache", "training_adapter", "init_lora", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
             object.__setattr__(self, name, _several(getattr(self, name)))
-        object.__setattr__(self, "targets", tuple(target.replace("-", "_") for target in self.targets))
+        object.__setattr__(self, "targets", normalized(self.targets))
         for name in _FORMER_AUTO:
             if is_former_auto(name, getattr(self, name)):
                 object.__setattr__(self, name, None)
         self._check_numbers()
         self._check_names()
+        self._check_datasets()
+        self.check_learning(self.optimizer, self.ema, self.lora_plus, self.kind, self.init_lora is not None)
 
     @property
     def parts(self) -> dict[str, Path | None]:
@@ -240,8 +241,39 @@ class TrainConfig:
         """The folder for encoded pictures and captions."""
         return self.cache or self.output.parent / "zimage-cache"
 
+    @property
+    def sets(self) -> tuple[DatasetOptions, ...]:
+        """The datasets: those of `datasets`, or the one of `dataset`."""
+        return self.datasets if self.dataset is None else (DatasetOptions(folder=self.dataset),)
+
+    def settings(self, number: int) -> DatasetSettings:
+        """What the options of dataset `number` come to."""
+        given = self.sets[number]
+        own = {n: getattr(self, n) if (v := getattr(given, n)) is None else v for n in SHARED}
+        if given.kind == REGULARIZATION:
+            own["trigger"] = ""
+        return DatasetSettings(number, given.kind, given.weight, **own, lines=self.caption_lines)
+
+    def _check_datasets(self) -> None:
+        if self.dataset is None and not self.datasets:
+            raise ConfigError("`dataset` must be given, or [[dataset]] tables in a file of options")
+        if self.dataset is not None and self.datasets:
+            raise ConfigError("`dataset` and [[dataset]] tables are both given: give one of them")
+        settings = [self.settings(number) for number in range(len(self.sets))]
+        if not any(each.kind == TRAIN for each in settings):
+            raise ConfigError("every dataset is of the kind regularization: one must be of the kind train")
+        if self.preserve and not any(each.trigger for each in settings):
+            raise ConfigError("`preserve` puts its words in place of `trigger`: give `trigger`")
+
+    @property
+    def size(self) -> UpdateSize:
+        """How large the update of a layer may become, if `targets` does not say it."""
+        return UpdateSize(self.rank, self.alpha, self.factor, self.decompose_both)
+
     def _check_numbers(self) -> None:
         check_bounds(self, TRAINING)
+        if self.factor == 0:
+            raise ConfigError("`factor` 0: give -1, or the largest side of the small matrix")
         if not self.resolution:
             raise ConfigError("`resolution` needs at least one side in pixels")
         for side in self.resolution:
@@ -255,6 +287,12 @@ class TrainConfig:
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"`output` {self.output}: a LoRA is written as .safetensors")
+        if self.kind != DEFAULT_KIND and spelling_of(self.lora_format).low_rank_only:
+            able = [name for name in lora_namings() if not spelling_of(name).low_rank_only]
+            raise ConfigError(f"`lora_format` {self.lora_format} has no {self.kind}: use {' or '.join(able)}")
+        for name, needed in (("factor", -1), ("decompose_both", False)):
+            if self.kind != "lokr" and getattr(self, name) != needed:
+                raise ConfigError(f"`{name}` needs `kind` lokr")
 
 
 def free_options() -> set[str]:
@@ -265,6 +303,11 @@ def free_options() -> set[str]:
 def auto_options() -> set[str]:
     """The names of the options that the run decides if they are None."""
     return _with_trait("auto")
+
+
+def default_options() -> dict[str, object]:
+    """The default of every option that has one, by name."""
+    return {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 
 
 def is_former_auto(name: str, value: object) -> bool:

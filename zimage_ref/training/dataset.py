@@ -15,13 +15,16 @@ from zimage_ref.formats.content import Content
 from zimage_ref.formats.tensors import Array
 from zimage_ref.pictures.files import missing_reader
 from zimage_ref.pictures.formats import PICTURE_SUFFIXES, format_of
-from zimage_ref.pictures.images import cover, flat, mirror, picture_bytes, to_array
+from zimage_ref.pictures.images import alpha, brightness, cover, flat, mirror, picture_bytes, to_array
 from zimage_ref.pictures.reading import decode
 
 from .captions import is_caption, is_list, read_captions
 from .dataset_files import DatasetFiles, find_files
+from .dataset_options import DatasetSettings
+from .masks import check_alpha, check_mask, latent_mask, mask_file, masks_among, orphans
 
 TRIGGER_MARK = "[trigger]"
+_PLAIN = DatasetSettings()
 Notify = Callable[[str], None]  # takes a line that the user should see
 
 
@@ -38,15 +41,42 @@ class Example:
     size: tuple[int, int]  # width, height in pixels, upright
     digest: str  # SHA-256 of the file
     content: Content = field(compare=False, repr=False)  # the file as it was when it was checked
+    settings: DatasetSettings = _PLAIN  # those of its dataset
+    mask: Content | None = field(default=None, compare=False, repr=False)  # the file of its mask, or of its own alpha
 
     @classmethod
-    def open(cls, picture: Path, caption: str, notify: Notify = _ignore) -> Example:
-        """Reads the picture. Raises DatasetError if it cannot be read. notify: takes remarks on the file."""
+    def open(cls, picture: Path, caption: str, notify: Notify = _ignore, settings: DatasetSettings = _PLAIN) -> Example:
+        """Reads the picture and its mask. Raises DatasetError if one cannot be read, or if the mask does not fit.
+
+        notify: takes remarks on the file.
+        """
         content = Content(picture, picture_bytes(picture))
         decoded = decode(content.read(), picture)
         for remark in decoded.remarks:
             notify(remark)
-        return cls(picture, caption, decoded.picture.size, content.digest, content)
+        mask = None
+        if settings.mask == "file" and (file := mask_file(picture)).is_file():
+            mask = Content(file, check_mask(file, decoded.picture.size))
+        elif settings.mask == "alpha" and check_alpha(decoded.picture, picture):
+            mask = content
+        return cls(picture, caption, decoded.picture.size, content.digest, content, settings, mask)
+
+    def latent_mask(self, width: int, height: int, flip: bool, factor: int) -> Array:
+        """The part of the picture that is learned, (height / factor, width / factor) in 0..1. It needs a mask.
+
+        Raises FormatError if the file was changed since it was checked.
+        """
+        assert self.mask is not None
+        found = decode(self.mask.read(), self.picture).picture
+        own = alpha(found) if self.settings.mask == "alpha" else brightness(found)
+        assert own is not None
+        return latent_mask(own, (width, height), flip, factor)
+
+    def forget(self) -> None:
+        """Frees the content of the files. They are read again when they are needed."""
+        self.content.forget()
+        if self.mask:
+            self.mask.forget()
 
     def pixels(self, width: int, height: int, flip: bool = False) -> Array:
         """The picture as (3, height, width) float32 in [-1, 1], scaled and cropped by `cover`; mirrored if `flip`.
@@ -57,16 +87,20 @@ class Example:
         return to_array(mirror(picture) if flip else picture)
 
 
-def list_dataset(folder: Path, trigger: str = "", notify: Notify = _ignore) -> list[tuple[Path, str]]:
+def list_dataset(
+    folder: Path, trigger: str = "", notify: Notify = _ignore, *, masks: bool = False, lines: bool = False
+) -> list[tuple[Path, str]]:
     """Every picture of `folder` with its caption, which includes `trigger`. Sorted by path; pictures are not read yet.
 
     notify: takes a notice for each reason why files are left out. With a `trigger`, a picture may have no caption.
+    masks: whether files of masks are used. lines: whether each line of a caption is a caption of its own.
     Raises DatasetError naming the file if there is no folder, no picture, a missing or empty caption, a caption in a
     list without a picture, or one caption file for two pictures.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: is not a folder: `dataset` takes one with pictures and captions")
     files = find_files(folder)
+    _set_masks_aside(files, masks)
     pictures = [path for path in files.found if _is_readable(path, files)]
     if not pictures:
         reasons = "".join(f"; {notice}" for notice in files.notices())
@@ -78,7 +112,30 @@ def list_dataset(folder: Path, trigger: str = "", notify: Notify = _ignore) -> l
         notify(
             f"{folder}: pictures without a caption are trained with `trigger` alone ({len(bare)}): {listing(bare, 5)}"
         )
-    return [(picture, with_trigger(caption, trigger)) for picture, caption in zip(pictures, captions, strict=True)]
+    return [
+        (picture, _with_trigger_in_each(caption, trigger) if lines else with_trigger(caption, trigger))
+        for picture, caption in zip(pictures, captions, strict=True)
+    ]
+
+
+def _with_trigger_in_each(caption: str, trigger: str) -> str:
+    """`caption` with `trigger` in each line that is not empty."""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()]
+    return "\n".join(with_trigger(line, trigger) for line in lines) or trigger
+
+
+def _set_masks_aside(files: DatasetFiles, used: bool) -> None:
+    """Takes masks out of the files that may be pictures. Those that are not used are left out with the reason."""
+    masks = masks_among(files.found)
+    if not used:
+        for path in sorted(masks):
+            files.leave_out(path, "a mask: `mask` file uses it")
+    else:
+        lone = orphans(files.found)
+        for path in lone:
+            files.leave_out(path, "a mask without a picture")
+        masks |= set(lone)
+    files.found = [path for path in files.found if path not in masks]
 
 
 def _is_readable(path: Path, files: DatasetFiles) -> bool:
@@ -121,8 +178,10 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A digest of all pictures, captions and their order."""
+    """A digest of all pictures, captions, masks, and their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.digest, example.caption]).encode())
+        masked = [example.settings.mask, example.mask.digest] if example.mask else []
+        dataset = [example.settings.number] if example.settings.number else []
+        digest.update(json.dumps([example.digest, example.caption, *masked, *dataset]).encode())
     return digest.hexdigest()

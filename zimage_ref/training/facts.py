@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TypedDict, cast
 
 from zimage_ref.errors import FormatError
+from zimage_ref.options_file import plain
 
-from .config import auto_options, free_options, is_former_auto
+from .config import auto_options, default_options, free_options, is_former_auto
 
 
 class RunFacts(TypedDict):
@@ -19,6 +20,7 @@ class RunFacts(TypedDict):
     dataset: str  # the digest of pictures and captions
     model: dict[str, str]  # part of the model -> its digest
     adapter: str | None  # the digest of the file of the training adapter
+    begins_with: str | None  # the digest of the LoRA that the run goes on from
     environment: dict[str, str]  # software and machine
 
 
@@ -37,14 +39,16 @@ class SavedFacts(_CountedFacts, total=False):
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "config": dict, "total": int, "batch": int, "dataset": str, "model": dict, "adapter": (str, type(None)),
+    "begins_with": (str, type(None)),
     "environment": dict, "smoothed": (float, int, type(None)), "failures": int,
     "kept_bytes": (float, int, type(None)),
 }  # fmt: skip
-_NEWER = {"kept_bytes"}  # facts that an older version did not save
+_NEWER = {"kept_bytes", "begins_with"}  # facts that an older version did not save
 _DIFFERENCES = {
-    "dataset": "the pictures or captions",
+    "dataset": "the pictures, captions or masks",
     "model": "the model's weights or tokenizer",
     "adapter": "the training adapter",
+    "begins_with": "the LoRA that the run goes on from",
     "batch": "the number of machines",
 }
 
@@ -61,15 +65,33 @@ def checked_facts(data: object) -> SavedFacts:
 
 def changes(then: RunFacts, now: RunFacts) -> list[str]:
     """The changed facts that change the result, in words."""
-    free, found = free_options(), []
-    for name, value in now["config"].items():
-        before = then["config"].get(name)
+    found, before_all = [], deciding_options({**_defaults(), **then["config"]})
+    for name, value in deciding_options(now["config"]).items():
+        before = before_all.get(name)
         if is_former_auto(name, before):
             before = None
-        if name not in free and before != value:
+        if before != value:
             found.append(f"`{name}` {_in_words(name, before)} -> {_in_words(name, value)}")
     old, new = cast(Mapping[str, object], then), cast(Mapping[str, object], now)
-    return found + [text for key, text in _DIFFERENCES.items() if old[key] != new[key]]
+    return found + [text for key, text in _DIFFERENCES.items() if old.get(key) != new.get(key)]
+
+
+def deciding_options(options: Mapping[str, object]) -> dict[str, object]:
+    """Those of `options`, as JSON, that decide the result."""
+    free = free_options()
+    return {name: _without_folders(value) for name, value in options.items() if name not in free}
+
+
+def _defaults() -> dict[str, object]:
+    """The defaults of options, as JSON: an older version did not save those that it had not."""
+    return {name: plain(value) for name, value in default_options().items()}
+
+
+def _without_folders(value: object) -> object:
+    """`value` without the folders of datasets. They may move: digests tell whether pictures and captions changed."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in item.items() if k != "folder"} if isinstance(item, dict) else item for item in value]
 
 
 def _in_words(name: str, value: object) -> object:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """Facts about an optimizer of MLX that are needed without MLX."""
+    """Facts about an optimizer that are needed without MLX."""
 
-    mlx_class: str  # its name in mlx.optimizers
-    slots: int  # the number of float32 values that it keeps for each trained parameter
+    mlx_class: str  # its name in mlx.optimizers, or in zimage_mlx.training.optimizers
+    slots: float  # the number of float32 values that it keeps for each trained parameter
     by_matrix: bool = False  # whether it needs rows and columns; the others may get all parameters as one vector
+    lr: float | None = None  # its own default of the learning rate
+    one_rate: bool = False  # whether it must see all parameters at once, and gives them one rate
+    averages: bool = False  # whether its result is an average that it makes; it then needs no falling rate
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
@@ -25,4 +28,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "muon": OptimizerKind("Muon", slots=1, by_matrix=True),
     "rmsprop": OptimizerKind("RMSprop", slots=1),
     "sgd": OptimizerKind("SGD", slots=1),  # MLX keeps a momentum, although the momentum is 0 here
+    "adamw8bit": OptimizerKind("AdamW8bit", slots=0.5),  # two bytes; a scale for each block adds a hundredth
+    "prodigy": OptimizerKind("Prodigy", slots=4, lr=1.0, one_rate=True),
+    "schedulefree": OptimizerKind("ScheduleFreeAdamW", slots=2, averages=True),
 }

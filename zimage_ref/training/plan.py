@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
+from zimage_ref.lora.clients import losses_of
 from zimage_ref.lora.file import read_lora
+from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, Matrices, UpdateSize
 from zimage_ref.lora.updates import LoRA
 from zimage_ref.memory import (
     LEAN,
@@ -23,25 +24,27 @@ from zimage_ref.memory import (
     Stage,
     lora_bytes,
     require_memory,
-    trainable_parameters,
     training_stages,
 )
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
-from zimage_ref.model.parameters import lora_modules, transformer_parameters
+from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 from zimage_ref.options_file import to_json
 from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
 
-from .batches import BatchOrder, Item
+from .batches import INITIAL, BatchOrder, Item, rng_for
 from .buckets import Size, buckets
+from .checked_dataset import CheckedDataset, share_held_out
 from .config import LR, TrainConfig
-from .dataset import Example, fingerprint, hold_out, list_dataset
-from .events import Encoded
+from .dataset import Example, fingerprint, hold_out
+from .dataset_options import TRAIN
 from .facts import RunFacts
 from .optimizers import OPTIMIZERS
+from .start import Start, going_on, layer_matrices, new_matrices, with_magnitudes
+from .targets import chosen_layers
+from .variants import Variants
 
-_KEPT = 128 << 20  # bytes of picture files that are kept from their check until they are encoded
 _SHOWN = 200  # characters of a path or a prompt in a notice
 TURBO_WARNING = (
     "this is Turbo, a distilled model: training it as it is destroys its few-step ability (blurred pictures at 8 "
@@ -57,10 +60,11 @@ class TrainPlan:
     model: ModelFolder
     examples: Sequence[Example]
     held_out: Sequence[Example]
-    layers: Sequence[str]  # the layers that get a LoRA
+    layers: Mapping[str, UpdateSize]  # the layers that get a LoRA, in the order in which they run
     batches: BatchOrder
     adapter: LoRA  # the training adapter, merged into the base while training; empty if there is none
-    notices: Sequence[str] = ()  # what the user should know of the pictures and captions
+    notices: Sequence[str] = ()  # what the user should know before the run
+    begins_with: LoRA | None = None  # the LoRA that the run goes on from
 
     @cached_property
     def total(self) -> int:
@@ -71,12 +75,17 @@ class TrainPlan:
     def lr(self) -> float:
         """The highest learning rate: `lr` if it is given, else LR * sqrt(width of Z-Image / width of this model).
 
+        A kind other than lora has its own share of that; see `TrainedKind`.
+
         The square root is a choice made on the tiny model, which is 27 times narrower than Z-Image. At Z-Image's own
         rate it learns too little in the default number of steps; at 27 times that rate it forgets what it knew.
         """
         if self.config.lr is not None:
             return self.config.lr
-        return LR * math.sqrt(OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim)
+        if (own := OPTIMIZERS[self.config.optimizer].lr) is not None:
+            return own
+        width = OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim
+        return LR * math.sqrt(width) * TRAINED[self.config.kind].rate
 
     @property
     def turbo(self) -> bool:
@@ -86,7 +95,26 @@ class TrainPlan:
     @property
     def trainable(self) -> int:
         """The number of parameters that are trained."""
-        return trainable_parameters(transformer_parameters(self.model.transformer), self.layers, self.config.rank)
+        return sum(math.prod(shape) for each in self.matrices.values() for shape in each.values())
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrices]:
+        """The shapes of the matrices that train, by layer."""
+        shapes, kind = transformer_parameters(self.model.transformer), self.config.kind
+        return {layer: layer_matrices(shapes[f"{layer}.weight"], kind, size) for layer, size in self.layers.items()}
+
+    def start(self, magnitudes: bool = False) -> Start:
+        """The matrices that the run begins with. Takes time if it goes on from a LoRA of another kind or rank.
+
+        magnitudes: read those of DoRA from the file. Else they are left to the layers.
+        """
+        kind = self.config.kind
+        new = new_matrices(self.matrices, kind, rng_for(self.config.seed, INITIAL))
+        if magnitudes and kind == "dora":
+            new = with_magnitudes(new, self.model)
+        if self.begins_with is None:
+            return Start(new)
+        return going_on(self.begins_with, kind, self.layers, new, self.model)
 
     @property
     def stored_bits(self) -> list[int]:
@@ -112,7 +140,11 @@ class TrainPlan:
         """
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
-        return training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
+        *before, train = training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
+        shapes = transformer_parameters(self.model.transformer)
+        largest = max(math.prod(shapes[f"{layer}.weight"]) for layer in self.layers)
+        passing = footprint.with_margin(0, 4 * TRAINED[self.config.kind].passing * largest)
+        return [*before, replace(train, activations=train.activations + passing)]
 
     def choose_memory(
         self,
@@ -156,37 +188,9 @@ class TrainPlan:
             "dataset": fingerprint([*self.examples, *self.held_out]),
             "model": part_digests(self.model),
             "adapter": sha256(adapter) if adapter else None,
+            "begins_with": sha256(self.config.init_lora) if self.config.init_lora else None,
             "environment": environment,
         }
-
-
-class CheckedDataset:
-    """The pictures and captions of a run. They are listed at construction; `check` opens them one by one."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        """Raises the errors of `list_dataset`, and ConfigError if `validation` is neither a share nor a folder."""
-        self.notices: list[str] = []  # files that are left out, or used in part
-        folders = [config.dataset] if _fraction(config) is not None else [config.dataset, Path(config.validation)]
-        listed = [list_dataset(folder, config.trigger, self.notices.append) for folder in folders]
-        self._listed = (listed[0], listed[1] if len(listed) > 1 else [])
-        self.examples: list[Example] = []  # both lists are complete after `check`
-        self.held_out: list[Example] = []  # the examples of `validation`, if it is a folder
-
-    def check(self) -> Iterator[Encoded]:
-        """Opens every picture. Raises DatasetError if one cannot be read.
-
-        The content of the first ones is kept until they are encoded, as far as memory for it goes.
-        """
-        kept = 0
-        done, total = 0, sum(map(len, self._listed))
-        for listed, examples in zip(self._listed, (self.examples, self.held_out), strict=True):
-            for picture, caption in listed:
-                examples.append(Example.open(picture, caption, self.notices.append))
-                kept += picture.stat().st_size
-                if kept > _KEPT:
-                    examples[-1].content.forget()
-                done += 1
-                yield Encoded(done, total, "pictures")
 
 
 def make_plan(
@@ -207,28 +211,56 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
     """The plan for a dataset after its `check`. Raises the errors of `make_plan`."""
     model = ModelFolder.open(config.model_dir, config.parts)
     examples, held_out = dataset.examples, dataset.held_out
-    if fraction := _fraction(config):
-        examples, held_out = hold_out(examples, fraction, config.seed)
+    if fraction := share_held_out(config):
+        taught = [example for example in examples if example.settings.kind == TRAIN]
+        taught, held_out = hold_out(taught, fraction, config.seed)
+        examples = [*taught, *(example for example in examples if example.settings.kind != TRAIN)]
     _check_sides(config, model)
     items = [
         Item(index, size, repeat)
-        for repeat in range(config.repeats)
+        for repeat in range(max(example.settings.repeats for example in examples))
         for index, example in enumerate(examples)
+        if repeat < example.settings.repeats
         for size in _sizes(config, model, example)
     ]
     batches = BatchOrder(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
-    layers = lora_modules(model.transformer, config.targets)
-    adapter = config.training_adapter
-    merged = read_lora(adapter, transformer_parameters(model.transformer)).updates if adapter else {}
-    notices = [*dataset.notices, *_long_texts(config, model, [*examples, *held_out])]
-    return TrainPlan(config, model, examples, held_out, layers, batches, merged, notices)
+    layers = _layers(config, model)
+    shapes = transformer_parameters(model.transformer)
+    adapter, begins_with = (
+        read_lora(file, shapes).updates if file else None for file in (config.training_adapter, config.init_lora)
+    )
+    long = _long_texts(config, model, [*examples, *held_out])
+    notices = [*dataset.notices, *long, *_readers(config), *_unused(config)]
+    return TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with)
+
+
+def _layers(config: TrainConfig, model: ModelFolder) -> dict[str, UpdateSize]:
+    """The layers that train. Raises ConfigError if `rank_dropout` has nothing to drop in any of them."""
+    layers, shapes = (
+        chosen_layers(model.transformer, config.targets, config.size),
+        transformer_parameters(model.transformer),
+    )
+    by_rank = TRAINED[config.kind].by_rank
+    if config.rank_dropout and not any(
+        by_rank in layer_matrices(shapes[f"{layer}.weight"], config.kind, size) for layer, size in layers.items()
+    ):
+        raise ConfigError("`rank_dropout` needs matrices with a rank: with this `rank` those of lokr are whole")
+    return layers
+
+
+def _readers(config: TrainConfig) -> list[str]:
+    """Which programs load the result, if not all do."""
+    title = TRAINED[config.kind].title
+    if config.kind == DEFAULT_KIND:
+        return []
+    return [*losses_of([title], config.lora_format), f"{title}: mflux refuses a file that holds it"]
 
 
 def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Example]) -> Iterator[str]:
     """Notices of captions and of prompts of previews that are longer than the model reads."""
-    tokenizer = Tokenizer(model.tokenizer)
+    tokenizer, variants = Tokenizer(model.tokenizer), Variants(config)
     texts = {
-        "captions": {str(e.picture): e.caption for e in examples},
+        "captions": {str(e.picture): max(variants.all_of(e.caption), key=len) for e in examples},
         "prompts": {p: p for p in config.preview_prompt},
     }
     for what, named in texts.items():
@@ -238,25 +270,24 @@ def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Exam
             yield f"{what} longer than {MAX_TOKENS} tokens are cut off ({len(counts)}): {found}"
 
 
+def _unused(config: TrainConfig) -> Iterator[str]:
+    """Notices of options that have no effect beside others."""
+    if OPTIMIZERS[config.optimizer].averages and config.schedule != "constant":
+        yield (
+            f"`optimizer` {config.optimizer} keeps the learning rate after the warmup: "
+            f"`schedule` {config.schedule} is not used"
+        )
+
+
 def _check_sides(config: TrainConfig, model: ModelFolder) -> None:
     previews = [] if config.preview_size is None else [config.preview_size]
-    for name, sides in (("resolution", config.resolution), ("preview_size", previews)):
+    shown = [side for number in range(len(config.sets)) for side in config.settings(number).resolution]
+    for name, sides in (("resolution", [*config.resolution, *shown]), ("preview_size", previews)):
         for side in sides:
             if side % model.size_multiple:
                 raise ConfigError(f"`{name}` {side} must be a multiple of {model.size_multiple} for {model.path}")
 
 
 def _sizes(config: TrainConfig, model: ModelFolder, example: Example) -> list[Size]:
-    sides = sorted(config.resolution)
-    return buckets(example.size, sides, model.size_multiple, config.max_upscale, config.square)
-
-
-def _fraction(config: TrainConfig) -> float | None:
-    """The share of pictures to hold out; 0 for none. None if `validation` is a folder."""
-    try:
-        fraction = float(config.validation or 0)
-    except ValueError:
-        return None
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"`validation` {config.validation}: a fraction is between 0 and 1, anything else a folder")
-    return fraction
+    sides, square = sorted(example.settings.resolution), example.settings.square
+    return buckets(example.size, sides, model.size_multiple, config.max_upscale, square)

@@ -29,8 +29,8 @@ ENDED = ("done", "failed", "stopped")
 _LEAST: Mapping[str, Mode] = {"fast": "fast", "stream": "stream"}  # `memory` -> the mode of the estimate, else lean
 # Options of `zimage train` that name files, or overwrite them: here the server decides them
 NOT_ASKED = {
-    "model_dir", "dataset", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer", "training_adapter",
-    "resume", "resume_anyway", "overwrite", "force",
+    "model_dir", "dataset", "datasets", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer",
+    "training_adapter", "resume", "resume_anyway", "overwrite", "force",
 }  # fmt: skip
 
 
@@ -277,7 +277,8 @@ def _shown(config: TrainConfig) -> dict[str, object]:
     values = to_json(config)
     names = [each.name for each in fields(TrainConfig) if each.name not in NOT_ASKED]
     adapter = config.training_adapter.name if config.training_adapter else None
-    return {"dataset": config.dataset.name, "training_adapter": adapter, **{name: values[name] for name in names}}
+    dataset = config.sets[0].folder.name
+    return {"dataset": dataset, "training_adapter": adapter, **{name: values[name] for name in names}}
 
 
 def _check_share(validation: object) -> None:

@@ -1,0 +1,18 @@
+"""Options that fit together, for a kind of thing to learn. Options that are given count before those of a preset.
+
+The length is given in epochs, so it follows from the number of pictures: an epoch shows each at each resolution once.
+Others report about 100 steps a picture for a subject; a style has more pictures and needs fewer steps for each.
+"""
+
+from __future__ import annotations
+
+PRESETS: dict[str, dict[str, object]] = {
+    # Near and far views at two sizes; a face is not symmetric, so no flip
+    "character": {"rank": 16, "alpha": 16.0, "resolution": (512, 768), "epochs": 50, "flip": False},
+    # A style is spread over more layers than a subject; grain needs pixels; guidance leans on the empty caption
+    "style": {
+        "rank": 32, "alpha": 32.0, "resolution": (768,), "epochs": 80, "flip": True, "caption_dropout": 0.1
+    },
+    # Labels and small parts need pixels, and writing must not be mirrored
+    "object": {"rank": 16, "alpha": 16.0, "resolution": (768,), "epochs": 100, "flip": False},
+}  # fmt: skip
