@@ -65,14 +65,14 @@ _SHIFT = Bounds(1e-3, 1e3)
 _GUIDANCE = Bounds(0, 1e3)
 _EVERY = _count(1e9)  # a number above all steps means never
 
+LORA_SCALE = Bounds(-1e3, 1e3)
 PICTURE = {  # fields of GenerateConfig
     "width": _SIDE, "height": _SIDE, "steps": _STEPS, "guidance": _GUIDANCE, "shift": _SHIFT, "seed": _SEED,
     "cfg_normalization": Bounds(0, 1e3), "cfg_truncation": Bounds(0, 1), "strength": Bounds(0, 1),
-    "control_start": Bounds(0, 1), "control_end": Bounds(0, 1),
+    "control_start": Bounds(0, 1), "control_end": Bounds(0, 1), "lora_scale": LORA_SCALE,
 }  # fmt: skip
 RUN = {"batch_size": _count(4096), "preview_steps": _count(10_000, low=0)}  # fields of RunSettings
 COUNT = _count(10_000)  # pictures of one command
-LORA_SCALE = Bounds(-1e3, 1e3)
 CONTROL_SCALE = Bounds(0, 100)
 LORA_RANK = _count(65_536)
 TRAINING = {  # fields of TrainConfig

@@ -40,8 +40,8 @@ def option(
     group: help and pages show the option under this title.
     choices: the only values that it can have, see `check_choices`.
     value: a word for the value in help, such as FILE; by default it follows from the type.
-    traits: essential (short help shows it, too), auto (None means that the program decides) and those of
-    `training.config`.
+    traits: essential (short help shows it, too), auto (None means that the program decides), late (a record holds it
+    only if it differs from the default) and those of `training.config`.
     """
     return field(default=default, metadata=_metadata(help, group, choices, value, traits))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zimage_ref.bounds import SERVER, check_bounds
 from zimage_ref.errors import ConfigError
-from zimage_ref.generation.config import MAX_AREA
+from zimage_ref.generation.sizes import MAX_AREA
 from zimage_ref.options import MEMORY, Group, check_choices, option
 
 KEY_VARIABLE = "ZIMAGE_API_KEY"  # an environment variable, because other users of the machine can read command lines

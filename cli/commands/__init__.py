@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Make pictures from prompts.",
     "convert": "Write weights or LoRAs in another file format, naming or precision.",
     "inspect": "Show the contents of a weights file or a model folder, or how a picture was made.",
+    "compare": "Show the differences between two pictures: in their options and in their pixels.",
     "serve": "Serve pictures and training to a browser, to programs and to agents.",
     "doctor": "Check and measure this machine, and predict how long pictures and training take.",
     "demo": "Teach a small built-in model a new word, from eight drawings.",

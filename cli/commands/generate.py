@@ -17,10 +17,14 @@ from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
+from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
+from zimage_ref.generation.presets import PRESETS, misfit
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
+from zimage_ref.generation.samplers import TWICE
+from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.options import MEMORY, path_and_scale
 
 from ..terminal import blas
@@ -29,7 +33,7 @@ from ..terminal.console import Console
 from ..terminal.duration import duration
 from ..terminal.options import add_fields, flag, from_args, in_flags
 from ..terminal.parser import CommandParser
-from ..terminal.pictures import STDOUT, OutputNames, PictureWriter, control_path, preview_path
+from ..terminal.pictures import STDOUT, GridSheet, OutputNames, PictureWriter, control_path, preview_path
 from . import interactive
 
 _EXAMPLES = (
@@ -40,6 +44,11 @@ _EXAMPLES = (
     (
         "Use a LoRA at a part of its strength, with 8-bit weights:",
         "zimage generate --model-dir ~/Z-Image-Turbo --lora dog.safetensors:0.8 --quantize 8 "
+        '--prompt "a photo of sks dog" --output dog.png',
+    ),
+    (
+        "Compare strengths of a LoRA on one sheet, dog.grid.png:",
+        'zimage generate --model-dir ~/Z-Image-Turbo --lora dog.safetensors --grid "lora=0,0.5,1 seed=1,2,3" '
         '--prompt "a photo of sks dog" --output dog.png',
     ),
     (
@@ -69,8 +78,8 @@ def _add_model(parser: CommandParser) -> None:
     add, model, speed = parser.option, GenerateGroup.MODEL, GenerateGroup.SPEED
     add("--model-dir", "Folder with a Z-Image model, or the name of a repository on Hugging Face.", model,
         type=Path, metavar="MODEL")  # fmt: skip
-    add("--lora", "LoRA, with a strength if you want one. You can repeat this option.",
-        model, action="append", metavar="FILE[:X]")  # fmt: skip
+    add("--lora", "LoRA, with a strength if you want one. USER/REPOSITORY:FILE is on Hugging Face. "
+        "You can repeat this option.", model, action="append", metavar="FILE[:X]")  # fmt: skip
     add("--quantize", "Bits of the large matrices. They are quantized while they load.", model,
         type=int, choices=BITS, metavar="BITS")  # fmt: skip
     add("--group-size", "Weights that share one scale, if --quantize is given. A smaller group is more exact.", model,
@@ -95,8 +104,12 @@ def _add_pictures(parser: CommandParser) -> None:
         dest="prompts", action="append", default=[], metavar="TEXT")  # fmt: skip
     add("--prompt-file", "File with prompts, one in each line. - reads them from stdin.", picture,
         essential=False, type=Path, metavar="FILE")  # fmt: skip
-    add("--seed", "Seed of the noise at the start. You can repeat this option.", picture,
-        shown="0", dest="seeds", type=int, action="append", default=[], metavar="N")  # fmt: skip
+    add("--seed", "Seed of the noise at the start. random draws one. You can repeat this option.", picture,
+        shown="0, with --interactive random", dest="seeds", type=_seed, action="append", default=[],
+        metavar="N")  # fmt: skip
+    add("--size", "Width and height, such as 1024, 1024x768 or the shape 3:4.", picture, metavar="SIZE")
+    add("--preset", "Set of options for a model. Options that you give take precedence.", GenerateGroup.DENOISING,
+        essential=False, choices=tuple(PRESETS), metavar="NAME")  # fmt: skip
     add("--count", "Pictures for each prompt. Their seeds are seed, seed + 1, ...", picture,
         type=int, default=1, metavar="N")  # fmt: skip
 
@@ -107,6 +120,8 @@ def _add_output(parser: CommandParser) -> None:
         "- writes to stdout.", output, type=Path, default=Path("output.png"), metavar="NAME")  # fmt: skip
     add("--interactive", "Keep the model loaded, and read one prompt after another.", output, action="store_true")
     add("--overwrite", "Replace pictures that exist.", output, action="store_true")
+    add("--grid", "Vary one or two options, such as 'lora=0,0.5,1 seed=1,2,3'. The pictures also come as one sheet, "
+        "NAME.grid.png.", output, metavar="AXES")  # fmt: skip
     add("--preview-steps", "Write NAME.preview.png every K steps. 0 writes none.", output,
         essential=False, type=int, default=0, metavar="K")  # fmt: skip
     add("--save-control", "Write the map that the picture follows to NAME.control.png.", output,
@@ -121,35 +136,44 @@ def _add_output(parser: CommandParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Makes the pictures. Everything is checked before weights are read."""
     names = OutputNames(args.output, args.overwrite)
+    if args.grid and (args.interactive or names.pattern == STDOUT):
+        raise ConfigError("--grid writes several files: give no --interactive or --output -")
     if args.interactive and (args.prompts or args.prompt_file or names.pattern == STDOUT):
         raise ConfigError("--interactive reads prompts and writes files: give no --prompt, --prompt-file or --output -")
     repeat = Repeat.read(args.from_image) if args.from_image else None
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
+    grid = Grid.parse(args.grid, configs) if args.grid else None
+    configs = list(grid.configs) if grid else configs
     loras = _loras(args, repeat)
     pipe = _open(args, repeat)
     if pipe.backend == "mlx" and (note := blas.advice()):
         console.note(note)
+    if args.preset and (notice := misfit(args.preset, pipe.folder.scheduler)):
+        console.warn(notice)
     run = GenerationRun(pipe, _settings(args), loras)
     for notice in run.changes(repeat) if repeat else ():
         console.warn(notice)
     writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail, save_control=args.save_control)
     if args.interactive:
-        interactive.Session(writer, names, configs[0]).loop()
+        interactive.Session(writer, names, configs[0], draw=not args.seeds and not repeat).loop()
         return
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
+    sheet = GridSheet(grid, requests, names.of_sheet(configs)) if grid else None
     if args.preview_steps:
         check_writable(*map(preview_path, paths))
     if args.save_control:
         check_writable(*map(control_path, paths))
-    _show_facts(run, requests, console)
-    writer.make(requests, paths)
+    _show_facts(run, requests, args.grid, console)
+    writer.make(requests, paths, sheet)
 
 
 def _loras(args: argparse.Namespace, repeat: Repeat | None) -> list[tuple[Path, float]]:
-    """The LoRAs of the command line, else those in the record."""
+    """The LoRAs of the command line, else those of the preset, else those in the record."""
     if args.lora is not None:
         return [path_and_scale(text) for text in args.lora]
+    if args.preset and PRESETS[args.preset].loras:
+        return [(Path(name), scale) for name, scale in PRESETS[args.preset].loras]
     return [(lora.path, lora.scale) for lora in repeat.loras] if repeat else []
 
 
@@ -185,7 +209,21 @@ def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateCo
 
 
 def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig:
-    return from_args(GenerateConfig, args, {"prompt": "", "seed": 0, **(repeat.options if repeat else {})})
+    """The options of all pictures: those of the command line, else of the preset, else of the record."""
+    options: dict[str, object] = {"prompt": "", "seed": 0, **(repeat.options if repeat else {})}
+    if args.preset:
+        options |= PRESETS[args.preset].options
+    if args.interactive and args.seeds:
+        options["seed"] = args.seeds[0]
+    if args.size:
+        sides = parse_size(args.size, getattr(args, "width", None), getattr(args, "height", None))
+        args.width, args.height = sides
+    return from_args(GenerateConfig, args, options)
+
+
+def _seed(text: str) -> int:
+    """A seed on the command line. argparse shows this name without the line under it."""
+    return random_seed() if text == "random" else int(text)
 
 
 def _prompts(path: Path) -> list[str]:
@@ -199,7 +237,7 @@ def _prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Console) -> None:
+def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | None, console: Console) -> None:
     """Shows a panel for each LoRA, and one for the pictures to make."""
     first, config, loras = requests[0], requests[0].config, run.read_loras()
     for lora in loras:
@@ -211,6 +249,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "steps": len(first.sigmas) - 1,
         "guidance": f"{config.guidance:g}",
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
+        "grid": grid and f"{grid}: {len(requests)} pictures",
         "negative": config.negative_prompt or None,
         "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
         "mask": config.mask,
@@ -230,7 +269,9 @@ def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
     figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
-    predictions = (len(first.sigmas) - 1) * (2 if first.guidance.scale > 0 else 1)
+    steps = len(first.sigmas) - 1
+    calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
+    predictions = calls * (2 if first.guidance.scale > 0 else 1)
     precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory(requests).mode
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
     return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

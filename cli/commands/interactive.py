@@ -8,14 +8,16 @@ from typing import get_type_hints
 from zimage_ref import ConfigError, GenerateConfig, ZImageError
 from zimage_ref.errors import reason
 from zimage_ref.generation.config import config_of
+from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.options import path_and_scale
 from zimage_ref.options_file import typed
 
 from ..terminal.pictures import OutputNames, PictureWriter
 
 HELP = """A line is a prompt. A line that begins with / changes the settings of the next pictures:
-  /size 1024x768        width and height; /size alone: the default
-  /steps 8              also /seed /guidance /negative-prompt /sampler /shift /init-image /strength /mask /fit ...
+  /size 1024x768        width and height, or a shape such as 3:4; /size alone: the default
+  /seed 7               the seed of all pictures; /seed alone: each gets a random one
+  /steps 8              also /guidance /negative-prompt /sampler /shift /init-image /strength /mask /fit ...
   /steps                without a value: the default
   /lora fox.safetensors:0.8, more.safetensors    the LoRAs to use; /lora alone: none
   /show                 the settings
@@ -27,7 +29,9 @@ _DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(Ge
 class Session:
     """The settings of the user, and the run that makes the pictures."""
 
-    def __init__(self, writer: PictureWriter, names: OutputNames, config: GenerateConfig) -> None:
+    def __init__(self, writer: PictureWriter, names: OutputNames, config: GenerateConfig, draw: bool) -> None:
+        """draw: whether each picture gets a random seed, until the user sets one."""
+        self._draw = draw
         self._writer, self._names, self._config = writer, names, config
         self._run, self._console = writer.run, writer.console
 
@@ -61,6 +65,9 @@ class Session:
             self._command(line)
         elif line:
             config = replace(self._config, prompt=line)
+            if self._draw:
+                config = replace(config, seed=random_seed())
+            self._console.note(f"seed {config.seed}")
             requests = self._run.plan([config], self._console.warn)
             self._writer.make(requests, [self._names.free(config)])
 
@@ -74,15 +81,19 @@ class Session:
         elif name == "lora":
             self._run.use_loras([path_and_scale(part.strip()) for part in value.split(",") if part.strip()])
         elif name == "size":
-            width, _, height = value.partition("x")
-            self._config = _set(_set(self._config, "width", width), "height", height)
+            width, height = parse_size(value) if value else (None, None)
+            self._config = replace(self._config, width=width, height=height)
+        elif name == "seed" and value in ("", "random"):
+            self._draw = True
         elif name in _DEFAULTS and name != "prompt":
             self._config = _set(self._config, name, value)
+            self._draw = self._draw and name != "seed"
         else:
             raise ConfigError(f"/{name} is unknown: /help lists the commands")
 
     def _show(self) -> None:
         values = {name: getattr(self._config, name) for name in _DEFAULTS if name != "prompt"}
+        values |= {"seed": "random"} if self._draw else {}
         loras = ", ".join(f"{path} x {scale:g}" for path, scale in self._run.loras) or "none"
         self._console.facts("next", {name: v for name, v in values.items() if v is not None} | {"LoRA": loras})
 

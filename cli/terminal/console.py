@@ -14,6 +14,7 @@ from typing import IO, cast
 
 import rich.console
 from rich.color import Color
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -96,10 +97,7 @@ class Console:
 
     def half_blocks(self, lines: Iterable[Sequence[tuple[RGB, RGB]]]) -> None:
         """Prints lines of cells on stderr. A cell is given by the colours of its upper and its lower half."""
-        for cells in lines:
-            line = Text()
-            for upper, lower in cells:
-                line.append("▀", Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
+        for line in map(_line, lines):
             self.err.print(line, soft_wrap=True)
 
     def warn(self, message: str) -> None:
@@ -128,7 +126,7 @@ class Console:
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
         )
-        progress = Progress(*columns, console=self.err)
+        progress = _PictureProgress(*columns, console=self.err)
         self._bars = Bars(progress)
         try:
             yield self._bars
@@ -142,10 +140,29 @@ def _plain(value: object) -> str:
     return escape(printable(str(value)))
 
 
+def _line(cells: Sequence[tuple[RGB, RGB]]) -> Text:
+    """A line of cells. A cell is given by the colours of its upper and its lower half."""
+    line = Text(no_wrap=True)
+    for upper, lower in cells:
+        line.append("▀", Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
+    return line
+
+
+class _PictureProgress(Progress):
+    """Bars, and a picture under them."""
+
+    picture: Group | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.picture is not None:
+            yield self.picture
+
+
 class Bars:
     """Progress bars by name. A bar appears on its first update."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: _PictureProgress) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
@@ -156,7 +173,14 @@ class Bars:
             self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
         self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
 
+    def picture(self, lines: Iterable[Sequence[tuple[RGB, RGB]]]) -> None:
+        """Shows a picture under the bars until the next one. No lines: none."""
+        cells = [_line(cells) for cells in lines]
+        self._progress.picture = Group(*cells) if cells else None
+        self._progress.refresh()
+
     def finish(self) -> None:
-        """Stops updating. The bars stay on the screen."""
+        """Stops updating. The bars stay on the screen, without the picture."""
+        self._progress.picture = None
         if self._tasks:
             self._progress.stop()

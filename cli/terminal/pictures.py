@@ -11,11 +11,13 @@ from pathlib import Path
 
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.formats.files import check_writable
+from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
-from zimage_ref.generation.run import GenerationRun
+from zimage_ref.generation.run import GenerationRun, MadePicture
 from zimage_ref.pictures.formats import check_suffix
 from zimage_ref.pictures.images import Picture, encoded, half_blocks, save_picture
 from zimage_ref.pictures.metadata import Record
+from zimage_ref.pictures.sheet import Sheet
 
 from .console import Console
 
@@ -23,7 +25,7 @@ STDOUT = Path("-")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KNOWN = ("seed", "index", "prompt")
 _WORDS = 48  # the most characters of a prompt in a file name
-THUMBNAIL_COLUMNS = 48
+THUMBNAIL_COLUMNS, SHEET_COLUMNS = 48, 96
 
 
 class OutputNames:
@@ -49,11 +51,21 @@ class OutputNames:
         paths = [self.fill(config, index) for index, config in enumerate(configs, start=1)]
         if len(set(paths)) < len(paths):  # if the pattern gives equal names, add numbers
             paths = [path.with_stem(f"{path.stem}-{index}") for index, path in enumerate(paths, start=1)]
+        self._check(*paths)
+        return paths
+
+    def of_sheet(self, configs: Sequence[GenerateConfig]) -> Path:
+        """The file of the sheet that shows the pictures of `configs`. Raises as `of` does."""
+        first = self.fill(configs[0], 1)
+        path = first.with_name(f"{first.stem}.grid.png")
+        self._check(path)
+        return path
+
+    def _check(self, *paths: Path) -> None:
         check_writable(*paths)
         for path in paths:
             if path.exists() and not self.overwrite:
                 raise ConfigError(f"{path}: exists: give --overwrite, or another --output such as picture-{{seed}}.png")
-        return paths
 
     def free(self, config: GenerateConfig) -> Path:
         """The next file of the pattern that does not exist. If the pattern has no number, one is added.
@@ -75,26 +87,55 @@ class OutputNames:
         return Path(_PLACEHOLDER.sub(lambda match: values[match[1]], str(self.pattern)))
 
 
+class GridSheet:
+    """The sheet of a grid, and its file."""
+
+    def __init__(self, grid: Grid, requests: Sequence[Request], path: Path) -> None:
+        self._path, self._cells = path, grid.cells
+        size = max(request.width for request in requests), max(request.height for request in requests)
+        self.sheet = Sheet(grid.columns, grid.rows, size)
+
+    def add(self, made: MadePicture) -> None:
+        """Puts a picture into its cell."""
+        self.sheet.add(self._cells[made.index], made.picture)
+
+    def write(self, console: Console) -> None:
+        """Writes the sheet."""
+        write(self.sheet.picture, self._path, None, console)
+
+
 class PictureWriter:
     """Makes the pictures of a run, with progress bars and thumbnails, into files or stdout."""
 
     def __init__(self, run: GenerationRun, console: Console, thumbnails: bool, save_control: bool = False) -> None:
         self.run, self.console, self.thumbnails, self.save_control = run, console, thumbnails, save_control
 
-    def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
-        """Makes the pictures of `requests` and writes each to its path. Previews are written beside it."""
+    def make(self, requests: Sequence[Request], paths: Sequence[Path], grid: GridSheet | None = None) -> None:
+        """Makes the pictures of `requests` and writes each to its path. Previews are written beside it.
+
+        grid: the sheet to write at the end.
+        """
 
         def preview(index: int, picture: Picture) -> None:
             save_picture(picture, preview_path(paths[index]))
+            if self.thumbnails and (width := self.console.cells(min(THUMBNAIL_COLUMNS, picture.width))):
+                bars.picture(half_blocks(picture, width))
 
         with self.console.progress() as bars:
             for made in self.run.make(requests, bars.update, preview):
                 path = paths[made.index]
+                if grid:
+                    grid.add(made)
+                bars.picture([])
                 write(made.picture, path, made.record, self.console)
                 if self.save_control and made.request.control:
                     write(made.request.control.picture, control_path(path), None, self.console)
                 if self.thumbnails and path != STDOUT:
                     show(made.picture, self.console, THUMBNAIL_COLUMNS)
+        if grid:
+            grid.write(self.console)
+            if self.thumbnails:
+                show(grid.sheet.picture, self.console, SHEET_COLUMNS)
 
 
 def write(picture: Picture, path: Path, record: Record | None, console: Console) -> None:

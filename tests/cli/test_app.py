@@ -69,7 +69,8 @@ def test_help_names_the_options(command: str, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert stop.value.code == 0
     expected = {
-        "train": "--model-dir", "generate": "--model-dir", "demo": "--output", "serve": "--port", "doctor": "--quick",
+        "train": "--model-dir", "generate": "--model-dir", "demo": "--output",
+        "compare": "--output", "serve": "--port", "doctor": "--quick",
         "completions": "fish",
     }  # fmt: skip
     assert expected.get(command, "--input") in text

@@ -67,6 +67,10 @@ class Errands:
             if not value.startswith(_MODELS):
                 self._provide(flag, changed[-1])
         given = {flag for flag in rest if flag.startswith("--")}
+        if command == "compare":
+            for path in (self.folder / value for value in rest[:2]):
+                if not path.exists():
+                    self._photo(path)
         if command == "generate":
             changed += ["--steps", "2"]
             if not given & {"--width", "--height", "--init-image", "--from-image"}:

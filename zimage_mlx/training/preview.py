@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from zimage_mlx.lora.adapter import TrainingAdapter
 from zimage_mlx.pipeline import ZImagePipeline
-from zimage_ref.generation.config import BASE, TURBO
+from zimage_ref.generation.presets import defaults_for
 from zimage_ref.model.flow import starting_noise
 from zimage_ref.pictures.images import save_picture, to_picture, to_unit
 from zimage_ref.training.events import Previewed
@@ -55,7 +55,7 @@ class Previewer:
     def _latents(self, index: int, prompt: str) -> mx.array:
         """(1, C, h, w) of the finished picture."""
         config, model = self._plan.config, self._plan.model
-        defaults = TURBO if self._plan.turbo else BASE
+        defaults = defaults_for(model.scheduler)
         steps = defaults.preview_steps if config.preview_steps is None else config.preview_steps
         guidance = defaults.guidance if config.preview_guidance is None else config.preview_guidance
         pixels = max(config.resolution) if config.preview_size is None else config.preview_size

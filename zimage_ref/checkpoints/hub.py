@@ -1,4 +1,4 @@
-"""Models named by their repository on Hugging Face, such as Tongyi-MAI/Z-Image-Turbo (extra `hub`)."""
+"""Models and LoRAs named by their repository on Hugging Face, such as Tongyi-MAI/Z-Image-Turbo (extra `hub`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ TINY = "tiny"  # the name of the model inside this package, unless a folder has 
 BUILT_IN = Path(__file__).parents[1] / "tiny" / "weights"
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE = re.compile(rf"({_REPOSITORY.pattern}):([\w. /-]+\.safetensors)")
 _FILES = ["*.json", "*.safetensors", "tokenizer/*"]
 
 
@@ -49,6 +50,28 @@ def local_folder(model: str | Path) -> Path:
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         fact = str(error).strip().split("\n")[0]
         raise ConfigError(f"{name}: is neither a folder nor a repository that can be downloaded: {fact}") from error
+
+
+def local_file(path: Path) -> Path:
+    """The file `path`; if there is none and it reads user/repository:file.safetensors, that file in the local cache.
+
+    A file that is not in the cache is downloaded. Raises ConfigError if it cannot be, BackendError if a package for it
+    is not installed.
+    """
+    found = None if path.exists() else _FILE.fullmatch(path.as_posix())
+    if not found:
+        return path
+    name, repository, file = found[0], found[1], found[2]
+    hub = optional_import("huggingface_hub", f"{name}: is not a file; to use it from a repository on Hugging Face")
+    try:
+        return Path(hub.hf_hub_download(repository, file, local_files_only=True))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError):
+        pass
+    try:
+        return Path(hub.hf_hub_download(repository, file))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        fact = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{name}: is neither a file nor one that can be downloaded: {fact}") from error
 
 
 def _is_name(model: Path) -> bool:

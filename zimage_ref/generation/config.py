@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,40 +10,17 @@ from typing import Any
 from zimage_ref.bounds import PICTURE as PICTURE_BOUNDS
 from zimage_ref.bounds import check_bounds
 from zimage_ref.errors import ConfigError
-from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
+from zimage_ref.model.spacings import SPACINGS
 from zimage_ref.options import Group, check_choices, option, required
 from zimage_ref.pictures.images import FITS, Picture, PictureSource
 from zimage_ref.pictures.maps import KINDS
 
 from .control_options import check_control, with_control
+from .presets import by_model
 from .samplers import SAMPLERS
-
-SIDE_MULTIPLE = size_multiple(OFFICIAL_TRANSFORMER, OFFICIAL_VAE)  # 16: 8 pixels a latent, 2 x 2 latents a token
-DEFAULT_SIDE = 512
-MAX_AREA = 2048 * 2048  # pixels
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """The values of options that the model decides."""
-
-    steps: int
-    guidance: float
-    preview_steps: int  # during training: the picture is nearly the same, and sooner there
-
-
-TURBO = Defaults(steps=8, guidance=0.0, preview_steps=8)  # README of Tongyi-MAI/Z-Image
-
-
-BASE = Defaults(steps=50, guidance=4.0, preview_steps=30)
-
+from .sizes import DEFAULT_SIDE, SIDE_MULTIPLE, check_area, check_side, parse_size
 
 IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0  # defaults of diffusers' img2img and inpaint pipelines
-
-
-def by_model(name: str) -> str:
-    """The defaults of the option `name` for both models, in words."""
-    return f"{getattr(TURBO, name):g} for Turbo, {getattr(BASE, name):g} for the base model"
 
 
 class GenerateGroup(Group):
@@ -60,7 +36,7 @@ class GenerateGroup(Group):
     SPEED = "Memory and engine"
 
 
-_, PICTURE, DENOISING, START, CONTROL, _, _, _ = GenerateGroup
+MODEL, PICTURE, DENOISING, START, CONTROL, _, _, _ = GenerateGroup
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,8 @@ class GenerateConfig:
     )
     guidance: float | None = option(
         None,
-        f"Strength of classifier-free guidance. 0 is none. With auto, {by_model('guidance')}.",
+        "Strength of classifier-free guidance. 0 is none. The cfg of ComfyUI is one more. "
+        f"With auto, {by_model('guidance')}.",
         DENOISING,
         essential=True,
         auto=True,
@@ -106,6 +83,10 @@ class GenerateConfig:
         auto=True,
     )
     sampler: str = option("euler", "How a step is computed.", DENOISING, choices=SAMPLERS)
+    spacing: str = option(
+        "simple", "How the noise levels are spaced between the first and the last.", DENOISING, choices=SPACINGS,
+        late=True,
+    )  # fmt: skip
     cfg_normalization: float = option(
         0.0,
         "Limit on the norm of the guided prediction, as a multiple of the norm without guidance. 0 sets no limit.",
@@ -115,6 +96,7 @@ class GenerateConfig:
         1.0, "Time at which guidance ends: 0 is the start of denoising, 1 is its end.", DENOISING
     )
     seed: int = option(0, "Seed of the noise at the start.", PICTURE)
+    lora_scale: float = option(1.0, "Factor on the strength of every LoRA.", MODEL)
     init_image: PictureSource | None = option(None, "Picture to start from.", START, value="PICTURE", essential=True)
     strength: float | None = option(
         None,
@@ -188,36 +170,14 @@ class GenerateConfig:
 
 
 def config_of(options: Mapping[str, Any]) -> GenerateConfig:
-    """The config with the fields `options`.
+    """The config with the fields `options`. An option `size` such as "3:4" stands for width and height.
 
     Raises ConfigError for values out of bounds, TypeError for a name that is not a field.
     """
-    return GenerateConfig(**with_control(options))
-
-
-def check_side(name: str, side: int) -> None:
-    """Raises ConfigError unless `side` is a positive multiple of SIDE_MULTIPLE."""
-    if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
-        nearest = max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE)
-        raise ConfigError(f"`{name}` {side} must be a multiple of {SIDE_MULTIPLE}: {nearest} is the nearest")
-
-
-def check_area(width: int, height: int) -> None:
-    """Raises ConfigError if width times height is above MAX_AREA."""
-    if width * height > MAX_AREA:
-        raise ConfigError(
-            f"{width} x {height} is more than 2048 x 2048 pixels: {' x '.join(map(str, shrunk(width, height)))} fits"
-        )
-
-
-def shrunk(width: float, height: float) -> tuple[int, int]:
-    """The largest size of the shape width : height, at most as asked and at most MAX_AREA, in whole SIDE_MULTIPLEs."""
-    scale = min(1.0, math.sqrt(MAX_AREA / (width * height)))
-    sides = (round(side * scale / SIDE_MULTIPLE) * SIDE_MULTIPLE for side in (width, height))
-    w, h = (max(SIDE_MULTIPLE, side) for side in sides)
-    while w * h > MAX_AREA:  # rounding up both sides can exceed it
-        w, h = (w - SIDE_MULTIPLE, h) if w >= h else (w, h - SIDE_MULTIPLE)
-    return w, h
+    fields = with_control(options)
+    if (size := fields.pop("size", None)) is not None:
+        fields["width"], fields["height"] = parse_size(str(size), fields.get("width"), fields.get("height"))
+    return GenerateConfig(**fields)
 
 
 def _check_text(name: str, text: object) -> None:

@@ -9,7 +9,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -33,6 +33,10 @@ class Terms:
 
     mode: Mode  # the memory mode
     loras: Sequence[tuple[LoRAFile, float]]  # LoRA, scale
+
+    def scaled(self, factor: float) -> Terms:
+        """The same terms with every scale multiplied by `factor`."""
+        return self if factor == 1 else replace(self, loras=[(lora, scale * factor) for lora, scale in self.loras])
 
     @property
     def lean(self) -> bool:

@@ -16,22 +16,14 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import SchedulerConfig
-from zimage_ref.model.flow import is_turbo, sigmas, starting_noise
+from zimage_ref.model.flow import sigmas, starting_noise
 from zimage_ref.pictures.images import Picture, black_and_white, fit, fit_mask, flat, read_given
 
-from .config import (
-    BASE,
-    DEFAULT_SIDE,
-    IMAGE_STRENGTH,
-    MASK_STRENGTH,
-    TURBO,
-    GenerateConfig,
-    check_area,
-    config_of,
-    shrunk,
-)
+from .config import IMAGE_STRENGTH, MASK_STRENGTH, GenerateConfig, config_of
 from .control import Control
+from .presets import defaults_for
 from .samplers import Guidance
+from .sizes import DEFAULT_SIDE, check_area, shrunk
 
 
 @dataclass(frozen=True)
@@ -162,7 +154,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
 
 def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConfig:
     """`config` with steps, guidance and strength decided. Raises ConfigError if options do not fit each other."""
-    defaults, strength = TURBO if is_turbo(scheduler) else BASE, config.strength
+    defaults, strength = defaults_for(scheduler), config.strength
     if strength is None and config.init_image is not None:
         strength = IMAGE_STRENGTH if config.mask is None else MASK_STRENGTH
     return replace(
@@ -201,8 +193,8 @@ def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int) -> tuple[f
     scheduler = folder.scheduler
     if config.shift is not None:
         scheduler = replace(scheduler, shift=config.shift, use_dynamic_shifting=False)
-    steps, strength = config.steps or TURBO.steps, 1.0 if config.strength is None else config.strength
-    schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength)
+    steps, strength = config.steps or defaults_for(scheduler).steps, 1.0 if config.strength is None else config.strength
+    schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength, config.spacing)
     if len(schedule) < 2:
         raise ConfigError(f"`strength` {strength:g} leaves none of {steps} steps: give a higher one")
     return tuple(schedule)

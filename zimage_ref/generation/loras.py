@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from zimage_ref.bounds import LORA_SCALE
+from zimage_ref.checkpoints.hub import local_file
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.lora.file import LoRAFile, read_lora
@@ -17,7 +18,7 @@ from zimage_ref.model.parameters import transformer_parameters
 
 from .provenance import RecordedLoRA, digest
 
-NamedLoRA = str | Path | LoRAFile  # a file, a folder that holds one, or a LoRA that was read already
+NamedLoRA = str | Path | LoRAFile  # a file, a folder with one, user/repository:file, or a LoRA that was read already
 LoRASource = NamedLoRA | tuple[NamedLoRA, float]  # a LoRA at scale 1, or a pair of LoRA and scale
 
 
@@ -28,12 +29,14 @@ class LoRAContent:
     path: Path  # as the user named it
     file: LoRAFile
     stamp: tuple[object, ...] = ()  # differs after the file has been written again
+    place: Path | None = None  # the file, if `path` is its name on Hugging Face
 
     @cached_property
     def sha256(self) -> str:
         """The `digest` of the file, computed on first use. Raises FormatError if it was written again since."""
-        found = digest(self.path)
-        if self.stamp and _stamp(self.path) != self.stamp:
+        place = self.place or self.path
+        found = digest(place)
+        if self.stamp and _stamp(self.path, place) != self.stamp:
             raise FormatError(f"{self.path}: was changed after it was checked: start again")
         return found
 
@@ -88,13 +91,14 @@ class LoRACache:
         if isinstance(named, LoRAFile):
             return next((content for content in known if content.file is named), LoRAContent(named.path, named))
         path = Path(named)
-        stamp = _stamp(path)
+        place = local_file(path)
+        stamp = _stamp(path, place)
         same = next((content for content in known if content.stamp == stamp), None)
-        return same or LoRAContent(path, read_lora(path, self._shapes), stamp)
+        return same or LoRAContent(path, read_lora(place, self._shapes), stamp, place)
 
 
-def _stamp(path: Path) -> tuple[object, ...]:
-    """A value that differs after the LoRA file, or the file beside it with its alpha, has been written again."""
-    weights = find_weights(path) if path.is_dir() else path
+def _stamp(path: Path, place: Path) -> tuple[object, ...]:
+    """A value that differs after the LoRA at `place`, or the file beside it with its alpha, has been written again."""
+    weights = find_weights(place) if place.is_dir() else place
     stats = [file.stat() for file in (weights, *companions(weights)) if file.exists()]
     return path, weights, *((stat.st_mtime_ns, stat.st_size) for stat in stats)

@@ -151,7 +151,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self, requests: Sequence[Request], terms: Terms, progress: StageProgress
     ) -> Iterator[DenoisingStep[ArrayT]]:
         captions, (start,) = self._prepared(requests, terms.lean, progress)
-        yield from self._in_turns(denoised(self, requests, captions, start), terms)
+        own = terms.scaled(requests[0].config.lora_scale)
+        yield from self._in_turns(denoised(self, requests, captions, start), own)
         self._done_with("transformer", terms.lean)
 
     def denoise(self, x: ArrayT, captions: Sequence[ArrayT], steps: int, guidance: float) -> Iterator[ArrayT]:
@@ -260,7 +261,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         done, total = 0, sum(len(requests[places[0]].sigmas) - 1 for places in batches)
         for places in batches:
             batch = requests[places.start : places.stop]
-            for step in self._in_turns(denoised(self, batch, captions, starts[places[0]]), terms):
+            own = terms.scaled(batch[0].config.lora_scale)
+            for step in self._in_turns(denoised(self, batch, captions, starts[places[0]]), own):
                 watch(places, step)
                 done += 1
                 progress("denoise", done, total)

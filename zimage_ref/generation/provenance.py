@@ -28,6 +28,8 @@ from .control_options import CONTROL_FIELDS, control_and_scale
 
 _DIGITS = 16  # the digits of a SHA-256 that a record holds
 _PICTURES = ("init_image", "mask", "control_image")
+# options that records of earlier versions do not have -> what those pictures were made with
+_LATE = {field.name: field.default for field in fields(GenerateConfig) if field.metadata.get("late")}
 T = TypeVar("T")
 
 
@@ -76,7 +78,7 @@ class Recorder:
     def __init__(self, facts: Mapping[str, object], loras: Sequence[RecordedLoRA] = ()) -> None:
         """facts: those of `identity`, `ModelChoice.facts` and the like. Values that are None are left out."""
         self._facts = {name: fact for name, fact in facts.items() if fact is not None}
-        self._loras = [{"file": str(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras]
+        self._loras = tuple(loras)
         self._digests: dict[Path, str] = {}  # digests of pictures
 
     def record(self, config: GenerateConfig, digests: Mapping[str, str] | None = None) -> dict[str, object]:
@@ -87,16 +89,22 @@ class Recorder:
         """
         known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
-        files = {name: values.pop(name) for name in _PICTURES}
+        files, factor = {name: values.pop(name) for name in _PICTURES}, values.pop("lora_scale")
         if config.control is None:
             values = {name: value for name, value in values.items() if name not in CONTROL_FIELDS}
-        made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
+        made: dict[str, object] = {
+            name: value for name, value in values.items() if value is not None and value != _LATE.get(name)
+        }
         for name, source in files.items():
             if isinstance(source, (str, Path)):
                 made |= {name: str(source), f"{name}_sha256": known.get(name) or self._digest(Path(source))}
         if "control" in known:
             made["control_fingerprint"] = known["control"]
-        return made | {"loras": [dict(lora) for lora in self._loras]} | self._facts
+        return made | {"loras": self._scaled(factor)} | self._facts
+
+    def _scaled(self, factor: float) -> list[dict[str, object]]:
+        """The LoRAs with the scales that they have in a picture."""
+        return [{"file": str(lora.path), "scale": lora.scale * factor, "sha256": lora.sha256} for lora in self._loras]
 
     def _digest(self, path: Path) -> str:
         if path not in self._digests:

@@ -32,6 +32,7 @@ from .denoising import DenoisingStep
 from .jobs import Request
 from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
+from .previews import quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
 
 _SHOWN = 60  # characters of a prompt in a notice
@@ -136,9 +137,11 @@ class GenerationRun:
         picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
-        self.read_loras(loras)
+        adapters = self.read_loras(loras)
         for request in requests:
             request.config.check_guidance()
+            if request.config.lora_scale != 1 and not adapters:
+                raise ConfigError("`lora_scale` needs `lora`: there is no LoRA to scale")
         for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
             # The prompt is tokenized again when it is encoded. This takes at most 2 ms, so the ids are not kept
             tokens = self.pipeline.tokenizer.count(text)
@@ -184,7 +187,8 @@ class GenerationRun:
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
-                    preview(place, pipe.picture(step.x_0[i : i + 1]))
+                    first = requests[places.start]
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], first.width, first.height))
 
         with pipe.turn():  # no other thread may change the mode before `generate` has read it
             pipe.set_mode(self.memory(requests).mode)

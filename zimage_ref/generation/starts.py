@@ -27,11 +27,12 @@ class Start(Generic[ArrayT]):
 
 
 def starts_of(engine: Engine[ArrayT, ConditioningT], requests: Sequence[Request]) -> list[Start[ArrayT]]:
-    """The start of each request. A picture is encoded once: `plan_requests` reads a file once."""
+    """The start of each request. A picture is encoded once for requests that follow each other."""
     starts: list[Start[ArrayT]] = []
     before: Request | None = None
     for request in requests:
-        if before is not None and request.picture is before.picture and request.control is before.control:
+        # a grid reads a file anew for each value of an axis, so equal pictures are the same
+        if before is not None and request.picture == before.picture and request.control is before.control:
             starts.append(starts[-1])
         else:
             starts.append(_start(engine, request))

@@ -24,6 +24,7 @@ from zimage_ref.formats.tensors import Array
 
 from .arrays import ArrayT, NumberT
 from .config import SchedulerConfig
+from .spacings import SPACINGS
 
 # The resolution shift is exp(mu); mu is linear in the image tokens. Source: calculate_shift of the official pipeline
 _BASE_TOKENS, _MAX_TOKENS = 256, 4096
@@ -39,15 +40,18 @@ VALIDATION_SIGMAS = (0.25, 0.5, 0.75, 1.0)  # where the held-out loss is measure
 BASE_SHIFT = 4.5  # between Turbo's shift, 3, and the base model's, 6
 
 
-def sigmas(steps: int, config: SchedulerConfig, image_tokens: int, strength: float = 1.0) -> list[float]:
+def sigmas(
+    steps: int, config: SchedulerConfig, image_tokens: int, strength: float = 1.0, spacing: str = "simple"
+) -> list[float]:
     """The `steps + 1` sigmas of a sampling run, from 1 down to exactly 0.
 
     With a strength below 1, only those of the last steps. Strength is the share of steps, rounded up as in diffusers.
+    spacing: one of SPACINGS.
     """
     spaced = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
     shift = resolution_shift(image_tokens) if config.use_dynamic_shifting else config.shift
     skipped = int(max(steps - steps * strength, 0))
-    return [*(float(s) for s in shifted(spaced, shift)), 0.0][skipped:]
+    return [*(float(s) for s in SPACINGS[spacing](shifted(spaced, shift))), 0.0][skipped:]
 
 
 def shifted(sigma: NumberT, shift: float) -> NumberT:

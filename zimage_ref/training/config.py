@@ -19,7 +19,8 @@ from zimage_ref.bounds import TRAINING, check_bounds
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
-from zimage_ref.generation.config import by_model, check_area, check_side
+from zimage_ref.generation.presets import by_model
+from zimage_ref.generation.sizes import check_area, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS, TARGETS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from zimage_ref.generation.config import GenerateConfig, config_of
 from zimage_ref.generation.control_options import CONTROL_FIELDS
 from zimage_ref.generation.jobs import plan_requests
 from zimage_ref.generation.loras import with_scale
+from zimage_ref.generation.sizes import random_seed
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.options_file import typed
 from zimage_serve.refusals import RefusedError
@@ -23,7 +23,6 @@ from zimage_serve.settings import ServeSettings
 
 _PICTURES = ("init_image", "mask")
 OWN_FIELDS = ("count", "loras", "preview_steps")
-_SEEDS = 2**31
 _MOST_LORAS = 16
 LONGEST_PROMPT = 20_000  # characters
 
@@ -87,7 +86,7 @@ class OrderDesk:
             if len(str(options.get(name, ""))) > LONGEST_PROMPT:
                 raise RefusedError(f"`{name}` has more than {LONGEST_PROMPT:,} characters")
         if options.get("seed", -1) == -1:  # as other programs ask for any seed
-            options["seed"] = secrets.randbelow(_SEEDS)
+            options["seed"] = random_seed()
         defaults = dict(self.defaults)
         if "init_image" in options or {"width", "height"} & options.keys():
             defaults = {name: value for name, value in defaults.items() if name not in ("width", "height")}

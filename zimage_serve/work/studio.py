@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ZImageError
-from zimage_ref.generation.config import BASE, TURBO
-from zimage_ref.model.flow import is_turbo
+from zimage_ref.generation.presets import defaults_for
 from zimage_serve.engines import Engines
 from zimage_serve.refusals import UnknownError
 from zimage_serve.settings import ServeSettings
@@ -140,7 +139,7 @@ class Studio:
         return self._usual("guidance")
 
     def _usual(self, name: str) -> float:
-        own = TURBO if is_turbo(self.model.scheduler) else BASE
+        own = defaults_for(self.model.scheduler)
         return float(str(self.engines.defaults.get(name, getattr(own, name))))
 
     def model_facts(self) -> dict[str, object]:
