@@ -107,7 +107,7 @@ class TrainConfig:
         None, "Training steps. With auto, as many as `epochs` need.", PACE, essential=True, auto=True
     )
     lr: float | None = option(
-        None, "Learning rate. With auto, 1e-4 for Z-Image, more for a narrower model, and by `kind`.", PACE, auto=True
+        None, "Learning rate. With auto, 1e-4 for Z-Image, and more for a narrower model.", PACE, auto=True
     )
     resolution: tuple[int, ...] = option(
         (256,),
