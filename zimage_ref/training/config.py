@@ -98,7 +98,10 @@ class TrainConfig(LearningOptions):
         None, "Training steps. With auto, as many as `epochs` need.", PACE, essential=True, auto=True
     )
     lr: float | None = option(
-        None, "Learning rate. With auto, 1e-4 for Z-Image, more if narrower, 1 for prodigy, by `kind`.", PACE, auto=True
+        None,
+        "Learning rate. With auto, 1e-4 for Z-Image, more if narrower, 1 for prodigy. It also depends on `kind`.",
+        PACE,
+        auto=True,
     )
     resolution: tuple[int, ...] = option(
         (256,),

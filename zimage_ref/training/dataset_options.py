@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zimage_ref.bounds import DATASET, check_bounds
 from zimage_ref.errors import ConfigError
-from zimage_ref.generation.config import check_side
+from zimage_ref.generation.sizes import check_side
 from zimage_ref.options import one_of
 
 MASKS = ("none", "file", "alpha")
