@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 from zimage_ref.errors import ZImageError
-from zimage_ref.memory import peak
 from zimage_ref.options_file import to_json, typed
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, Saved, Started, Step, Stopped, Validated
-from zimage_ref.training.metrics_lines import line_of, read_lines
-from zimage_ref.training.plan import TURBO_WARNING, make_plan
+from zimage_ref.training.metrics_lines import line_of, read_lines, step_lines
+from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 from zimage_serve.engines import Trainer
 from zimage_serve.refusals import ConflictError, RefusedError, UnknownError
@@ -23,6 +22,8 @@ from zimage_serve.store.database import Database, Row
 from zimage_serve.store.names import checked_name, new_id
 
 from .feed import Feed
+from .plan_facts import pixel_seconds, plan_facts
+from .presets import presets
 
 log = logging.getLogger("zimage.serve")
 ENDED = ("done", "failed", "stopped")
@@ -120,27 +121,18 @@ class RunDesk:
         return name, TrainConfig(**options)  # type: ignore[arg-type]
 
     def plan(self, asked: Mapping[str, object]) -> dict[str, object]:
-        """What a run would do: pictures, steps, memory, warnings. Nothing is started and no weights are read."""
+        """What a run would do: crops, steps, memory, time, warnings. Nothing is started and no weights are read."""
         _, config = self.config(asked)
-        dtype, quantization = self._trainer.precision(config)
-        plan = make_plan(config)
-        stages = plan.memory(dtype, quantization, config.memory != "fast", self._trainer.footprint())
-        return {
-            "pictures": len(plan.examples),
-            "held_out": len(plan.held_out),
-            "sizes": [
-                {"width": size[0], "height": size[1], "pictures": n, "tokens": plan.tokens(size)}
-                for size, n in sorted(plan.batches.sizes().items())
-            ],
-            "steps": plan.total,
-            "steps_per_epoch": plan.batches.steps_per_epoch,
-            "lr": plan.lr,
-            "parameters": plan.trainable,
-            "layers": len(plan.layers),
-            "precision": f"{quantization.bits} bits" if quantization else dtype,
-            "memory_bytes": peak(stages).total,
-            "warnings": [TURBO_WARNING] if plan.turbo and not config.training_adapter else [],
-        }
+        return plan_facts(config, self._trainer, self._rate())
+
+    def presets(self, own: Mapping[str, object]) -> list[dict[str, object]]:
+        """Sets of options to begin with. own: those for the model of this server."""
+        return presets(own, NOT_ASKED)
+
+    def _rate(self) -> float | None:
+        """Seconds of a pixel in the last run that was measured."""
+        rates = (pixel_seconds(step_lines(read_lines(run.folder)), run.config) for run in self.all())
+        return next((rate for rate in rates if rate is not None), None)
 
     def start(self, asked: Mapping[str, object]) -> Run:
         """Queues a new run. Raises ConflictError if its LoRA exists, and the errors of `plan`."""
