@@ -22,8 +22,10 @@ export function say(text, kind = "") {
   const place = $("said");
   place.textContent = text;
   place.className = `said ${kind}`;
+  place.hidePopover(); // shown anew it is above dialogs that were opened since
+  place.showPopover();
   clearTimeout(silence);
-  silence = setTimeout(() => place.classList.add("quiet"), kind ? 12000 : 5000);
+  silence = setTimeout(() => place.hidePopover(), kind ? 12000 : 5000);
 }
 
 /** Runs `work`, and says its error in one line. Returns undefined after an error. */

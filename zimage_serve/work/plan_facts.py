@@ -89,14 +89,14 @@ def _warnings(plan: TrainPlan) -> Iterator[str]:
     if plan.turbo and not config.training_adapter:
         yield TURBO_WARNING
     for notice in plan.notices:
-        yield notice.replace(f"{config.dataset}/", "")  # without a path of this machine
+        for end in ("/", ": "):  # without a path of this machine
+            notice = notice.replace(f"{config.dataset}{end}", "")
+        yield notice
     for equal in _equal(examples):
         yield f"equal pictures: {listing(equal, _SHOWN)}: delete all but one"
     wanted = max(config.resolution)
     if small := [e.picture.name for e in examples if e.size[0] * e.size[1] < _SMALL * wanted**2]:
         yield f"smaller than {wanted} x {wanted} ({len(small)}): {listing(small, _SHOWN)}: trained at a smaller size"
-    if bare := [e.picture.name for e in examples if config.trigger and e.caption.strip() == config.trigger]:
-        yield f"without a caption of their own ({len(bare)}): {listing(bare, _SHOWN)}: the trigger is their caption"
 
 
 def _equal(examples: Iterable[Example]) -> list[list[str]]:
