@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class Tab:
         sent = [[f.name, kinds.get(f.suffix, ""), base64.b64encode(f.read_bytes()).decode()] for f in files]
         self.page.locator(zone).evaluate(_DROP, sent)
 
-    def see(self, selector: str, text: str = "", seconds: float = 60) -> Any:
+    def see(self, selector: str, text: str | re.Pattern[str] = "", seconds: float = 60) -> Any:
         """Waits for a visible element that holds `text`."""
         found = self.page.locator(selector, has_text=text).first
         found.wait_for(timeout=1000 * seconds)

@@ -127,8 +127,8 @@ async function change(work) {
   say(`${count} captions changed.`);
 }
 
-/** The dataset that is shown. */
-export const dataset = () => chosen;
+/** The dataset that is shown; "" if it has no pictures. */
+export const dataset = () => (rows.length ? chosen : "");
 
 /** Begins the list of pictures. */
 export async function beginDatasets() {

@@ -33,7 +33,7 @@ export async function attempt(work) {
   try {
     return await work();
   } catch (error) {
-    say(error.message, "bad");
+    say(plain(error.message), "bad");
     return undefined;
   }
 }
@@ -97,6 +97,9 @@ export function later(work, ms) {
     timer = setTimeout(() => work(...given), ms);
   };
 }
+
+/** A message or help text of the server, with the names of options in words. */
+export const plain = (text) => text.replace(/`(\w+)`/g, (_, name) => name.replaceAll("_", " "));
 
 /** Bytes in words. */
 export function bytes(number) {

@@ -1,7 +1,7 @@
 // Form fields made of the server's own description of its options, so that the page has each of them.
 
 import { get } from "./api.js";
-import { el } from "./dom.js";
+import { el, plain } from "./dom.js";
 
 let described = null;
 
@@ -34,7 +34,7 @@ export function field(prefix, name, schema) {
   input.dataset.type = schema.type;
   return el("div", { className: "field" },
     el("label", { htmlFor: id, textContent: words(name) }), input,
-    el("p", { id: `${id}-help`, className: "help", textContent: schema.description }));
+    el("p", { id: `${id}-help`, className: "help", textContent: plain(schema.description) }));
 }
 
 /** The values of all named inputs in `form` that are not empty. Lists are written with commas. */

@@ -3,7 +3,7 @@
 import { ask, get } from "./api.js";
 import { hear, tell } from "./bus.js";
 import { dataset } from "./datasets.js";
-import { $, attempt, bytes, duration, el, facts, later, say } from "./dom.js";
+import { $, attempt, bytes, duration, el, facts, later, plain, say } from "./dom.js";
 import { bodyOf, field, fill, remember, values } from "./fields.js";
 
 const PLACED = ["name", "dataset", "training_adapter", "trigger", "steps", "resolution", "rank", "preview_prompt",
@@ -26,7 +26,7 @@ function show(plan) {
     ["Time", per ? `about ${duration(plan.seconds)}, ${per.toPrecision(2)} s a step` : "known after the first run on this server"],
     ["Learned", `${plan.parameters.toLocaleString()} numbers in ${plan.layers} layers`],
   ]);
-  $("plan-warnings").replaceChildren(...plan.warnings.map((text) => el("li", { textContent: text })));
+  $("plan-warnings").replaceChildren(...plan.warnings.map((text) => el("li", { textContent: plain(text) })));
   tell("crops", plan.crops);
 }
 
@@ -35,10 +35,10 @@ async function plan() {
   let problem = "";
   let made = null;
   try {
-    if (!dataset()) problem = "Choose a dataset.";
+    if (!dataset()) problem = "Choose a dataset that has pictures.";
     else made = await ask("POST", "/api/runs/plan", { ...order(), name: $("run-name").value.trim() || "unnamed" });
   } catch (error) {
-    problem = error.message;
+    problem = plain(error.message);
   }
   if (mine !== asked) return;
   $("plan-problem").textContent = problem;

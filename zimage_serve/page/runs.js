@@ -76,7 +76,7 @@ function showSaved() {
   const trigger = run.options.trigger;
   $("checkpoints").replaceChildren(...(names.length ? names : ["none yet"]).map((name) => (names.length
     ? el("li", {}, el("span", { textContent: name }), el("button", { type: "button", textContent: "Test in Create",
-      "aria-label": `Test ${name} in Create`, onclick: () => tell("use LoRA", { name, trigger }) }))
+      "aria-label": `Test in Create: ${name}`, onclick: () => tell("use LoRA", { name, trigger }) }))
     : el("li", { className: "empty", textContent: "None yet." }))));
 }
 

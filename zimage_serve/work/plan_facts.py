@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, median
 
 from zimage_ref.doctor.remembered import Figures, precision_name
-from zimage_ref.errors import listing
+from zimage_ref.errors import DatasetError, listing
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.training.config import TrainConfig
@@ -27,7 +27,7 @@ def plan_facts(config: TrainConfig, trainer: Trainer, rate: float | None) -> dic
     Raises the errors of `make_plan`, and BackendError if nothing can train here.
     """
     dtype, quantization = trainer.precision(config)
-    plan = make_plan(config)
+    plan = checked_plan(config)
     lean = config.memory != "fast"
     step = _step_seconds(plan, dtype, quantization, rate)
     return {
@@ -48,6 +48,21 @@ def plan_facts(config: TrainConfig, trainer: Trainer, rate: float | None) -> dic
         "seconds": step * plan.total if step else None,
         "warnings": list(_warnings(plan)),
     }
+
+
+def checked_plan(config: TrainConfig) -> TrainPlan:
+    """The plan of a run. Raises the errors of `make_plan`; those of pictures name no path of this machine."""
+    try:
+        return make_plan(config)
+    except DatasetError as error:
+        raise DatasetError(_without(config, str(error))) from None
+
+
+def _without(config: TrainConfig, text: str) -> str:
+    """`text` without the folder of the dataset, which clients know by its name."""
+    for end in ("/", ": "):
+        text = text.replace(f"{config.dataset}{end}", "")
+    return text
 
 
 def pixel_seconds(lines: Sequence[StepLine], config: TrainConfig) -> float | None:
@@ -89,9 +104,7 @@ def _warnings(plan: TrainPlan) -> Iterator[str]:
     if plan.turbo and not config.training_adapter:
         yield TURBO_WARNING
     for notice in plan.notices:
-        for end in ("/", ": "):  # without a path of this machine
-            notice = notice.replace(f"{config.dataset}{end}", "")
-        yield notice
+        yield _without(config, notice)
     for equal in _equal(examples):
         yield f"equal pictures: {listing(equal, _SHOWN)}: delete all but one"
     wanted = max(config.resolution)

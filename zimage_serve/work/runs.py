@@ -14,7 +14,6 @@ from zimage_ref.options_file import to_json, typed
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, Saved, Started, Step, Stopped, Validated
 from zimage_ref.training.metrics_lines import line_of, read_lines, step_lines
-from zimage_ref.training.plan import make_plan
 from zimage_ref.training.run_folder import RunFolder
 from zimage_serve.engines import Trainer
 from zimage_serve.refusals import ConflictError, RefusedError, UnknownError
@@ -22,7 +21,7 @@ from zimage_serve.store.database import Database, Row
 from zimage_serve.store.names import checked_name, new_id
 
 from .feed import Feed
-from .plan_facts import pixel_seconds, plan_facts
+from .plan_facts import checked_plan, pixel_seconds, plan_facts
 from .presets import presets
 
 log = logging.getLogger("zimage.serve")
@@ -138,7 +137,7 @@ class RunDesk:
         """Queues a new run. Raises ConflictError if its LoRA exists, and the errors of `plan`."""
         name, config = self.config(asked)
         self._trainer.precision(config)  # raises if nothing can train here
-        make_plan(config)
+        checked_plan(config)
         with self._lock:
             taken = config.output.exists() or any(run.name == name for run in self._runs.values())
             if taken:
