@@ -61,7 +61,7 @@ def draw(page: Any) -> None:
     page.fill("#prompt", PROMPTS[0])
     page.click("#make")
     page.locator("#queue .shots img").first.wait_for()
-    page.evaluate("document.getElementById('said').hidePopover()")
+    page.evaluate("document.getElementById('said').hidePopover(), scrollTo(0, 0)")
     shoot(page, "studio-create")
     page.locator("#queue-section").wait_for(state="hidden")
 
@@ -100,7 +100,8 @@ def main() -> None:
         train(page, drawings)
         phone = browser.new_page(viewport=PHONE, color_scheme="dark")
         phone.goto(f"{url}/#train")
-        phone.locator("#run-panel").scroll_into_view_if_needed()
+        phone.locator("#sample-pictures img").first.wait_for()
+        phone.evaluate("document.getElementById('run-panel').scrollIntoView()")
         shoot(phone, "studio-phone")
         page.click("text=Test in Create >> nth=0")
         page.fill("#prompt", PROMPT)

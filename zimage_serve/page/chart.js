@@ -1,7 +1,7 @@
 // The losses of a run as a drawing (SVG), with its numbers as text for those who do not see it.
 
 const NS = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 220, 48, 24];
+const [WIDTH, HEIGHT, LEFT, BOTTOM] = [640, 220, 62, 24];
 
 function shape(tag, attributes, text = "") {
   const node = document.createElementNS(NS, tag);

@@ -72,7 +72,7 @@ function showPreviews() {
 }
 
 function showSaved() {
-  const names = [...(run.lora ? [run.lora] : []), ...[...run.checkpoints].reverse()];
+  const names = [...(run.lora ? [run.lora] : []), ...[...run.checkpoints].sort((a, b) => b.localeCompare(a, "en", { numeric: true }))];
   const trigger = run.options.trigger;
   $("checkpoints").replaceChildren(...(names.length ? names : ["none yet"]).map((name) => (names.length
     ? el("li", {}, el("span", { textContent: name }), el("button", { type: "button", textContent: "Test in Create",
