@@ -131,6 +131,7 @@ def compare_and_use(tab: Tab) -> None:
     page.click("#results li:nth-child(2) .tile")
     seed = page.locator("#viewer-facts dt:text-is('Seed') + dd").text_content()
     page.click("#viewer-use")
+    tab.see("#said", "The form holds the settings of that picture.")
     assert page.locator("#seed").input_value() == seed and page.locator("#lock").is_checked()
     page.locator("#picked li").wait_for(state="detached")
 
