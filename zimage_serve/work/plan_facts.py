@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import DatasetError, listing
 from zimage_ref.formats.quantize import Quantization
-from zimage_ref.memory import peak
+from zimage_ref.memory import Mode, peak
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.dataset import Example
 from zimage_ref.training.metrics_lines import StepLine
 from zimage_ref.training.plan import TURBO_WARNING, TrainPlan, make_plan
 from zimage_serve.engines import Trainer
 
+_LEAST: Mapping[str, Mode] = {"fast": "fast", "stream": "stream"}  # `memory` -> the mode of the estimate, else lean
 _SHOWN = 5  # names in a warning
 _SMALL = 0.9  # a picture whose area is below this share of the wanted one is called small
 
@@ -28,7 +29,8 @@ def plan_facts(config: TrainConfig, trainer: Trainer, rate: float | None) -> dic
     """
     dtype, quantization = trainer.precision(config)
     plan = checked_plan(config)
-    lean = config.memory != "fast"
+    mode = _LEAST.get(config.memory, "lean")
+    stages = plan.memory(dtype, quantization, mode, trainer.footprint("lean" if mode == "fast" else mode))
     step = _step_seconds(plan, dtype, quantization, rate)
     return {
         "pictures": len(plan.examples),
@@ -44,7 +46,7 @@ def plan_facts(config: TrainConfig, trainer: Trainer, rate: float | None) -> dic
         "parameters": plan.trainable,
         "layers": len(plan.layers),
         "precision": f"{quantization.bits} bits" if quantization else dtype,
-        "memory_bytes": peak(plan.memory(dtype, quantization, lean, trainer.footprint())).total,
+        "memory_bytes": peak(stages).total,
         "seconds": step * plan.total if step else None,
         "warnings": list(_warnings(plan)),
     }
@@ -78,7 +80,7 @@ def _step_seconds(plan: TrainPlan, dtype: str, quantization: Quantization | None
     pixels = sum(n * width * height for (width, height), n in sizes.items()) / sum(sizes.values())
     if rate is None:
         figures = Figures.for_model(plan.model.transformer)
-        mode = "fast" if plan.config.memory == "fast" else "lean"
+        mode = _LEAST.get(plan.config.memory, "lean")
         one = figures.step(precision_name(dtype, quantization), round(pixels), mode) if figures else None
     else:
         one = rate * pixels
