@@ -82,28 +82,28 @@ def test_the_whole_way_from_drawings_to_a_picture_of_the_word(browser: Any, serv
     assert (
         page.locator("#pictures textarea").first.input_value() == "a red [trigger] in the middle on a white background"
     )
-    fill_in(page, run_name="fox", trigger=WORD, train_steps=40, preview_prompt=PROMPT, preview_every=20, save_every=20)
+    fill_in(page, run_name="fox", trigger=WORD, train_steps=24, preview_prompt=PROMPT, preview_every=12, save_every=12)
     tab.drop("#pictures-drop", [tmp_path / "drawings" / "zorp1.png"])
     tab.see("#plan-warnings li", "equal pictures: zorp1-2.png, zorp1.png")
     tab.see("#pictures li[data-name='zorp1-2.png'] .shown", "trained at 128 x 128")
     for _ in range(2):
         page.click("#pictures li[data-name='zorp1-2.png'] .danger")
     tab.see("#dataset-facts", "8 pictures")
-    tab.see("#plan dd", "40, 8 for each time through the pictures")
+    tab.see("#plan dd", "24, 8 for each time through the pictures")
     page.click("#train-start")
     tab.see("#chart-text", STEP)
     page.reload()  # in the middle of the run
     tab.see("#view-train")
     assert page.locator("#run-name").input_value() == "fox"
     tab.see("#run-state", "fox: running")
-    tab.see("#run-state", "fox: done, step 40 of 40", 120)
-    text = tab.see("#chart-text", "Step 40:").text_content()
+    tab.see("#run-state", "fox: done, step 24 of 24", 300)
+    text = tab.see("#chart-text", "Step 24:").text_content()
     last, first = (float(part.split()[0].rstrip(".,")) for part in text.split("loss ")[1].split("at first "))
     assert last < first
-    assert page.locator("#chart polyline").first.get_attribute("points").count(",") == 40
-    tab.see("#sample-shown", "step 40")
+    assert page.locator("#chart polyline").first.get_attribute("points").count(",") == 24
+    tab.see("#sample-shown", "step 24")
     page.locator("#sample").press("ArrowLeft")
-    tab.see("#sample-shown", "step 20")
+    tab.see("#sample-shown", "step 12")
     page.click("text=Test in Create >> nth=0")
     assert page.locator("#prompt").input_value() == f"{PROMPT}"  # it holds the trigger already
     page.fill("#prompt", "a big blue on yellow")
@@ -255,8 +255,8 @@ def test_a_killed_server_comes_back_with_everything(browser: Any, tmp_path: Path
         tab = open_tab(browser, f"http://127.0.0.1:{port}")
         make(tab, "a red star", 1)
         drop_lesson(tab, tmp_path / "drawings")
-        fill_in(tab.page, run_name="fox", train_steps=60)
-        tab.see("#plan dd", "60, 8")
+        fill_in(tab.page, run_name="fox", train_steps=40)
+        tab.see("#plan dd", "40, 8")
         tab.page.click("#train-start")
         tab.see("#chart-text", STEP)
         process.send_signal(signal.SIGKILL)
@@ -266,7 +266,7 @@ def test_a_killed_server_comes_back_with_everything(browser: Any, tmp_path: Path
         tab.page.locator("#offline").wait_for(state="hidden")
         tab.see("#run-state", "fox: stopped")
         tab.page.click("#run-resume")
-        tab.see("#run-state", "fox: done, step 60 of 60", 120)
+        tab.see("#run-state", "fox: done, step 40 of 40", 300)
         go(tab, "create")
         tab.see("#results li")
         assert tab.foreign == []

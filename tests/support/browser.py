@@ -53,7 +53,7 @@ class Tab:
         sent = [[f.name, kinds.get(f.suffix, ""), base64.b64encode(f.read_bytes()).decode()] for f in files]
         self.page.locator(zone).evaluate(_DROP, sent)
 
-    def see(self, selector: str, text: str | re.Pattern[str] = "", seconds: float = 60) -> Any:
+    def see(self, selector: str, text: str | re.Pattern[str] = "", seconds: float = 150) -> Any:
         """Waits for a visible element that holds `text`."""
         found = self.page.locator(selector, has_text=text).first
         found.wait_for(timeout=1000 * seconds)
@@ -74,6 +74,6 @@ def open_tab(browser: Any, url: str, context: Any = None, **options: Any) -> Tab
     own = urlsplit(url).netloc
     page.on("request", lambda r: tab.foreign.append(r.url) if r.url.startswith("http") and urlsplit(r.url).netloc != own
             else None)  # fmt: skip
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(150_000)
     page.goto(url)
     return tab
