@@ -18,6 +18,7 @@ from zimage_ref.model.flow import add_noise, sigmas
 from .engine import ConditioningT, Engine
 from .jobs import Request
 from .samplers import SAMPLERS, Guidance, Predict
+from .starts import Start, Steer, steering
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ def denoised(
     engine: Engine[ArrayT, ConditioningT],
     batch: Sequence[Request],
     captions: Mapping[str, ArrayT],
-    start: ArrayT | None,
+    begin: Start[ArrayT],
 ) -> Iterator[DenoisingStep[ArrayT]]:
     """Yields the steps of `batch`, requests that can be denoised together (see `Request.batches_with`).
 
-    captions: features (T, cap_feat_dim) by text. start: latents (1, C, h, w) of the picture that all requests start
-    from; None if there is none.
+    captions: features (T, cap_feat_dim) by text. begin: what was encoded for all requests.
     """
+    start = begin.latents
     first, noise = batch[0], engine.to_backend(np.stack([request.noise for request in batch]))  # (B, C, h, w)
     x = noise if start is None else add_noise(start, noise, first.sigmas[0])
     h, w = x.shape[2:]
@@ -55,7 +56,7 @@ def denoised(
 
     positive = [captions[request.config.prompt] for request in batch]
     negative = [captions[request.config.negative_prompt] for request in batch] if first.guidance.scale else []
-    predict = predictor(engine, positive, negative, first.guidance, (h, w))
+    predict = predictor(engine, positive, negative, first.guidance, (h, w), steering(engine, first, begin.context))
     steps = SAMPLERS[first.config.sampler](x, first.sigmas, predict, blend)
     for i, (x, predicted) in enumerate(steps, start=1):
         yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted)
@@ -78,11 +79,12 @@ def predictor(
     negative: Sequence[ArrayT],
     guidance: Guidance,
     size: tuple[int, int],
+    steer: Steer[ConditioningT] = lambda conditioning, sigma: conditioning,
 ) -> Predict[ArrayT]:
     """A function that gives the network's guided raw output for a batch of latents of `size` (h, w).
 
     positive, negative: features (T_i, cap_feat_dim), one array for each caption. There are as many negative captions as
-    positive ones, or none.
+    positive ones, or none. steer: changes the conditioning of a noise level.
     """
 
     @functools.cache
@@ -91,8 +93,8 @@ def predictor(
 
     def predict(x: ArrayT, sigma: float) -> ArrayT:
         if not guidance.active(sigma):
-            return engine.settle(engine.predict(x, sigma, conditioning(False)))
-        raw = engine.predict(x, sigma, conditioning(True), copies=2)  # (2 B, C, h, w)
+            return engine.settle(engine.predict(x, sigma, steer(conditioning(False), sigma)))
+        raw = engine.predict(x, sigma, steer(conditioning(True), sigma), copies=2)  # (2 B, C, h, w)
         return engine.settle(guidance(raw[: len(x)], raw[len(x) :]))
 
     return predict
