@@ -37,3 +37,4 @@ class Engines:
     trainer: Trainer
     backend: str
     defaults: Mapping[str, object] = field(default_factory=dict)  # options of pictures if a client leaves them out
+    training: Mapping[str, object] = field(default_factory=dict)  # options of a run that suit the model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zimage_ref import TrainConfig
 from zimage_ref.checkpoints.hub import TINY
@@ -25,6 +26,7 @@ from . import train
 WORD = "zorp"
 PICTURES = 4  # pictures of the new word, and the same number of words that the model knows
 EPOCHS = 35  # a third of the default
+LESSON: dict[str, Any] = {"resolution": (SIDE,), "lr": 1e-3, "schedule": "constant", "ema": 0.97}  # see lesson_plan
 _STEMS = [f"{WORD}{i}" for i in range(1, 9)]  # stems of the lesson's pictures and captions
 _NEXT = """\
 The same on your own pictures, with the real model (each picture with its caption in a .txt of the same name):
@@ -80,9 +82,7 @@ def lesson_plan(model: Path, dataset: Path, lora: Path) -> TrainConfig:
 
     After so few steps the model forgets less with an average over steps than with a decaying learning rate.
     """
-    return TrainConfig(
-        model, dataset, lora, resolution=(SIDE,), epochs=EPOCHS, lr=1e-3, schedule="constant", ema=0.97, overwrite=True
-    )
+    return TrainConfig(model, dataset, lora, epochs=EPOCHS, **LESSON, overwrite=True)
 
 
 def write_dataset(folder: Path) -> Path:

@@ -29,6 +29,7 @@ from ..terminal.backends import BACKENDS, DEFAULT, pipeline, require_mlx
 from ..terminal.console import Console
 from ..terminal.options import add_fields, flag, from_args, in_flags
 from ..terminal.parser import CommandParser
+from .demo import EPOCHS, LESSON
 
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart")
 _TINY = {"width": SIDE, "height": SIDE, "steps": STEPS, "guidance": GUIDANCE}  # it draws this and nothing else
@@ -85,13 +86,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def engines_of(backend: str, choice: ModelChoice) -> Engines:
     """What computes in a server of the model `choice`."""
     model = Path(choice.model or TINY)
+    built_in = local_folder(model) == BUILT_IN
     return Engines(
         model_dir=model,
         parts=choice.parts,
         open=lambda: open_pipeline(pipeline(backend), choice),
         trainer=_Trainer(),
         backend=backend,
-        defaults=_TINY if local_folder(model) == BUILT_IN else {},
+        defaults=_TINY if built_in else {},
+        training={**LESSON, "epochs": EPOCHS} if built_in else {},
     )
 
 

@@ -163,7 +163,7 @@ def test_the_key_is_asked_for_everywhere_and_never_told(tmp_path: Path, caplog: 
     caplog.set_level(logging.DEBUG)
     with serving(tmp_path, api_key="Secret-Key-1") as served:
         client = served.client
-        paths = ("/", "/docs", "/openapi.json", "/api/model", "/v1/models", "/sdapi/v1/options", "/api/nothing")
+        paths = ("/docs", "/openapi.json", "/api/model", "/v1/models", "/sdapi/v1/options", "/api/nothing")
         assert [client.get(path).status_code for path in paths] == [401] * len(paths)
         for headers in ({"authorization": "Bearer wrong"}, {"x-api-key": ""}, {"authorization": "Basic !"}):
             assert client.get("/api/model", headers=headers).status_code == 401

@@ -61,7 +61,7 @@ def test_captions_are_edited(served: Served) -> None:
     assert [each["caption"] for each in answer.json()["pictures"]] == ["a [trigger]", "new", ""]
     untriggered = {name: value for name, value in OPTIONS.items() if name != "trigger"}
     problem = served.client.post("/api/runs/plan", json=untriggered)
-    assert problem.status_code == 400 and "has no caption" in problem.text
+    assert problem.status_code == 400 and problem.json()["detail"].startswith("2.png: has no caption")
     assert served.client.get("/api/datasets/dog/pictures/1.png/thumbnail").headers["content-type"] == "image/jpeg"
     assert served.client.delete("/api/datasets/dog/pictures/2.png").status_code == 204
     assert served.client.post("/api/runs/plan", json=OPTIONS).json()["pictures"] == 2

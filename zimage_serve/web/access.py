@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 
 from zimage_serve.settings import ServeSettings, is_loopback
 
+from .page import PATHS
+
 COOKIE = "zimage_session"
 # Anybody may ask for these: they hold no data. The page needs them to ask for the key
-OPEN_PATHS = ("/health", "/login")
+OPEN_PATHS = ("/health", "/login", *PATHS)
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 

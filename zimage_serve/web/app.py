@@ -7,14 +7,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from zimage_ref.version import __version__
 from zimage_serve.refusals import RefusedError
 from zimage_serve.work.studio import Studio
 
-from . import lora_api, openai_api, picture_api, reference, run_api, sdapi
+from . import lora_api, openai_api, page, picture_api, reference, run_api, sdapi
 from .access import COOKIE, Gate
 from .bodies import json_object
 from .errors import answer_errors, refusal
@@ -45,8 +45,10 @@ def application(studio: Studio, addition: Addition | None = None) -> ASGIApp:
     answer_errors(app)
     for interface in (picture_api, lora_api, run_api, openai_api, sdapi):
         app.include_router(interface.router)
-    for path, function in (("/", home), ("/docs", docs), ("/docs/style.css", style), ("/health", health)):
+    for path, function in (("/docs", docs), ("/docs/style.css", style), ("/health", health)):
         app.add_api_route(path, function, include_in_schema=False)
+    for path in page.PATHS:
+        app.add_api_route(path, page_file, include_in_schema=False)
     app.add_api_route("/login", login, methods=["POST"], include_in_schema=False)
     both = _Fork(app, addition) if addition else app
     return Safety(both, studio.settings, studio.closing.is_set)
@@ -64,9 +66,9 @@ class _Fork:
         await (self.addition.app if other else self.app)(scope, receive, send)
 
 
-def home() -> Response:
-    """Leads to the page of interfaces."""
-    return RedirectResponse("/docs")
+def page_file(request: Request) -> Response:
+    """A file of the page for people."""
+    return page.answer(request.url.path)
 
 
 def docs(request: Request) -> Response:

@@ -34,6 +34,13 @@ def inspect(name: str, studio: GivenStudio) -> dict[str, object]:
     return studio.loras.inspect(name)
 
 
+@router.patch("/loras/{name}", tags=["LoRAs"])
+async def rename(name: str, request: Request, studio: GivenStudio) -> dict[str, object]:
+    """Renames a LoRA: a JSON object with its new `name`."""
+    asked = await json_object(request)
+    return await run_in_threadpool(studio.loras.rename, name, asked.get("name"))
+
+
 @router.get("/loras/{name}/file", tags=["LoRAs"])
 def download(name: str, studio: GivenStudio) -> FileResponse:
     """A LoRA file."""

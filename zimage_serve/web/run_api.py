@@ -29,6 +29,12 @@ async def plan(request: Request, studio: GivenStudio) -> dict[str, object]:
     return await run_in_threadpool(studio.runs.plan, await json_object(request))
 
 
+@router.get("/presets")
+def presets(studio: GivenStudio) -> list[dict[str, object]]:
+    """Sets of options to begin with."""
+    return studio.runs.presets(studio.engines.training)
+
+
 @router.post("", status_code=202, openapi_extra=RUN_BODY)
 async def start(request: Request, studio: GivenStudio) -> dict[str, object]:
     """Starts a run, as soon as the machine is free."""

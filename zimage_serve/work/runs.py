@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import get_type_hints
 
 from zimage_ref.errors import ZImageError
-from zimage_ref.memory import Mode, peak
 from zimage_ref.options_file import to_json, typed
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, Saved, Started, Step, Stopped, Validated
-from zimage_ref.training.metrics_lines import line_of, read_lines
-from zimage_ref.training.plan import TURBO_WARNING, make_plan
+from zimage_ref.training.metrics_lines import line_of, read_lines, step_lines
 from zimage_ref.training.run_folder import RunFolder
 from zimage_serve.engines import Trainer
 from zimage_serve.refusals import ConflictError, RefusedError, UnknownError
@@ -23,10 +21,11 @@ from zimage_serve.store.database import Database, Row
 from zimage_serve.store.names import checked_name, new_id
 
 from .feed import Feed
+from .plan_facts import checked_plan, pixel_seconds, plan_facts
+from .presets import presets
 
 log = logging.getLogger("zimage.serve")
 ENDED = ("done", "failed", "stopped")
-_LEAST: Mapping[str, Mode] = {"fast": "fast", "stream": "stream"}  # `memory` -> the mode of the estimate, else lean
 # Options of `zimage train` that name files, or overwrite them: here the server decides them
 NOT_ASKED = {
     "model_dir", "dataset", "datasets", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer",
@@ -121,34 +120,24 @@ class RunDesk:
         return name, TrainConfig(**options)  # type: ignore[arg-type]
 
     def plan(self, asked: Mapping[str, object]) -> dict[str, object]:
-        """What a run would do: pictures, steps, memory, warnings. Nothing is started and no weights are read."""
+        """What a run would do: crops, steps, memory, time, warnings. Nothing is started and no weights are read."""
         _, config = self.config(asked)
-        dtype, quantization = self._trainer.precision(config)
-        plan = make_plan(config)
-        mode = _LEAST.get(config.memory, "lean")
-        stages = plan.memory(dtype, quantization, mode, self._trainer.footprint("lean" if mode == "fast" else mode))
-        return {
-            "pictures": len(plan.examples),
-            "held_out": len(plan.held_out),
-            "sizes": [
-                {"width": size[0], "height": size[1], "pictures": n, "tokens": plan.tokens(size)}
-                for size, n in sorted(plan.batches.sizes().items())
-            ],
-            "steps": plan.total,
-            "steps_per_epoch": plan.batches.steps_per_epoch,
-            "lr": plan.lr,
-            "parameters": plan.trainable,
-            "layers": len(plan.layers),
-            "precision": f"{quantization.bits} bits" if quantization else dtype,
-            "memory_bytes": peak(stages).total,
-            "warnings": [TURBO_WARNING] if plan.turbo and not config.training_adapter else [],
-        }
+        return plan_facts(config, self._trainer, self._rate())
+
+    def presets(self, own: Mapping[str, object]) -> list[dict[str, object]]:
+        """Sets of options to begin with. own: those for the model of this server."""
+        return presets(own, NOT_ASKED)
+
+    def _rate(self) -> float | None:
+        """Seconds of a pixel in the last run that was measured."""
+        rates = (pixel_seconds(step_lines(read_lines(run.folder)), run.config) for run in self.all())
+        return next((rate for rate in rates if rate is not None), None)
 
     def start(self, asked: Mapping[str, object]) -> Run:
         """Queues a new run. Raises ConflictError if its LoRA exists, and the errors of `plan`."""
         name, config = self.config(asked)
         self._trainer.precision(config)  # raises if nothing can train here
-        make_plan(config)
+        checked_plan(config)
         with self._lock:
             taken = config.output.exists() or any(run.name == name for run in self._runs.values())
             if taken:

@@ -91,6 +91,22 @@ class LoRAShelf:
             incoming.unlink(missing_ok=True)
         return self.facts(wanted)
 
+    def rename(self, name: str, wanted: object) -> dict[str, object]:
+        """Gives the LoRA `name` another name, with or without its suffix. Returns its facts.
+
+        Raises UnknownError, RefusedError, or ConflictError if the other name is taken.
+        """
+        path = self.path(name)
+        target = self.folder / (checked_name(wanted, "LoRA").removesuffix(_LORA) + _LORA)
+        if target.exists():
+            raise ConflictError(f"{target.name}: a LoRA with this name exists: delete it, or send another name")
+        strength = path.with_suffix(".lora.json")
+        path.rename(target)
+        if strength.is_file():
+            strength.rename(target.with_suffix(".lora.json"))
+        self._known.pop(path, None)
+        return self.facts(target.name)
+
     def delete(self, name: str) -> None:
         """Deletes a LoRA and the file with its strength beside it. Raises UnknownError."""
         path = self.path(name)
