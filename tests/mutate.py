@@ -152,9 +152,9 @@ def main() -> int:
         return bool(by)
 
     with copies(args.jobs) as queue, ThreadPoolExecutor(args.jobs) as pool:
-        whole, groups = queue.get(), {mutant.tests for mutant in chosen}
-        if failing := [tests for tests in sorted(groups) if not passes(whole, tests)]:
-            print(f"these fail on the code as it is: {failing}")
+        whole = queue.get()
+        if not passes(whole, sorted({tests for mutant in chosen for tests in mutant.tests})):
+            print("these tests fail, or find no code, before anything is broken")
             return 2
         queue.put(whole)
         noticed = list(pool.map(run, chosen))
