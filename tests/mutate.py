@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,8 +93,8 @@ def copies(count: int) -> Iterator[Queue[Path]]:
         yield queue
 
 
-def passes(copy: Path, tests: Sequence[str]) -> bool:
-    """Whether the default tests among `tests` pass in a copy of the tree."""
+def failure(copy: Path, tests: Sequence[str]) -> str:
+    """The first of the default tests among `tests` that fails in a copy of the tree; "" if all pass."""
     paths = os.pathsep.join([str(copy), str(copy.parent)])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
@@ -101,23 +102,24 @@ def passes(copy: Path, tests: Sequence[str]) -> bool:
         try:
             done = subprocess.run(
                 [*command, f"--basetemp={temporary}/t"], cwd=copy, env=environment, timeout=PATIENCE,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+                capture_output=True, text=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return False
-    return done.returncode == 0
+            return "a test that does not end"
+    if not done.returncode:
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return found[1] if found else f"exit code {done.returncode}: {done.stdout[-300:]}"
 
 
 def attempt(mutant: Mutant, queue: Queue[Path], first_only: bool) -> str:
-    """ "first" or "suite", by the tests that noticed; "" if none did."""
+    """The test that noticed; "" if none did."""
     copy = queue.get()
     target = copy / mutant.file
     whole = target.read_text(encoding="utf-8")
     try:
         target.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
-        if not passes(copy, mutant.tests):
-            return "first"
-        return "" if first_only or passes(copy, ["tests"]) else "suite"
+        return failure(copy, mutant.tests) or ("" if first_only else failure(copy, ["tests"]))
     finally:
         target.write_text(whole, encoding="utf-8")
         queue.put(copy)
@@ -128,6 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only files with one of these in their names")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--whole", action="store_true", help="first see whether the tests pass on the code as it is")
     parser.add_argument("--first", action="store_true", help="run only the tests most likely to notice")
     parser.add_argument("--log", type=Path, help="a file of results as JSON lines; they are added to it")
     parser.add_argument("--new", action="store_true", help="leave out those that the log has")
@@ -140,12 +143,13 @@ def main() -> int:
     lines = args.log.read_text(encoding="utf-8").splitlines() if args.log and args.log.exists() else []
     known = {tuple(json.loads(line)["mutant"]) for line in lines} if args.new else set()
     chosen = [m for m in chosen if (m.file, m.old, m.new) not in known]
+    chosen.sort(key=lambda mutant: not all(test.endswith(".py") for test in mutant.tests))  # the quick ones first
 
     def run(mutant: Mutant) -> bool:
         began = time.monotonic()
         by = attempt(mutant, queue, args.first)
-        verdict = f"noticed, {by}" if by else f"explained: {mutant.excuse}" if mutant.excuse else "UNNOTICED"
-        print(f"{time.monotonic() - began:4.0f} s  {verdict:16}  {mutant.name}", flush=True)
+        verdict = f"noticed by {by}" if by else f"explained: {mutant.excuse}" if mutant.excuse else "UNNOTICED"
+        print(f"{time.monotonic() - began:4.0f} s  {mutant.name}\n        {verdict}", flush=True)
         if args.log:
             with args.log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"mutant": [mutant.file, mutant.old, mutant.new], "by": by}) + "\n")
@@ -153,8 +157,8 @@ def main() -> int:
 
     with copies(args.jobs) as queue, ThreadPoolExecutor(args.jobs) as pool:
         whole = queue.get()
-        if not passes(whole, sorted({tests for mutant in chosen for tests in mutant.tests})):
-            print("these tests fail, or find no code, before anything is broken")
+        if args.whole and (by := failure(whole, ["tests"])):
+            print(f"fails before anything is broken: {by}")
             return 2
         queue.put(whole)
         noticed = list(pool.map(run, chosen))
