@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from queue import Queue
 
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("mutants.toml")
 ENOUGH = 0.97  # the share that must be noticed
 PATIENCE = 1800  # seconds; a test that takes longer has noticed, too
+_MOMENTS = count(1_000_000_000)  # seconds since 1970
 COPIED = ("cli", "docs", "examples", "tests", "zimage_mlx", "zimage_ref", ".ci", ".github")
 
 
@@ -76,11 +78,11 @@ def mirrored(file: str) -> str:
 
 
 @contextmanager
-def copies(count: int) -> Iterator[Queue[Path]]:
+def copies(number: int) -> Iterator[Queue[Path]]:
     """Copies of the tree, to be taken and given back."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         queue: Queue[Path] = Queue()
-        for i in range(count):
+        for i in range(number):
             copy = Path(folder) / str(i) / "tree"
             for name in COPIED:
                 if (ROOT / name).exists():
@@ -96,7 +98,7 @@ def copies(count: int) -> Iterator[Queue[Path]]:
 def failure(copy: Path, tests: Sequence[str]) -> str:
     """The first of the default tests among `tests` that fails in a copy of the tree; "" if all pass."""
     paths = os.pathsep.join([str(copy), str(copy.parent)])
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     with tempfile.TemporaryDirectory(prefix="mutate-tests-") as temporary:
         try:
@@ -118,11 +120,18 @@ def attempt(mutant: Mutant, queue: Queue[Path], first_only: bool) -> str:
     target = copy / mutant.file
     whole = target.read_text(encoding="utf-8")
     try:
-        target.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
+        _put(target, whole.replace(mutant.old, mutant.new))
         return failure(copy, mutant.tests) or ("" if first_only else failure(copy, ["tests"]))
     finally:
-        target.write_text(whole, encoding="utf-8")
+        _put(target, whole)
         queue.put(copy)
+
+
+def _put(file: Path, text: str) -> None:
+    """Writes `file`, with a time of its own: Python would take compiled code of a file with the same time and size."""
+    file.write_text(text, encoding="utf-8")
+    moment = next(_MOMENTS)
+    os.utime(file, (moment, moment))
 
 
 def main() -> int:
