@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -143,11 +144,6 @@ def _tokenizer(folder: Path) -> None:
     Tokenizer(folder / "tokenizer.json").encode("a fox, 3 foxes")
 
 
-def _dataset(lists: Mapping[str, bytes]) -> dict[str, bytes]:
-    (data,) = _picture("png").values()
-    return {"data/sub/a.png": data, "data/b.png": data, **lists}
-
-
 def _captions(folder: Path) -> None:
     list_dataset(folder / "data")
 
@@ -185,37 +181,53 @@ def _resumed(folder: Path) -> None:
     page(run, read_lines(run), {}, {})
 
 
-def _readers() -> dict[str, Reader]:
-    files = {
-        "npz": written(_npz), "index": written(_index), "shards": written(_numbered),
-        "safetensors": written(lambda f: safetensors.write(f / "a.safetensors", _tensors(), {"zimage": '{"a": [1]}'})),
-        "packed": written(_packed),
-        "burnpack": written(lambda f: foreign.write_burnpack(f / "a.bpk", ARRAYS)),
-    }  # fmt: skip
-    if find_spec("gguf"):
-        files["gguf"] = written(lambda f: foreign.write_gguf(f / "a.gguf", ARRAYS))
-    model = written(lambda folder: tiny.write_model_folder(folder / "model"))
-    small = tuple(name for name in model if len(model[name]) < 50_000)
-    entry = written(lambda f: write_entry(f / "e.safetensors", np.ones((3, 4), np.float32)))
-    line = json.dumps({"file_name": "sub/a.png", "text": "a fox"}), json.dumps({"file_name": "b.png", "text": "b"})
+@cache
+def _model_files() -> dict[str, bytes]:
+    return written(lambda folder: tiny.write_model_folder(folder / "model"))
+
+
+def _whole_model() -> Reader:
+    files = _model_files()
+    return Reader(files, _model, tuple(name for name in files if len(files[name]) < 50_000), share=0.3)
+
+
+def _list(name: str) -> Reader:
+    """Captions in one of the three ways."""
+    lines = [json.dumps({"file_name": file, "text": text}) for file, text in (("sub/a.png", "a fox"), ("b.png", "b"))]
     lists = {
         "texts": {"data/sub/a.txt": "a fox é".encode(), "data/b.txt": b"\xef\xbb\xbfb\r\n"},
-        "metadata.jsonl": {"data/metadata.jsonl": "\n".join(line).encode()},
+        "metadata.jsonl": {"data/metadata.jsonl": "\n".join(lines).encode()},
         "captions.json": {"data/captions.json": as_json({"sub/a.png": "a fox", "b.png": "b"})},
-    }
-    return {
-        **{name: Reader(content, _weights) for name, content in files.items()},
-        **{f"LoRA {name}": Reader(_lora_files(name), _lora) for name in lora_makers.MAKERS if name != "npz"},
-        **{f"record {s}": Reader(_picture(s, RECORD), _repeat) for s in ("png", "jpg", "webp")},
-        **{f"picture {s}": Reader(_picture(s), lambda f: read_given(_only(f)), measured=False)
-           for s in ("png", "jpg", "webp", "gif", "bmp", "tif")},
-        "model": Reader(model, _model, small, share=0.3),
-        "tokenizer": Reader({"tokenizer.json": model["model/tokenizer/tokenizer.json"]}, _tokenizer),
-        **{name: Reader(_dataset(content), _captions, tuple(content)) for name, content in lists.items()},
-        **{name: _options(name) for name in ("options.toml", "options.json")},
-        "run": Reader(written(_run), _resumed),
-        "cache": Reader(entry, lambda folder: read_entry(folder / "e.safetensors")),
-    }  # fmt: skip
+    }[name]
+    (data,) = _picture("png").values()
+    return Reader({"data/sub/a.png": data, "data/b.png": data, **lists}, _captions, tuple(lists))
 
 
-READERS = _readers()
+CONTAINERS: dict[str, Make] = {
+    "npz": _npz, "index": _index, "shards": _numbered, "packed": _packed,
+    "safetensors": lambda f: safetensors.write(f / "a.safetensors", _tensors(), {"zimage": '{"a": [1]}'}),
+    "burnpack": lambda f: foreign.write_burnpack(f / "a.bpk", ARRAYS),
+    **({"gguf": lambda f: foreign.write_gguf(f / "a.gguf", ARRAYS)} if find_spec("gguf") else {}),
+}  # fmt: skip
+READERS: dict[str, Callable[[], Reader]] = {  # made when they are used
+    **{name: partial(lambda make: Reader(written(make), _weights), make) for name, make in CONTAINERS.items()},
+    **{
+        f"LoRA {name}": partial(lambda name: Reader(_lora_files(name), _lora), name)
+        for name in lora_makers.MAKERS
+        if name != "npz"
+    },
+    **{f"record {s}": partial(lambda s: Reader(_picture(s, RECORD), _repeat), s) for s in ("png", "jpg", "webp")},
+    **{
+        f"picture {s}": partial(lambda s: Reader(_picture(s), lambda f: read_given(_only(f)), measured=False), s)
+        for s in ("png", "jpg", "webp", "gif", "bmp", "tif")
+    },
+    "model": _whole_model,
+    "tokenizer": lambda: Reader({"tokenizer.json": _model_files()["model/tokenizer/tokenizer.json"]}, _tokenizer),
+    **{name: partial(_list, name) for name in ("texts", "metadata.jsonl", "captions.json")},
+    **{name: partial(_options, name) for name in ("options.toml", "options.json")},
+    "run": lambda: Reader(written(_run), _resumed),
+    "cache": lambda: Reader(
+        written(lambda f: write_entry(f / "e.safetensors", np.ones((3, 4), np.float32))),
+        lambda folder: read_entry(folder / "e.safetensors"),
+    ),
+}
