@@ -267,3 +267,12 @@ def test_another_component_is_told_apart(model: Path) -> None:
         open_source(model / "text_encoder", "transformer")
     with pytest.raises(FormatError, match="holds no weights"):
         open_source(model / "tokenizer", "vae")
+
+
+def test_the_names_of_gguf_are_those_of_its_own_table() -> None:
+    gguf = pytest.importorskip("gguf", reason="reading .gguf needs the extra gguf")
+    config = cfg.OFFICIAL_TEXT_ENCODER
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    dialect, suffixes = DIALECTS["text_encoder"]["llama.cpp"], (".weight", ".bias")
+    for name, shape in COMPONENTS["text_encoder"].parameters(config).items():
+        assert dialect.place(name, shape, config).name == table.get_name(name, try_suffixes=suffixes), name

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from support import tiny
 
+from zimage_cli import app
 from zimage_cli.app import main
 from zimage_cli.commands import COMMANDS
 from zimage_ref import TrainConfig
@@ -54,6 +57,29 @@ def test_a_wrong_option_is_one_line_and_exit_code_1(
     last_line = capfd.readouterr().err.splitlines()[-1]
     assert last_line.startswith("error: ") and fact in last_line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "fact"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out.png"), "out.png: the disk is full: make room and start"),
+        (OSError(errno.EIO, "Input/output error", "in.png"), "in.png: Input/output error"),
+        (OSError(errno.EIO, "Input/output error"), "file system: Input/output error"),
+        (MemoryError("8 GB"), "this machine has no memory left: 8 GB: take a smaller size"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "a text or a path is not valid Unicode"),
+    ],
+    ids=["full disk", "broken disk", "no name", "no memory", "no Unicode"],
+)
+def test_an_error_of_the_system_is_one_line_and_exit_code_1(
+    error: Exception, fact: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "load", lambda command: SimpleNamespace(run=fail))
+    assert main(["demo"]) == 1
+    text = capfd.readouterr().err
+    assert text.startswith(f"error: {fact}") and text.count("\n") == 1
 
 
 def test_a_command_line_that_does_not_parse_is_exit_code_2() -> None:

@@ -117,6 +117,17 @@ def test_previews_show_the_picture_under_way(run, tmp_path: Path, monkeypatch: p
     assert (early != late).any() and (late != final).any()
 
 
+def test_each_picture_of_a_batch_has_its_own_preview(run, tmp_path: Path) -> None:
+    argv = ["--prompt=x", "--seed=1", "--seed=2", "--steps=4", "--preview-steps=3", "--output={seed}.png"]
+    assert run(*argv, "--batch-size=2") == 0
+    assert names(tmp_path) == ["1.png", "1.preview.png", "2.png", "2.preview.png"]
+
+    def distance(preview: int, result: int) -> float:
+        return float(np.abs(pixels(tmp_path / f"{preview}.preview.png") - pixels(tmp_path / f"{result}.png")).mean())
+
+    assert 2 * distance(1, 1) < distance(1, 2) and 2 * distance(2, 2) < distance(2, 1)
+
+
 def test_a_picture_and_a_mask_change_what_is_made(run, tmp_path: Path) -> None:
     photo = tiny.photograph(60, 44, 1)
     photo.save("in.jpg")

@@ -27,6 +27,14 @@ def test_four_steps_at_shift_three_are_the_fractions_one_can_work_out() -> None:
     np.testing.assert_allclose(flow.sigmas(4, SchedulerConfig(shift=3.0), 1), [1, 9 / 10, 3 / 4, 1 / 2, 0], atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("steps", "strength", "made"), [(8, 0.55, 5), (9, 0.5, 5), (50, 0.99, 50), (8, 0.6, 5), (8, 0, 0)]
+)
+def test_strength_is_the_share_of_steps_rounded_up(steps: int, strength: float, made: int) -> None:
+    table = flow.sigmas(steps, SchedulerConfig(shift=3.0), 1, strength)
+    assert len(table) == made + 1 and table == flow.sigmas(steps, SchedulerConfig(shift=3.0), 1)[steps - made :]
+
+
 def test_dynamic_shifting_follows_the_number_of_image_tokens() -> None:
     config = SchedulerConfig(shift=3.0, use_dynamic_shifting=True)
     assert flow.resolution_shift(256) == pytest.approx(np.exp(0.5))

@@ -18,6 +18,7 @@ from zimage_ref.training.buckets import bucket, buckets
         ((1000, 1500), 512, (416, 624)),
         ((4000, 1000), 512, (1024, 256)),
         ((1920, 1080), 1024, (1360, 768)),
+        ((1000, 1000), 300, (304, 304)),  # the larger of two that cut off nothing
     ],
 )
 def test_a_bucket_has_the_area_of_the_resolution_and_the_shape_of_the_picture(size, resolution, expected) -> None:

@@ -140,6 +140,17 @@ def test_a_page_before_the_first_step_and_with_losses_that_are_not_finite(tmp_pa
     assert "http-equiv=refresh" not in page(run, [{**step, "step": 9}], {}, {})
 
 
+def test_texts_of_a_run_cannot_change_its_page(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "<i>.safetensors")
+    run.previews.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(run.previews / "a.png")
+    line = {"step": 1, "index": 0, "prompt": "<b>&", "preview": "previews/a.png"}
+    html = page(run, [line], {"trigger": "<u>"}, {"<s>": "<em>"})
+    assert "<h3>&lt;b&gt;&amp;</h3>" in html and "<h1>&lt;i&gt;.safetensors</h1>" in html
+    assert "&lt;u&gt;" in html and "&lt;em&gt;" in html
+    assert not re.search(r"<(b|i|u|s|em)>", html)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_the_report_opens_in_a_browser_and_needs_nothing_else(run: Run, tmp_path: Path) -> None:
     report = tmp_path / "alone.html"  # far from the run: everything is in it

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zimage_ref.formats import files
+from zimage_ref.training import run_folder
 from zimage_ref.training.facts import SavedFacts
 from zimage_ref.training.run_folder import RunFolder
 
@@ -94,3 +96,22 @@ def test_the_folder_of_states_may_be_a_link_to_another_disk(run: RunFolder, tmp_
     assert resume.is_symlink() and not list(disk.iterdir())
     run.save(4, {"lora": {}, "optimizer": {}}, FACTS)
     assert run.unfinished() == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECTORY"), reason="folders cannot be synced here")
+def test_a_state_is_on_disk_before_its_name_and_then_the_name(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def recorded(handle: int) -> None:
+        done.append(str(os.fstat(handle).st_ino))
+
+    rename = Path.rename
+    monkeypatch.setattr(files, "sync", recorded)
+    monkeypatch.setattr(run_folder, "sync", recorded)
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append("renamed") or rename(path, to))
+    folder = run.save(3, {"lora": {}, "optimizer": {}}, FACTS)
+    inode, parent = (str(path.stat().st_ino) for path in (folder, folder.parent))
+    synced = [event for event in done if event != "renamed"]
+    assert synced[-2:] == [inode, parent]
+    assert done.index(inode) < done.index("renamed", done.index(inode)) < done.index(parent)
+    assert {str(path.stat().st_ino) for path in folder.iterdir()} <= set(done[: done.index(inode)])

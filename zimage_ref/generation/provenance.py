@@ -7,6 +7,7 @@ moment, while reading the whole model would take a minute.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from zimage_ref.checkpoints.control_file import control_fingerprint
 from zimage_ref.checkpoints.fingerprint import model_fingerprint
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.checkpoints.registry import part_options
-from zimage_ref.errors import FormatError
+from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats.checkpoint import find_weights
 from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import GROUP_SIZE
@@ -169,8 +170,17 @@ class Repeat:
         return cls(options, choice, loras, hashes, source)
 
     def config(self, **changes: object) -> GenerateConfig:
-        """The config of the picture with `changes`. Raises ConfigError for values out of bounds."""
-        return config_of(self.options | changes)
+        """The config of the picture with `changes`.
+
+        Raises ConfigError for values out of bounds. It names the picture if the value is the record's.
+        """
+        try:
+            return config_of(self.options | changes)
+        except ConfigError as error:
+            named = re.match(r"`(\w+)`", str(error))
+            if named is None or named[1] in changes:
+                raise
+            raise ConfigError(f"{self.source}: {error}") from error
 
     def changes(self, model: Mapping[str, str], loras: Iterable[RecordedLoRA]) -> list[str]:
         """The files that differ from those that the picture was made from. model: an `identity`. loras: those in use.

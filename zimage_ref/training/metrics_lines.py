@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from typing import TypeAlias, TypedDict, final
+from contextlib import suppress
+from typing import TypeAlias, TypedDict, TypeGuard, final, get_type_hints
 
 from .events import Event, Previewed, Step, Validated
 from .run_folder import RunFolder
@@ -49,6 +50,8 @@ class PreviewLine(TypedDict):
 
 
 MetricsLine: TypeAlias = StepLine | HeldOutLine | PreviewLine
+_FIELDS = [get_type_hints(kind) for kind in (StepLine, HeldOutLine, PreviewLine)]
+_LARGEST = 1e40  # no float32 is larger
 
 
 def line_of(event: Event, run: RunFolder) -> MetricsLine | None:
@@ -71,16 +74,35 @@ def line_of(event: Event, run: RunFolder) -> MetricsLine | None:
 
 
 def read_lines(run: RunFolder) -> list[MetricsLine]:
-    """All complete lines. If a crash cut off the last line, it is left out."""
+    """All whole lines. One that a crash cut off, or that is damaged, is left out."""
     if not run.metrics.is_file():
         return []
     lines: list[MetricsLine] = []
-    for text in run.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    for text in run.metrics.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            line: object = json.loads(text)
+            if _is_line(line):
+                lines.append(line)
     return lines
+
+
+def _is_line(data: object) -> TypeGuard[MetricsLine]:
+    """Whether `data` has all fields of a line, each of its type."""
+    return isinstance(data, dict) and any(
+        all(name in data and _fits(data[name], hint) for name, hint in fields.items()) for fields in _FIELDS
+    )
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether `value`, from JSON, is of the type `hint` of a field, and within bounds if it is a number."""
+    if hint == dict[str, Finite]:
+        return isinstance(value, dict) and all(_fits(item, Finite) for item in value.values())
+    if hint in (float, Finite):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        return number or (value is None and hint == Finite)
+    if hint is int:
+        return type(value) is int and 0 <= value <= _LARGEST
+    return isinstance(value, str if hint is str else bool)
 
 
 def step_lines(lines: Iterable[MetricsLine]) -> list[StepLine]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from zimage_ref.errors import ZImageError
 from zimage_ref.pictures.images import thumbnail
 
 from .chart import Line, Point, chart
@@ -73,7 +74,7 @@ def _tiles(steps: Sequence[StepLine], measured: Sequence[HeldOutLine]) -> str:
 def _charts(steps: Sequence[StepLine], measured: Sequence[HeldOutLine], last: int) -> str:
     levels = list(measured[0]["validation"]) if measured else []
     held_out = [
-        Line(f"σ {level}", f"c{i}", _points((line["step"], line["validation"][level]) for line in measured))
+        Line(f"σ {level}", f"c{i}", _points((line["step"], line["validation"].get(level)) for line in measured))
         for i, level in enumerate(levels)
     ]
     loss = _points((line["step"], line["loss"]) for line in steps)
@@ -100,11 +101,7 @@ def _previews(folder: Path, lines: Sequence[PreviewLine]) -> str:
             by_prompt.setdefault((line["index"], line["prompt"]), []).append(line)
     strips = []
     for (_, prompt), drawn in sorted(by_prompt.items()):
-        figures = "".join(
-            f'<figure class=shot><img alt="step {line["step"]}" src="{_thumbnail(folder / line["preview"])}">'
-            f"<figcaption>step {line['step']:,}</figcaption></figure>"
-            for line in _spread(drawn)
-        )
+        figures = "".join(_shot(line["step"], folder / line["preview"]) for line in _spread(drawn))
         strips.append(f"<h3>{escape(prompt)}</h3><div class=strip>{figures}</div>")
     return f"<h2>Previews</h2>{''.join(strips)}" if strips else ""
 
@@ -116,8 +113,14 @@ def _spread(drawn: list[PreviewLine]) -> list[PreviewLine]:
     return [drawn[round(i * (len(drawn) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
 
 
-def _thumbnail(path: Path) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(thumbnail(path, _THUMBNAIL)).decode()}"
+def _shot(step: int, path: Path) -> str:
+    """The preview of a step. A damaged file has a caption only: it must not end the run."""
+    try:
+        data = base64.b64encode(thumbnail(path, _THUMBNAIL)).decode()
+    except ZImageError:
+        data = ""
+    shown = f'<img alt="step {step}" src="data:image/jpeg;base64,{data}">' if data else ""
+    return f"<figure class=shot>{shown}<figcaption>step {step:,}</figcaption></figure>"
 
 
 def _table(title: str, facts: Mapping[str, object]) -> str:
