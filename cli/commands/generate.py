@@ -21,6 +21,7 @@ from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
+from zimage_ref.generation.steering import predictions_of
 from zimage_ref.options import MEMORY
 
 from ..terminal import blas
@@ -202,6 +203,9 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "guidance": f"{config.guidance:g}",
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
         "negative": config.negative_prompt or None,
+        "NAG": config.nag,
+        "variety": config.variety,
+        "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
         "mask": config.mask,
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
@@ -217,7 +221,7 @@ def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
     figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
-    predictions = (len(first.sigmas) - 1) * (2 if first.guidance.scale > 0 else 1)
+    predictions = round((len(first.sigmas) - 1) * predictions_of(first))
     precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory_mode(requests)
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
     return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

@@ -19,6 +19,7 @@ from .samplers import SAMPLERS
 
 SIDE_MULTIPLE = size_multiple(OFFICIAL_TRANSFORMER, OFFICIAL_VAE)  # 16: 8 pixels a latent, 2 x 2 latents a token
 DEFAULT_SIDE = 512
+VARIETY_UNTIL = 0.2  # of the steps
 MAX_AREA = 2048 * 2048  # pixels
 
 
@@ -69,7 +70,15 @@ class GenerateConfig:
 
     prompt: str = required("Text that describes the picture.", PICTURE)
     negative_prompt: str = option(
-        "", "Text that describes the things to avoid. It works only with guidance.", PICTURE, value="TEXT"
+        "", "Text that describes the things to avoid. It needs guidance or `nag`.", PICTURE, value="TEXT"
+    )
+    region: tuple[str, ...] = option(
+        (),
+        "A part of the picture and its own prompt. The sides are shares of the picture, 0 to 1. "
+        "You can repeat this option.",
+        PICTURE,
+        value="LEFT,TOP,WIDTH,HEIGHT: TEXT",
+        repeatable=True,
     )
     width: int | None = option(
         None,
@@ -110,6 +119,19 @@ class GenerateConfig:
     cfg_truncation: float = option(
         1.0, "Time at which guidance ends: 0 is the start of denoising, 1 is its end.", DENOISING
     )
+    nag: float | None = option(
+        None,
+        "Strength of `negative_prompt` without guidance. 1 is none; 3 to 8 are usual. A step takes about 1.3 times as "
+        "long.",
+        DENOISING,
+        value="SCALE",
+    )
+    variety: float | None = option(
+        None, "How much pictures of one prompt differ, 0 to 1: noise on the prompt in the first steps.", DENOISING
+    )
+    variety_until: float | None = option(
+        None, f"Share of the steps with `variety`. With auto, {VARIETY_UNTIL:g}.", DENOISING, auto=True
+    )
     seed: int = option(0, "Seed of the noise at the start.", PICTURE)
     init_image: PictureSource | None = option(None, "Picture to start from.", START, value="PICTURE", essential=True)
     strength: float | None = option(
@@ -136,6 +158,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
+        object.__setattr__(self, "region", _texts("region", self.region))
         check_bounds(self, PICTURE_BOUNDS)
         for name in ("init_image", "mask"):
             if not isinstance(getattr(self, name), str | Path | Picture | None):
@@ -146,6 +169,8 @@ class GenerateConfig:
         if self.width and self.height:
             check_area(self.width, self.height)
         check_choices(self)
+        if self.variety_until is not None and not self.variety:
+            raise ConfigError("`variety_until` needs `variety`")
         if self.init_image is None:
             needs_picture = {
                 "strength": self.strength is not None, "mask": self.mask is not None, "fit": self.fit != "crop"
@@ -157,7 +182,7 @@ class GenerateConfig:
     def check_guidance(self) -> None:
         """Raises ConfigError if you set an option that needs guidance while `guidance` is 0 or None."""
         idle = {
-            "negative_prompt": bool(self.negative_prompt),
+            "negative_prompt": bool(self.negative_prompt) and self.nag is None,
             "cfg_normalization": bool(self.cfg_normalization),
             "cfg_truncation": self.cfg_truncation < 1,
         }
@@ -197,6 +222,15 @@ def shrunk(width: float, height: float) -> tuple[int, int]:
     while w * h > MAX_AREA:  # rounding up both sides can exceed it
         w, h = (w - SIDE_MULTIPLE, h) if w >= h else (w, h - SIDE_MULTIPLE)
     return w, h
+
+
+def _texts(name: str, texts: object) -> tuple[str, ...]:
+    """`texts` as a tuple. Raises ConfigError unless they are a list of texts."""
+    if not isinstance(texts, (list, tuple)):
+        raise ConfigError(f"`{name}` must be a list of texts")
+    for text in texts:
+        _check_text(name, text)
+    return tuple(texts)
 
 
 def _check_text(name: str, text: object) -> None:

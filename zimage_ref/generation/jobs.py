@@ -31,6 +31,7 @@ from .config import (
     shrunk,
 )
 from .samplers import Guidance
+from .steering import check_steering, check_words
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
         if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
             own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
+            check_words(own)
             requests.append(replace(last, config=own))
         else:
             requests.append(_request(config, folder))
@@ -135,6 +137,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
     width, height = _size(config, picture)
     _check_size(width, height, folder)
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
+    check_steering(config, height // folder.size_multiple, width // folder.size_multiple)
     painted = None if white is None else fit_mask(white, width, height, config.fit)
     if painted is not None and not painted.any():
         raise ConfigError(f"`mask` {_named(config.mask)} is black: paint the parts to change white")

@@ -30,6 +30,7 @@ from .denoising import DenoisingStep, denoised, plain_steps
 from .engine import ConditioningT, Engine, Terms
 from .jobs import Request, configs_for, in_batches, plan_requests
 from .loras import LoRACache, LoRASource
+from .steering import all_texts, predictions_of
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -232,10 +233,10 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         one_at_a_time = self.lean if lean is None else lean
         model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(one_at_a_time)
         batch = min(batch_size, len(requests))
-        sizes = {(r.width, r.height, r.guidance.scale > 0) for r in requests}
+        loads = {(r.width, r.height, predictions_of(r)) for r in requests}
         return largest(
-            generation_stages(model, footprint, (width, height), batch * (1 + guided), one_at_a_time)
-            for width, height, guided in sizes
+            generation_stages(model, footprint, (width, height), batch * predictions, one_at_a_time)
+            for width, height, predictions in loads
         )
 
     def _made(
@@ -289,8 +290,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """The features of every text, and for each request the latents of the picture that it starts from."""
         self._done_with("transformer", lean)  # an interrupted run may have left both loaded
         self._done_with("vae", lean)
-        guided = [request for request in requests if request.guidance.scale]
-        texts = dict.fromkeys([r.config.prompt for r in requests] + [r.config.negative_prompt for r in guided])
+        texts = all_texts(request.config for request in requests)
         captions = {}
         for i, text in enumerate(texts, start=1):
             captions[text] = self.encode_prompt(text)

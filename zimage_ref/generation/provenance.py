@@ -86,7 +86,7 @@ class Recorder:
         known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files = {name: values.pop(name) for name in _PICTURES}
-        made: dict[str, object] = {name: value for name, value in values.items() if value is not None}
+        made: dict[str, object] = {name: value for name, value in values.items() if value not in (None, ())}
         for name, source in files.items():
             if isinstance(source, (str, Path)):
                 made |= {name: str(source), f"{name}_sha256": known.get(name) or self._digest(Path(source))}
