@@ -20,6 +20,7 @@ from zimage_ref.memory import (
     LEAN,
     METAL_LEAN,
     NUMPY,
+    STREAM,
     Footprint,
     LoadedModel,
     Stage,
@@ -31,12 +32,14 @@ from zimage_ref.memory import (
 )
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import (
+    block_of,
     text_encoder_parameters,
     text_encoder_unused,
     transformer_parameters,
     vae_parameters,
 )
 from zimage_ref.requirements import memory_needs
+from zimage_ref.streaming import pass_bytes
 
 
 def official() -> ModelFolder:
@@ -98,6 +101,34 @@ def test_the_estimates_at_4_bits_are_what_whole_runs_took(side: int, generated: 
     picture = peak(generation_stages(model, LEAN, (side, side)))
     run = peak(training_stages(model, (side // 16) ** 2, LORA))
     assert picture.total == pytest.approx(generated, rel=0.05) and run.total == pytest.approx(trained, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("bits", "pictures", "training"), [(None, (1.5e9, 2.2e9), (2.8e9, 5.6e9)), (FOUR, (2.2e9, 2.7e9), (2.9e9, 5.7e9))]
+)
+def test_streaming_needs_the_memory_of_three_blocks(
+    bits: Quantization | None, pictures: tuple[float, float], training: tuple[float, float]
+) -> None:
+    model = loaded(quantization=bits)
+    for i, side in enumerate((512, 1024)):
+        streamed, lean = (generation_stages(model, footprint, (side, side)) for footprint in (STREAM, LEAN))
+        assert peak(streamed).total < pictures[i]
+        assert [s.activations for s in streamed] == [s.activations for s in lean]
+        assert streamed[2] == lean[2] and streamed[1].weights < lean[1].weights / 3
+        assert peak(training_stages(model, (side // 16) ** 2, LORA, footprint=STREAM)).total < training[i]
+
+
+def test_the_weights_of_three_blocks_are_counted() -> None:
+    model, sizes = loaded(), loaded().sizes("transformer")
+    block = sum(size for name, size in sizes.items() if name.startswith("layers.7."))
+    outside = sum(size for name, size in sizes.items() if not block_of(name))
+    assert model.weight_bytes("transformer", streamed=3) == outside + 3 * block
+    four = loaded(quantization=FOUR)  # quantized as it is read, so one block is there in bfloat16
+    packed = sum(size for name, size in four.sizes("transformer").items() if name.startswith("layers.7."))
+    assert four.weight_bytes("transformer", streamed=3) == outside + 2 * packed + block
+    assert model.weight_bytes("text_encoder", streamed=1) < 0.3e9  # without the table of tokens
+    assert model.weight_bytes("vae", streamed=3) == model.weight_bytes("vae")
+    assert pass_bytes(model.folder) == sum(sizes.values()) - outside
 
 
 def test_a_mac_of_8_gb_generates_at_1024_and_does_not_train() -> None:

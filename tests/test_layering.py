@@ -31,19 +31,23 @@ ROOMS = {
     "zimage_ref.networks": "formats model lora",
     "zimage_ref.checkpoints": f"{_BASE} extras lora",
     "zimage_ref.memory": f"{_BASE} checkpoints",
-    "zimage_ref.generation": f"{_BASE} bounds version options options_file pictures lora checkpoints memory",
+    "zimage_ref.streaming": f"{_BASE} checkpoints memory",
+    "zimage_ref.generation":
+        f"{_BASE} bounds version options options_file pictures lora checkpoints memory streaming",
     "zimage_ref.pipeline": "formats model lora networks memory generation",
-    "zimage_ref.training": f"{_BASE} bounds options options_file pictures lora checkpoints memory generation",
+    "zimage_ref.training":
+        f"{_BASE} bounds options options_file pictures lora checkpoints memory streaming generation",
     "zimage_ref.doctor": "errors formats model version checkpoints memory",
     "zimage_ref.inspection": "errors formats checkpoints",
-    "zimage_ref.requirements": "formats model checkpoints memory training",
+    "zimage_ref.requirements": "formats model checkpoints memory streaming training",
     "zimage_ref.tiny": "formats model pictures checkpoints",
     "zimage_ref": f"lazy version {_BASE} lora checkpoints generation pipeline training",
-    "zimage_mlx.device": "errors",
+    "zimage_mlx.device": "errors memory",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
-    "zimage_mlx.lora": "zimage_mlx.networks formats lora",
+    "zimage_mlx.lora": "zimage_mlx.networks formats model lora",
     "zimage_mlx.pipeline":
-        "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory generation",
+        "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory streaming "
+        "generation",
     "zimage_mlx.training":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
         "pictures lora memory generation training",

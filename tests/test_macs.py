@@ -16,7 +16,6 @@ from test_estimates import LORA, loaded
 from zimage_mlx import ZImagePipeline, device
 from zimage_ref import ConfigError
 from zimage_ref.formats.quantize import Quantization
-from zimage_ref.generation.run import RunSettings, decide_memory_mode
 from zimage_ref.memory import (
     FAST,
     LEAN,
@@ -27,6 +26,7 @@ from zimage_ref.memory import (
     require_memory,
     training_stages,
 )
+from zimage_ref.streaming import choose
 
 
 def bits(number: int | None) -> Quantization | None:
@@ -34,12 +34,12 @@ def bits(number: int | None) -> Quantization | None:
 
 
 def generated(number: int | None, side: int = 1024, fast: bool = False) -> list[Stage]:
-    footprint = ZImagePipeline.footprint(lean=not fast)
+    footprint = ZImagePipeline.footprint("fast" if fast else "lean")
     return generation_stages(loaded(quantization=bits(number)), footprint, (side, side), one_at_a_time=not fast)
 
 
 def trained(number: int | None, side: int = 512) -> list[Stage]:
-    footprint = ZImagePipeline.footprint(lean=True)
+    footprint = ZImagePipeline.footprint("lean")
     return training_stages(loaded(quantization=bits(number)), (side // 16) ** 2, LORA, footprint=footprint)
 
 
@@ -61,7 +61,7 @@ def test_mlx_is_kept_within_what_metal_gives_and_nothing_is_wired(
     cache = {True: 10**9, False: mac.limit // 10}
     assert pipe.memory_limit() == mac.limit
     assert mac.told == {"set_memory_limit": mac.limit, "set_cache_limit": cache[lean]}
-    pipe.set_lean(not lean)
+    pipe.set_mode("fast" if lean else "lean")
     assert mac.told == {"set_memory_limit": mac.limit, "set_cache_limit": cache[not lean]}
 
 
@@ -69,7 +69,7 @@ def test_elsewhere_mlx_is_left_alone(model_dir: Path, monkeypatch: pytest.Monkey
     mac = pretend(monkeypatch)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     pipe = ZImagePipeline.from_pretrained(model_dir, lean=True)
-    assert not mac.told and pipe.unpack and (pipe.footprint(True), pipe.footprint(False)) == (LEAN, FAST)
+    assert not mac.told and pipe.unpack and (pipe.footprint("lean"), pipe.footprint("fast")) == (LEAN, FAST)
 
 
 def test_the_gpu_is_asked_even_if_the_cpu_is_the_default(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +96,8 @@ def test_what_fits_which_mac(
     assert device.gpu_memory() == limit
     assert [n for n in (None, 8, 4) if fits(generated(n), limit)] == pictures
     assert [n for n in (None, 8, 4) if fits(trained(n), limit)] == training
-    for_more = RunSettings(keep_model=True)
-    assert decide_memory_mode(for_more, generated(None, fast=True), limit) == mode
+    modes = {"fast": generated(None, fast=True), "lean": generated(None)}
+    assert choose("auto", modes, limit).mode == mode
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref.errors import BackendError, TrainingError, ZImageError
+from zimage_ref.memory import Mode
 
 _METAL = ("[METAL]", "[metal::")  # that MLX's errors from Metal are marked with
 _RELAXED = "set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"  # an environment variable that makes macOS more patient
@@ -26,6 +27,8 @@ _UNKNOWN = "the GPU has failed: start again"
 _RESUME = "; `resume` goes on from the last save"
 
 _LEAN_CACHE = 10**9  # bytes of freed memory that MLX keeps for reuse on Metal
+_STREAM_CACHE = 1 << 28  # the same in the mode stream, on any device
+_usual_cache: list[int] = []  # the limit that the mode stream replaced
 _CACHE_SHARE = 10  # not lean: a tenth of the limit
 
 
@@ -50,16 +53,22 @@ def gpu_memory() -> int | None:
     return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or 0) or None
 
 
-def limit_memory(lean: bool) -> None:
-    """Keeps MLX within the GPU's memory on Metal, and limits what it holds of freed memory; less if `lean`.
+def limit_memory(mode: Mode) -> None:
+    """Keeps MLX within the GPU's memory on Metal, and limits what it holds of freed memory, less in the mode lean.
 
     The GPU of a Mac shares the memory with all programs. Left alone, MLX would plan for half as much again as Metal
-    gives, and keep nearly all that it ever used.
+    gives, and keep nearly all that it ever used. The mode stream is for little memory on any device.
     """
     limit = gpu_memory() if on_metal() else None
     if limit:
         mx.set_memory_limit(limit)
-        mx.set_cache_limit(_LEAN_CACHE if lean else limit // _CACHE_SHARE)
+    if mode == "stream":
+        before = mx.set_cache_limit(_STREAM_CACHE)
+        _usual_cache[:] = _usual_cache or [before]
+    elif limit:
+        mx.set_cache_limit(limit // _CACHE_SHARE if mode == "fast" else _LEAN_CACHE)
+    elif _usual_cache:
+        mx.set_cache_limit(_usual_cache.pop())
 
 
 @contextmanager

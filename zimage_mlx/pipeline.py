@@ -16,15 +16,17 @@ from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import Footprint, footprint_of_mlx
+from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
 from zimage_ref.model.steering import Steering
+from zimage_ref.streaming import STREAMED, require_streamable
 
 from . import device
 from .device import gpu_errors_explained, gpu_memory, limit_memory, multiply_in_float32, on_gpu
 from .lora.layers import Adapters
-from .networks.running import BlockRunner, RunInPieces
+from .networks.running import RESIDENT, BlockRunner, RunInPieces, Weights
 from .networks.steered import condition_steered
+from .networks.streaming import Stream
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
@@ -53,13 +55,17 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
         group_size: int = GROUP_SIZE,
+        stream: bool = False,
     ) -> None:
-        super().__init__(folder, dtype, lean, quantize, parts, group_size)
+        if stream:
+            require_streamable(folder)
+        super().__init__(folder, dtype, lean, quantize, parts, group_size, stream)
         self.unpack = True  # whether quantized weights are unpacked for a product of many rows
         self._networks: dict[str, nn.Module] = {}  # in memory, by component
+        self._streams: dict[str, Stream] = {}  # what reads their blocks, in the mode stream
         if self.precision == "float32":
             multiply_in_float32()
-        self._adapt_to(lean)
+        self._adapt_to(self.mode)
         self._adapters: Adapters | None = None  # of the transformer in memory
 
     @classmethod
@@ -77,17 +83,19 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         return mx.bfloat16 if narrow else self.dtype
 
     @classmethod
-    def footprint(cls, lean: bool) -> Footprint:
-        return footprint_of_mlx(lean, device.on_metal())
+    def footprint(cls, mode: Mode) -> Footprint:
+        return footprint_of_mlx(mode, device.on_metal())
 
-    def set_lean(self, lean: bool) -> None:
-        super().set_lean(lean)
-        self._adapt_to(lean)
+    def set_mode(self, mode: Mode) -> None:
+        if mode == "stream" != self.mode:
+            require_streamable(self.folder)
+        super().set_mode(mode)
+        self._adapt_to(mode)
 
-    def _adapt_to(self, lean: bool) -> None:
-        """Sets what Metal needs set; elsewhere nothing changes."""
-        limit_memory(lean)
-        self.unpack = not (lean and device.on_metal())
+    def _adapt_to(self, mode: Mode) -> None:
+        """Sets what the mode needs set."""
+        limit_memory(mode)
+        self.unpack = mode == "fast" or not device.on_metal()
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -97,7 +105,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     @property
     def text_encoder(self) -> TextEncoder:
         """The Qwen3 encoder."""
-        return self._network("text_encoder", lambda: TextEncoder(self.folder.text_encoder))
+        return self._network("text_encoder", lambda stream: TextEncoder(self.folder.text_encoder, stream))
 
     @property
     def transformer(self) -> Transformer:
@@ -105,27 +113,40 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         return self._network("transformer", self._empty_transformer)
 
     @property
+    def block_stream(self) -> Stream | None:
+        """The reader of the blocks of the loaded transformer, in the mode stream."""
+        return self._streams.get("transformer")
+
+    @property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self._network("vae", lambda: VAE(self.folder.vae))
+        return self._network("vae", lambda stream: VAE(self.folder.vae))
 
-    def _network(self, component: str, make: Callable[[], Network]) -> Network:
+    def _network(self, component: str, make: Callable[[Weights], Network]) -> Network:
         """The network `component`; if it is not in memory, `make` gives it and its weights are loaded."""
         if component not in self._networks:
-            network = make()
-            dtype = self._dtype_of(component)
-            load(network, self.folder.weights[component], dtype, self.quantization, self.unpack)
+            how = self.folder.weights[component], self._dtype_of(component), self.quantization, self.unpack
+            if self.mode == "stream" and component in STREAMED:
+                stream = Stream()
+                network = make(stream)
+                stream.open(network, *how)
+                self._streams[component] = stream
+            else:
+                network = make(RESIDENT)
+                load(network, *how)
             self._networks[component] = network
         return cast(Network, self._networks[component])
 
-    def _empty_transformer(self) -> Transformer:
+    def _empty_transformer(self, weights: Weights) -> Transformer:
         """A transformer that still needs weights. A lean one computes blocks in pieces."""
-        run = RunInPieces(on_gpu()).block if self.lean else BlockRunner()
-        return Transformer(self.folder.transformer, run)
+        run = RunInPieces(on_gpu(), weights.read_ahead).block if self.lean else BlockRunner()
+        return Transformer(self.folder.transformer, weights.around(run), weights)
 
     def release(self, *components: str) -> None:
         for component in components:
             self._networks.pop(component, None)
+            if stream := self._streams.pop(component, None):
+                stream.close()
         if "transformer" in components:
             self._adapters = None
         mx.clear_cache()
@@ -136,7 +157,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
         if self._adapters is None:
             # merging is faster for each step, branches are faster to change: a lean pipeline has nothing to change
-            self._adapters = Adapters(self.transformer, self._stored, merge=self.lean)
+            self._adapters = Adapters(self.transformer, self._stored, merge=self.lean, stream=self.block_stream)
         self._adapters.use([(file.updates, scale) for file, scale in loras])
 
     def _stored(self, name: str) -> mx.array:
@@ -177,4 +198,4 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
 
     def _strips(self) -> Strips:
-        return Strips(self.footprint(self.lean).strips)
+        return Strips(self.footprint(self.mode).strips)

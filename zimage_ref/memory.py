@@ -9,19 +9,23 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .checkpoints.folder import ModelFolder
 from .errors import ConfigError
-from .formats.quantize import Quantization, QuantizedTensor
+from .formats.quantize import Quantization, QuantizedTensor, bytes_by_dtype
 from .formats.tensors import Tensor
 from .model import parameters
 from .model.config import TransformerConfig
+from .model.parameters import EMBEDDING, block_of
 from .model.positions import padded
 from .model.quantization import covers
 from .model.tokenizer import MAX_TOKENS
 
+Mode = Literal["fast", "lean", "stream"]  # a memory mode; `zimage_ref.streaming` says what each holds
 CAPTION_TOKENS = 128  # the padded length of an ordinary caption
 # Values of one block in memory at once, for each token, in widths of the stream and of the feed-forward
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
@@ -44,6 +48,7 @@ class Footprint:
     pixel_widths: int  # values that the autoencoder holds at once for each pixel, in widths of its first level
     unpacked: float = 0.0  # number of blocks whose matrices are unpacked at once, if they are stored in 4 or 8 bits
     strips: int = 0  # additional bytes for strips of the autoencoder's large layers
+    streamed: int = 0  # blocks whose weights are in memory at once; 0: the weights of all blocks
     margin: float = 0.0  # share of the estimate to add, because nobody has measured on this engine
 
     def with_margin(self, weights: int, activations: float, lora: int = 0) -> int:
@@ -76,17 +81,20 @@ class Footprint:
 # in small strips.
 FAST = Footprint(mapped=False, blocks=1.4, text_blocks=7.6, pixel_widths=4, unpacked=4, strips=4_840_000_000)
 LEAN = Footprint(mapped=False, blocks=0.7, text_blocks=7.6, pixel_widths=4, unpacked=3.6, strips=900_000_000)
+# STREAM is LEAN with the weights of three blocks: one is computed, one is read, one may not have been given back yet.
+STREAM = replace(LEAN, streamed=3)
 # Metal has not been measured. When lean, it leaves weights packed.
 METAL_FAST, METAL_LEAN = replace(FAST, margin=0.15), replace(LEAN, margin=0.15, unpacked=0)
+METAL_STREAM = replace(METAL_LEAN, streamed=STREAM.streamed)
 # NumPy in float32 on a CPU: 57 MB for the transformer at 288 tokens, 199 MB for decoding 192 x 192
 NUMPY = Footprint(mapped=True, blocks=0.5, text_blocks=0.5, pixel_widths=11)
 
 
-def footprint_of_mlx(lean: bool, metal: bool) -> Footprint:
+def footprint_of_mlx(mode: Mode, metal: bool) -> Footprint:
     """That of MLX in one mode, on the GPU of a Mac (`metal`) or elsewhere."""
     if metal:
-        return METAL_LEAN if lean else METAL_FAST
-    return LEAN if lean else FAST
+        return {"fast": METAL_FAST, "lean": METAL_LEAN, "stream": METAL_STREAM}[mode]
+    return {"fast": FAST, "lean": LEAN, "stream": STREAM}[mode]
 
 
 def on_apple_silicon() -> bool:
@@ -107,13 +115,29 @@ class LoadedModel:
         """The bytes of a value that is not quantized."""
         return _ITEMSIZES[self.precision]
 
-    def weight_bytes(self, component: str, mapped: bool = False) -> int:
+    def sizes(self, component: str) -> dict[str, int]:
+        """The bytes of each parameter of one network, by name."""
+        return {name: self._nbytes(name, tensor) for name, tensor in self.folder.weights[component].items()}
+
+    def weight_bytes(self, component: str, mapped: bool = False, streamed: int = 0) -> int:
         """The bytes of the weights of one network. If they are `mapped`, the bytes of its largest tensor.
 
-        A value takes `itemsize` bytes unless it is quantized, by `quantization` or in the file.
+        A value takes `itemsize` bytes unless it is quantized, by `quantization` or in the file. streamed: the number of
+        blocks that are in memory at once, one of them as the file stores it if that is larger; 0 means all.
         """
-        sizes = [self._nbytes(name, tensor) for name, tensor in self.folder.weights[component].items()]
-        return max(sizes) if mapped else sum(sizes)
+        tensors, sizes = self.folder.weights[component], self.sizes(component)
+        if mapped:
+            return max(sizes.values())
+        if not streamed:
+            return sum(sizes.values())
+        held, stored = Counter[str](), Counter[str]()
+        for name, size in sizes.items():
+            held[block_of(name)] += 0 if name == EMBEDDING else size
+            stored[block_of(name)] += sum(bytes_by_dtype([tensors[name]]).values())
+        blocks = [block for block in held if block]
+        largest_block = max((held[block] for block in blocks), default=0)
+        read = max((max(held[block], stored[block]) for block in blocks), default=0)
+        return held[""] + (streamed - 1) * largest_block + (read if blocks else 0)
 
     def _nbytes(self, name: str, tensor: Tensor) -> int:
         quantization = self.quantization
@@ -150,7 +174,8 @@ def generation_stages(
     one_at_a_time: a network is freed before the next is loaded.
     """
     folder, (width, height) = model.folder, size
-    weights = {component: model.weight_bytes(component, footprint.mapped) for component in folder.weights}
+    mapped, streamed = footprint.mapped, footprint.streamed
+    weights = {component: model.weight_bytes(component, mapped, streamed) for component in folder.weights}
     if not one_at_a_time:
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
@@ -185,7 +210,12 @@ def training_stages(
         ("train", "transformer", model.itemsize * values, lora),
     ]
     return [
-        Stage(name, held := model.weight_bytes(component), footprint.with_margin(held, made, own), own)
+        Stage(
+            name,
+            held := model.weight_bytes(component, streamed=footprint.streamed),
+            footprint.with_margin(held, made, own),
+            own,
+        )
         for name, component, made, own in stages
     ]
 

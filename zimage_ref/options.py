@@ -15,7 +15,8 @@ from .errors import ConfigError
 AnyDefault = TypeVar("AnyDefault")
 Choices = Iterable[str] | Callable[[], Iterable[str]]  # a function if the known values follow from a table
 
-MEMORY = ("auto", "lean", "fast")  # lean takes less memory, fast takes less time
+# fast takes the least time, lean less memory; stream takes the least: it reads weights as they are needed
+MEMORY = ("auto", "lean", "fast", "stream")
 
 
 class Group(Enum):

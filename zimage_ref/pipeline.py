@@ -11,7 +11,7 @@ import numpy as np
 from .formats.tensors import DTYPE_NAMES, Array
 from .generation.pipeline import Pipeline
 from .lora.file import LoRAFile
-from .memory import NUMPY, Footprint
+from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
 from .model.steering import Steering
@@ -38,7 +38,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         return np.dtype(self.precision)
 
     @classmethod
-    def footprint(cls, lean: bool) -> Footprint:
+    def footprint(cls, mode: Mode) -> Footprint:
         return NUMPY
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.generation.pipeline import AnyPipeline
-from zimage_ref.memory import Footprint
+from zimage_ref.memory import Footprint, Mode
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Event
 
@@ -23,8 +23,8 @@ class Trainer(Protocol):
     def precision(self, config: TrainConfig) -> tuple[str, Quantization | None]:
         """The precision of the frozen base."""
 
-    def footprint(self) -> Footprint:
-        """The memory for activations that training takes."""
+    def footprint(self, mode: Mode) -> Footprint:
+        """The memory that training takes in `mode`, beside weights."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,11 @@ class ServeSettings:
         WORK,
     )
     memory: str = option(
-        MEMORY[0], "lean holds one network at a time, fast holds all. auto holds all if they fit.", WORK, choices=MEMORY
+        MEMORY[0],
+        "lean holds one network at a time, fast holds all, stream only the blocks at work. auto takes the first of "
+        "fast, lean and stream that fits.",
+        WORK,
+        choices=MEMORY,
     )
     idle_minutes: float = option(
         10.0, "Minutes without work after which the model leaves memory. 0 keeps it.", WORK, essential=True

@@ -99,6 +99,11 @@ def _show_predictions(predicted: JsonObject, console: Console) -> None:
     title = "What it will take: a picture in 8 steps, a training step; and memory"
     console.table(("precision", "memory", *heads), rows, title=title)
     console.note("* the best choice here; - does not fit into memory. Reading the weights is not in these times")
+    needed = ", ".join(
+        f"{precision} {by_side[str(SIDES[-1])] / 1e9:.1f}"
+        for precision, by_side in predicted["stream_bytes_per_second"].items()
+    )
+    console.note(f"stream takes as long as lean at {SIDES[-1]} pixels if the disk reads as many GB/s as here: {needed}")
 
 
 def _choice(predicted: JsonObject, work: str, precision: str, mode: str, side: int) -> str:

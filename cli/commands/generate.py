@@ -75,8 +75,9 @@ def _add_model(parser: CommandParser) -> None:
         essential=False, shown="the engine's", metavar="NAME")  # fmt: skip
     for part, help in part_options().items():
         add(flag(part), in_flags(help), model, essential=False, type=Path, metavar="PATH")
-    add("--memory", "lean holds one network at a time, fast holds all. auto holds all with --interactive if they fit.",
-        speed, essential=False, choices=MEMORY, default=MEMORY[0], metavar="NAME")  # fmt: skip
+    add("--memory", "lean holds one network at a time, fast holds all, stream only the blocks at work. auto takes fast "
+        "with --interactive and lean without it, or the next one that fits.", speed,
+        essential=False, choices=MEMORY, default=MEMORY[0], metavar="NAME")  # fmt: skip
     add("--batch-size", "Pictures that are denoised together. A picture does not depend on it.", speed,
         essential=False, type=int, default=1, metavar="N")  # fmt: skip
     add("--backend", "Engine.", speed,
@@ -210,6 +211,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "mask": config.mask,
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
+        "memory": run.memory(requests).sentence(run.pipeline.folder),
         "time": _time(run, requests),
     }
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
@@ -222,6 +224,6 @@ def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
     if figures is None:
         return None
     predictions = round((len(first.sigmas) - 1) * predictions_of(first))
-    precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory_mode(requests)
+    precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory(requests).mode
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
     return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

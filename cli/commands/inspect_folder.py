@@ -10,7 +10,7 @@ from typing import Any
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.inspection import Fault, Part, describe_folder
-from zimage_ref.requirements import memory_needs
+from zimage_ref.requirements import WEIGHT_BITS, memory_needs
 
 from ..terminal.console import Console
 from .inspect import show_faults, verified
@@ -53,8 +53,9 @@ def _show_folder(path: Path, parts: list[Part], needs: dict[int, dict[str, int]]
             console.print(f"{part.component}: {part.problem}")
     if needs:
         console.table(
-            ("memory, about", "all weights", "generate 1024 x 1024", "train 1024 x 1024"),
-            [(f"{bits} bits a weight", *(f"{n / 1e9:.1f} GB" for n in need.values())) for bits, need in needs.items()],
+            ("GB, about", *needs[WEIGHT_BITS[0]]),
+            [(f"{bits} bits", *(f"{n / 1e9:.1f}" for n in need.values())) for bits, need in needs.items()],
+            title="1024 x 1024, lean or streamed",
         )
 
 

@@ -17,7 +17,7 @@ from zimage_ref.extras import optional_import
 from zimage_ref.formats.quantize import BITS, Quantization
 from zimage_ref.generation.provenance import ModelChoice
 from zimage_ref.generation.run import open_pipeline
-from zimage_ref.memory import Footprint
+from zimage_ref.memory import Footprint, Mode
 from zimage_ref.tiny.data import GUIDANCE, STEPS
 from zimage_ref.tiny.drawings import SIDE
 from zimage_ref.training.events import Event
@@ -112,5 +112,5 @@ class _Trainer:
         found: tuple[str, Quantization | None] = require_mlx("training").resolve_base_precision(config)
         return found
 
-    def footprint(self) -> Footprint:
-        return pipeline("mlx").footprint(lean=True)
+    def footprint(self, mode: Mode) -> Footprint:
+        return pipeline("mlx").footprint(mode)

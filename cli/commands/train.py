@@ -199,6 +199,9 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
         plan = make_plan(config, bars.update)
     for notice in plan.notices:
         console.warn(notice)
+    engine = pipeline("mlx")
+    limit = engine(plan.model, dtype).memory_limit()
+    choice = plan.choose_memory(dtype, quantization, limit, engine.footprint)
     stored = plan.stored_bits
     bits = ", ".join(f"{n} bits as stored" for n in stored) or (f"{quantization.bits} bits" if quantization else "")
     console.table(("plan", ""), [
@@ -208,14 +211,20 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
         ("targets", ", ".join(config.targets)),
         ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
+        ("memory", choice.sentence(plan.model)),
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
-    frugal = pipeline("mlx").footprint(lean=True)
-    (captions, pictures, train), fast = (plan.memory(dtype, quantization, lean, frugal) for lean in (True, False))
+    frugal, streamed = engine.footprint("lean"), engine.footprint("stream")
+    captions, pictures, train = plan.memory(dtype, quantization, "lean", frugal)
+    fast, stream = (
+        plan.memory(dtype, quantization, "fast", frugal),
+        plan.memory(dtype, quantization, "stream", streamed),
+    )
     console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
         "encode captions": captions.total, "encode pictures": pictures.total,
         "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,
         "  activations, --memory lean": train.activations, "  activations, --memory fast": fast[-1].activations,
         "largest stage": peak((captions, pictures, train)).total,
+        "  the same, --memory stream": peak(stream).total,
     }.items()])  # fmt: skip

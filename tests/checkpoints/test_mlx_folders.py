@@ -168,6 +168,40 @@ def test_both_engines_draw_with_quantized_embeddings_and_biases(tmp_path: Path) 
         np.testing.assert_allclose(np.array(layer.bias), ARRAYS["layers.0.adaLN_modulation.0.bias"], rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_quantized_embeddings_and_biases_are_streamed(dtype: str, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+    from zimage_mlx.networks import text_encoder, transformer, weights
+    from zimage_mlx.networks.running import RESIDENT
+    from zimage_mlx.networks.streaming import Stream
+
+    for name, arrays, config in (("text_encoder", TEXTS, ENCODER), ("transformer", ARRAYS, CONFIG)):
+        save(tmp_path / name / "x.safetensors", packed(arrays, 5, 32, "f32"))
+        (tmp_path / name / "config.json").write_text(json.dumps(config.to_json()))
+    texts, blocks = (dict(open_source(tmp_path / n, n).tensors) for n in ("text_encoder", "transformer"))
+    texts = {n: t for n, t in texts.items() if not n.startswith(("model.norm", "model.layers.2."))}
+    assert texts["model.embed_tokens.weight"].streamable and all(t.streamable for t in blocks.values())
+    latents = mx.array(np.random.default_rng(0).standard_normal((1, CONFIG.in_channels, 4, 8), np.float32))
+    made = []
+    for way in (RESIDENT, Stream()):
+        again = way if way is RESIDENT else Stream()
+        encoder = text_encoder.TextEncoder(ENCODER, way)
+        denoiser = transformer.Transformer(CONFIG, again.around(transformer.Block.__call__), again)
+        for network, tensors, stream in ((encoder, texts, way), (denoiser, blocks, again)):
+            how = tensors, weights.DTYPES[dtype], None, True
+            weights.load(network, *how) if stream is RESIDENT else stream.open(network, *how)
+        caption = encoder(mx.array([3, 200, 7, 7, 150]))
+        features = mx.ones((5, CONFIG.cap_feat_dim))
+        drawn = denoiser(latents, mx.array([0.5]), [features])
+        made.append([np.array(array.astype(mx.float32)) for array in (caption, drawn)])
+        if way is not RESIDENT:
+            way.close()
+            again.close()
+    for resident, streamed in zip(*made, strict=True):
+        assert np.isfinite(resident).all() and resident.std() > 0.01
+        np.testing.assert_array_equal(streamed, resident)
+
+
 def test_what_is_written_for_mflux_has_its_names_files_and_records(tmp_path: Path) -> None:
     model = tiny.write_model_folder(tmp_path / "model")
     out = tmp_path / "out"

@@ -106,6 +106,11 @@ def test_the_best_choice_fits_and_prefers_more_bits() -> None:
     assert plenty["best"]["step"]["512"] == {"precision": "bf16", "mode": "fast"}
     assert eight["best"]["picture"]["1024"] == {"precision": "8", "mode": "lean"}
     assert nothing["best"]["step"]["512"] is None
+    assert predictions(3_000_000_000)["best"]["picture"]["1024"] == {"precision": "bf16", "mode": "stream"}
+    assert plenty["step_seconds"]["bf16"]["stream"] == plenty["step_seconds"]["bf16"]["lean"]
+    assert plenty["stream_bytes_per_second"]["bf16"]["1024"] == pytest.approx(
+        12.3e9 / plenty["forward_seconds"]["bf16"]["1024"], rel=0.01
+    )
     for work_, key in (("picture", "picture_bytes"), ("step", "step_bytes")):
         best = eight["best"][work_]["512"]
         assert eight[key][best["precision"]][best["mode"]]["512"] <= 11_000_000_000

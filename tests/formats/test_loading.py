@@ -45,7 +45,7 @@ def test_what_is_read_ahead_is_what_is_stored_in_its_order(
     stored: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, threads: bool
 ) -> None:
     monkeypatch.setattr(weights, "_LARGE", large)
-    monkeypatch.setattr(weights, "_READS_ON_CPU", threads)
+    monkeypatch.setattr(weights, "READS_ON_CPU", threads)
     read = list(weights.read_ahead(Checkpoint.open(tmp_path / "w.npz").tensors, mx.float32))
     assert [name for name, _ in read] == list(SHAPES)
     for name, array in read:

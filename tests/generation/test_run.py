@@ -17,9 +17,9 @@ from zimage_cli.app import main
 from zimage_ref import ConfigError, FormatError, GenerateConfig, ZImagePipeline
 from zimage_ref.generation import loras, provenance
 from zimage_ref.generation.provenance import ModelChoice, Repeat, digest
-from zimage_ref.generation.run import GenerationRun, MadePicture, RunSettings, decide_memory_mode, open_pipeline
+from zimage_ref.generation.run import GenerationRun, MadePicture, RunSettings, open_pipeline
 from zimage_ref.lora.file import write_lora
-from zimage_ref.memory import Stage
+from zimage_ref.memory import LEAN, Stage
 from zimage_ref.networks.weights import Weights
 from zimage_ref.pictures.images import encoded, save_picture
 from zimage_ref.pictures.metadata import read_record
@@ -230,30 +230,41 @@ def test_what_does_not_fit_into_memory_is_refused_unless_forced(
     ("memory", "keep_model", "limit", "mode"),
     [
         ("auto", False, None, "lean"), ("auto", True, None, "fast"),
-        ("auto", True, 100, "fast"), ("auto", True, 99, "lean"),
+        ("auto", True, 100, "fast"), ("auto", True, 99, "lean"), ("auto", False, 1000, "lean"),
+        ("auto", True, 49, "stream"), ("auto", False, 49, "stream"), ("auto", False, 1, "stream"),
         ("fast", True, 1, "fast"), ("fast", False, 1, "fast"), ("lean", True, None, "lean"),
+        ("stream", False, None, "stream"),
     ],
 )  # fmt: skip
 def test_the_memory_mode_follows_from_what_is_asked_and_what_there_is(
-    memory: str, keep_model: bool, limit: int | None, mode: str
+    memory: str, keep_model: bool, limit: int | None, mode: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = RunSettings(memory=memory, keep_model=keep_model)
-    assert decide_memory_mode(settings, [Stage("encode", 1, 1), Stage("denoise", 60, 40)], limit) == mode
+    pipe, needs = pipeline("numpy", model_dir), {"fast": 100, "lean": 50, "stream": 20}
+    monkeypatch.setattr(type(pipe), "memory", lambda self, requests, batch, mode: [Stage("x", 1, needs[mode] - 1)])
+    monkeypatch.setattr(type(pipe), "memory_limit", lambda self: limit)
+    monkeypatch.setattr(type(pipe), "footprint", lambda self, mode: LEAN)
+    assert GenerationRun(pipe, RunSettings(memory=memory, keep_model=keep_model)).memory([]).mode == mode
+
+
+def test_the_engine_that_maps_weights_need_not_stream(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("numpy", model_dir)
+    monkeypatch.setattr(type(pipe), "memory_limit", lambda self: 1)
+    assert GenerationRun(pipe).memory(pipe.plan(configs(1))).mode == "lean"
 
 
 def test_deciding_the_memory_mode_changes_nothing(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe.set_lean(False)
+    pipe.set_mode("fast")
     requests = pipe.plan(configs(1))
-    lean, fast = (pipe.memory(requests, 1, lean) for lean in (True, False))
+    lean, fast = (pipe.memory(requests, 1, mode) for mode in ("lean", "fast"))
     assert sum(stage.weights for stage in lean) < sum(stage.weights for stage in fast)
     limit = max(stage.total for stage in lean)  # enough for one network at a time, not for all
     monkeypatch.setattr(type(pipe), "memory_limit", lambda self: limit)
     run = GenerationRun(pipe, RunSettings(keep_model=True))
     assert not pipe.lean
-    assert run.memory_mode(run.plan(configs(1))) == "lean" and not pipe.lean
+    assert run.memory(run.plan(configs(1))).mode == "lean" and not pipe.lean
     for _ in run.make(requests):
         assert pipe.lean
-    pipe.set_lean(False)
+    pipe.set_mode("fast")
     assert pipe.memory(requests, 1) == fast
 
 

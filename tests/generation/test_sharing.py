@@ -15,6 +15,7 @@ from support.networks import BACKENDS, mlx_only, pipeline
 from zimage_ref import GenerateConfig
 from zimage_ref.generation.run import GenerationRun, RunSettings
 from zimage_ref.lora.file import write_lora
+from zimage_ref.memory import Mode
 
 SIZE: dict[str, Any] = {"width": 48, "height": 32, "steps": 3}
 
@@ -39,11 +40,11 @@ def last(stream: Any) -> np.ndarray:
     return np.array(list(stream)[-1].x)[0]
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("mode", ["fast", "lean", "stream"])
 def test_a_stream_keeps_its_loras_while_others_use_the_pipeline(
-    pipe: Any, loras: list[Path], tmp_path: Path, lean: bool
+    pipe: Any, loras: list[Path], tmp_path: Path, mode: Mode
 ) -> None:
-    pipe.set_lean(lean)
+    pipe.set_mode(mode)
     wanted = [[loras[0]], [loras[1]], []]
     alone = [latents(pipe, lora) for lora in wanted]
     streams = [pipe.stream("waves", loras=lora, **SIZE) for lora in wanted]
@@ -51,9 +52,9 @@ def test_a_stream_keeps_its_loras_while_others_use_the_pipeline(
         for stream in streams:  # one step of each in turn
             next(stream)
     latents(pipe, [loras[1]], steps=1)  # a whole call between two steps
-    if not lean:
-        GenerationRun(pipe, RunSettings(memory="lean")).plan([GenerateConfig("x", **SIZE)])
-        pipe.set_lean(True)  # another run wants less memory
+    other: Mode = "stream" if mode == "lean" else "lean"
+    GenerationRun(pipe, RunSettings(memory=other)).plan([GenerateConfig("x", **SIZE)])
+    pipe.set_mode(other)  # another run wants its own mode
     for stream, expected in zip(streams, alone, strict=True):
         np.testing.assert_array_equal(last(stream), expected)
     assert np.abs(alone[0] - alone[1]).max() > 0.05 and np.abs(alone[0] - alone[2]).max() > 0.05
@@ -152,7 +153,7 @@ def test_lean_holds_two_networks_only_if_both_fit(
     pipe = pipeline("mlx", model_dir)
     run = GenerationRun(pipe, RunSettings(memory="lean", force=True))
     requests = run.plan([GenerateConfig("waves", seed=seed, **(SIZE | {"steps": 1})) for seed in range(2)])
-    _, denoise, decode = pipe.memory(requests, 1, lean=True)
+    _, denoise, decode = pipe.memory(requests, 1, "lean")
     needed = max(denoise.total + decode.weights, decode.total + denoise.weights)
     monkeypatch.setattr(type(pipe), "memory_limit", lambda self: needed - (not roomy))
     held = [pipe.loaded for _ in run.make(requests)]

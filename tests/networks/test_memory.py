@@ -22,6 +22,7 @@ BLOCK, TOKENS = "layers.0", padded(32 * 32) + padded(20)  # a picture of 512 x 5
 # Runs one block of a checkpoint file and prints two numbers: the most anonymous memory seen, and that before the model
 PROGRAM = """
 import sys, threading, time
+from pathlib import Path
 import numpy as np
 from zimage_ref.formats import safetensors
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER as config
@@ -39,9 +40,9 @@ def watch():
 
 path, name, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
 before, running, seen = anonymous(), True, []
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)  # an error below must end the program
 watcher.start()
-block = Block(Weights(safetensors.read(path)[0], np.dtype("float32")).at(name), config)
+block = Block(Weights(safetensors.read(Path(path))[0], np.dtype("float32")).at(name), config)
 x = np.random.default_rng(0).standard_normal((1, tokens, config.dim), dtype=np.float32)
 rotation = np.ones((1, tokens, config.head_dim // 2), np.complex64)
 y = block(x, rotation, None, np.ones((1, config.adaln_dim), np.float32))

@@ -34,7 +34,7 @@ from zimage_ref.doctor.findings import Progress
 from zimage_ref.doctor.prediction import Part, TimeModel
 from zimage_ref.doctor.work import Tokens
 from zimage_ref.formats.quantize import GROUP_SIZE
-from zimage_ref.memory import FAST, LEAN, kept_values
+from zimage_ref.memory import FAST, LEAN, Mode, kept_values
 from zimage_ref.model.config import OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import LORA_TARGETS
 
@@ -84,7 +84,8 @@ class Measurer:
             return 2 * _FEWEST / 35 * self.model.text(precision)
         if case.startswith("decode"):
             return 2.5 * self.model.decode(precision, side, "fast")
-        whole = self.model.forward(precision, side) if case == "forward" else self.model.step(precision, side, case[5:])
+        mode: Mode = "fast" if case == "step fast" else "lean"
+        whole = self.model.forward(precision, side) if case == "forward" else self.model.step(precision, side, mode)
         return 2.5 * whole * (_FEWEST + 2) / 34
 
     def _measure(self, case: str, precision: str, side: int) -> Part:

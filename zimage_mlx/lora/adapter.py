@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.transformer import Transformer
 from zimage_ref.lora.updates import BIAS, LoRA
 
@@ -22,12 +23,17 @@ _BASE = ".base"  # the name of a layer's own module inside its trained LoRA laye
 class TrainingAdapter:
     """The training adapter of a transformer. It changes the base, below the LoRAs that are trained.
 
-    For quantized layers see `Adapters`. reload: reads a float parameter of the transformer again, by name.
+    For quantized layers and for `stream` see `Adapters`. reload: reads a float parameter of the transformer again, by
+    name.
     """
 
-    def __init__(self, model: Transformer, adapter: LoRA, reload: Callable[[str], mx.array]) -> None:
+    def __init__(
+        self, model: Transformer, adapter: LoRA, reload: Callable[[str], mx.array], stream: Stream | None = None
+    ) -> None:
         trained = {name for name, module in model.named_modules() if isinstance(module, layers.LoRALinear)}
-        self._adapters = layers.Adapters(model, lambda name: reload(name.replace(f"{_BASE}.", ".")), merge=True)
+        self._adapters = layers.Adapters(
+            model, lambda name: reload(name.replace(f"{_BASE}.", ".")), merge=True, stream=stream
+        )
         self._updates: LoRA = {}
         for name, update in adapter.items():
             layer, bias = (name.removesuffix(BIAS), BIAS) if name.endswith(BIAS) else (name, "")

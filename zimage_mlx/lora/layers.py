@@ -16,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.tree import find, replace
 from zimage_ref.lora.low_rank import LowRank, concatenated
 from zimage_ref.lora.updates import LoRA, Update, by_parameter
+from zimage_ref.model.parameters import block_of
 
 from .arithmetic import updated
 
@@ -65,9 +67,15 @@ class Adapters:
     decides.
     """
 
-    def __init__(self, model: nn.Module, reload: Callable[[str], mx.array], merge: bool) -> None:
-        """reload: reads a float parameter again, by name. merge: whether float layers merge low-rank updates too."""
-        self._model, self._reload, self._merge = model, reload, merge
+    def __init__(
+        self, model: nn.Module, reload: Callable[[str], mx.array], merge: bool, stream: Stream | None = None
+    ) -> None:
+        """reload: reads a float parameter again, by name. merge: whether float layers merge low-rank updates too.
+
+        stream: what reads the blocks of the model, if they are streamed. Updates are merged into each block that
+        arrives.
+        """
+        self._model, self._reload, self._merge, self._stream = model, reload, merge, stream
         self._loras: list[tuple[LoRA, float]] = []
         self._replaced: dict[str, nn.Module] = {}  # layer -> its original module
         self._changed: set[str] = set()  # parameters changed in place
@@ -94,11 +102,27 @@ class Adapters:
         if low_rank is not None:
             self._replace(path, as_branch(layer, low_rank))
         elif quantized:
-            self._replace(path, _float_linear(quantized, updates))
+            self._replace(path, self._float_linear(name, quantized, updates))
+        elif self._stream and block_of(name):
+            self._stream.derive(name, layer, kind, lambda: updated(layer[kind], updates))
         else:
             layer[kind] = updated(layer[kind], updates)
             mx.eval(layer[kind])  # one at a time, because a lazy graph would hold all deltas of the model
             self._changed.add(name)
+
+    def _float_linear(self, name: str, layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> nn.Linear:
+        """A float Linear layer with the dequantized weight of `layer`, and the updates merged into it."""
+        outputs, inputs = _linear_shape(layer)
+        dense = nn.Linear(inputs, outputs, bias="bias" in layer)
+        dense.weight = mx.zeros(dense.weight.shape, layer.scales.dtype)
+        if "bias" in layer:
+            dense.bias = layer.bias
+        if self._stream and block_of(name):
+            self._stream.derive(name, dense, "weight", lambda: _dense_weight(layer, updates))
+        else:
+            dense.weight = _dense_weight(layer, updates)
+            mx.eval(dense.parameters())
+        return dense
 
     def _replace(self, path: str, module: nn.Module) -> None:
         module.freeze()
@@ -107,6 +131,8 @@ class Adapters:
 
     def _restore(self) -> None:
         replace(self._model, self._replaced.items())
+        if self._stream:
+            self._stream.derive_nothing()
         for name in self._changed:
             path, _, kind = name.rpartition(".")
             find(self._model, path)[kind] = self._reload(name)
@@ -118,17 +144,11 @@ def as_branch(base: nn.Module, update: LowRank) -> LoRALinear:
     return LoRALinear(base, mx.array(update.A), mx.array(update.B), update.scale)
 
 
-def _float_linear(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> nn.Linear:
-    """A float Linear layer with the dequantized weight of `layer`, and the updates merged into it."""
+def _dense_weight(layer: nn.QuantizedLinear, updates: Sequence[tuple[Update, float]]) -> mx.array:
+    """The dequantized weight of `layer`, and the updates merged into it."""
     biases = layer.get("biases")
     weight = mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
-    outputs, inputs = weight.shape
-    dense = nn.Linear(inputs, outputs, bias="bias" in layer)
-    dense.weight = updated(weight, updates)
-    if "bias" in layer:
-        dense.bias = layer.bias
-    mx.eval(dense.parameters())
-    return dense
+    return updated(weight, updates)
 
 
 def add_trainable_loras(

@@ -61,14 +61,39 @@ class EvalOneAhead:
             mx.eval(*before)
 
 
+class Weights(Protocol):
+    """How the weights of blocks come into memory and leave it."""
+
+    def around(self, run: Callable[P, R]) -> Callable[P, R]:
+        """`run`, a function of a block and more, with the weights of the block in memory while it is called."""
+
+    def read_ahead(self) -> None:
+        """Says that what was computed before the block at work is done, so there is room to read the next block."""
+
+
+class Resident:
+    """`Weights` that are in memory all the time."""
+
+    def around(self, run: Callable[P, R]) -> Callable[P, R]:
+        """`run` itself."""
+        return run
+
+    def read_ahead(self) -> None:
+        """Does nothing."""
+
+
+RESIDENT = Resident()
+
+
 class RunInPieces:
     """Runs each part as a program of its own, evaluated one ahead: a drop-in replacement for `run_directly`.
 
     Peak memory is bounded by the intermediates of two parts, a part being smaller than a block.
     """
 
-    def __init__(self, compiled: bool) -> None:
-        self._compiled, self._eval_ahead = compiled, EvalOneAhead()
+    def __init__(self, compiled: bool, then: Callable[[], None] = RESIDENT.read_ahead) -> None:
+        """then: is called when a part is queued and all parts before it are computed."""
+        self._compiled, self._eval_ahead, self._then = compiled, EvalOneAhead(), then
         self._programs: dict[object, object] = {}  # by function, which are the same few each time
 
     def __call__(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -93,6 +118,7 @@ class RunInPieces:
             self._programs[key] = self._program(function, args) if self._compiled else function
         result = cast("Callable[P, R]", self._programs[key])(*args, **kwargs)
         self._eval_ahead(result)
+        self._then()
         return result
 
     @staticmethod

@@ -6,12 +6,15 @@ layer but one, before any final norm. Attribute names are the checkpoint's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_ref.model.config import TextEncoderConfig
 
 from .ops import silu
+from .running import RESIDENT, RunInPieces, Weights
 
 
 class Attention(nn.Module):
@@ -70,24 +73,37 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Embedding and all layers but the last."""
 
-    def __init__(self, config: TextEncoderConfig) -> None:
+    def __init__(self, config: TextEncoderConfig, weights: Weights) -> None:
         super().__init__()
+        self.run = _run_layer(weights)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(config.used_layers)]
 
     def __call__(self, ids: mx.array) -> mx.array:
         x: mx.array = self.embed_tokens(ids)  # (B, T, hidden_size)
         for layer in self.layers:
-            x = layer(x)
+            x = self.run(layer, x)
         return x
+
+
+def _run_layer(weights: Weights) -> Callable[[Layer, mx.array], mx.array]:
+    """How a layer is run: lazily, or evaluated one ahead if weights come and go."""
+    if weights is RESIDENT:
+        return Layer.__call__
+    pieces = RunInPieces(compiled=False, then=weights.read_ahead)
+
+    def run(layer: Layer, x: mx.array) -> mx.array:
+        return pieces(Layer.__call__, layer, x)
+
+    return weights.around(run)
 
 
 class TextEncoder(nn.Module):
     """The encoder, its parameters under `model.` as in the checkpoint."""
 
-    def __init__(self, config: TextEncoderConfig) -> None:
+    def __init__(self, config: TextEncoderConfig, weights: Weights = RESIDENT) -> None:
         super().__init__()
-        self.model = Model(config)
+        self.model = Model(config, weights)
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids (T,) -> (T, hidden_size), or a batch (B, T) -> (B, T, hidden_size)."""

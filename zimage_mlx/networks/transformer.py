@@ -23,7 +23,7 @@ from zimage_ref.model.positions import padded
 from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
 from .kept import AttentionKept, FeedForwardKept
 from .ops import QKV, Rotation, SiLU, attention, in_rows, rms_norm, rotate, silu
-from .running import RunHalf, output_of
+from .running import RESIDENT, RunHalf, Weights, output_of
 from .steering import Mask, attend_in_contrast
 from .token_layout import TokenLayout
 
@@ -231,9 +231,9 @@ class FinalLayer(nn.Module):
 class Transformer(nn.Module):
     """The whole denoiser."""
 
-    def __init__(self, config: TransformerConfig, run: RunBlock = Block.__call__) -> None:
+    def __init__(self, config: TransformerConfig, run: RunBlock = Block.__call__, weights: Weights = RESIDENT) -> None:
         super().__init__()
-        self.config, self.run = config, run
+        self.config, self.run, self.weights = config, run, weights
         self.all_x_embedder = {config.patch_key: nn.Linear(config.patch_dim, config.dim)}
         self.all_final_layer = {config.patch_key: FinalLayer(config)}
         self.t_embedder = TimestepEmbedder(config)

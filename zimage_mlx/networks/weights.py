@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, cast
 
@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from zimage_mlx import device
-from zimage_ref.errors import WeightError, listing
+from zimage_ref.errors import WeightError, ZImageError, listing
 from zimage_ref.formats.npz import npy_header
 from zimage_ref.formats.packed import PackedTensor
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
@@ -29,7 +29,8 @@ _LARGE = 1 << 20  # bytes
 _READERS = 2  # threads; more were not faster
 # one for the life of the process: what MLX keeps for the stream of a thread outlives the thread
 _POOL = ThreadPoolExecutor(_READERS, "weights")
-_READS_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
+READS_ON_CPU = not mx.cuda.is_available()  # else arrays that the CPU makes lie on the wrong side
+PARTS = ("weight", "scales", "biases")  # of a quantized layer, as `mx.quantize` returns them
 _STORED = {mx.float32: "f32", mx.bfloat16: "bf16", mx.float16: "f16"}  # names of DTYPES in formats.tensors
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -47,26 +48,8 @@ def load(
     WeightError if names or shapes differ. Beside what is loaded, memory holds three tensors that are being read, never
     a second copy of the model. unpack: whether quantized weights are unpacked for products of many rows.
     """
-    expected = dict(tree_flatten(model.parameters()))
-    if expected.keys() != tensors.keys():
-        raise WeightError(f"weights differ from the model in {listing(sorted(expected.keys() ^ tensors.keys()))}")
-    loaded, layers = [], []
-    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
-    for name, tensor in stored.items():
-        parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
-        layers.append(_quantized(model, name, tensor.shape, tensor.quantization, parts))
-    for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
-        if quantization and covers(quantization, name, tensors[name].shape):
-            made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
-            parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
-            layers.append(_quantized(model, name, tensors[name].shape, quantization, parts))
-            continue
-        if array.shape != expected[name].shape:
-            raise WeightError(f"{name} has shape {array.shape}, the model needs {expected[name].shape}")
-        mx.eval(array)
-        loaded.append((name, array))
-    model.update_modules(tree_unflatten(layers))
-    model.update(tree_unflatten(loaded))
+    check_names(model, tensors)
+    load_some(model, tensors, dtype, quantization)
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and not unpack:
             module.keep_packed()
@@ -74,10 +57,48 @@ def load(
             module.mirror()
 
 
-def _quantized(
+def check_names(model: nn.Module, tensors: Tensors) -> None:
+    """Raises WeightError unless `tensors` are named exactly as the parameters of `model`."""
+    if differing := dict(tree_flatten(model.parameters())).keys() ^ tensors.keys():
+        raise WeightError(f"weights differ from the model in {listing(sorted(differing))}")
+
+
+def load_some(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, quantization: Quantization | None) -> None:
+    """Fills the parameters of `model` that `tensors` names. See `load`."""
+    expected = dict(tree_flatten(model.parameters()))
+    loaded, layers = [], []
+    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
+    for name, tensor in stored.items():
+        parts = {part: to_mlx(packed, dtype) for part, packed in tensor.parts.items()}
+        mx.eval(parts)
+        layers.append(quantized_layer(model, name, tensor.shape, tensor.quantization, parts))
+    for name, array in read_ahead({n: t for n, t in tensors.items() if n not in stored}, dtype):
+        if quantization and covers(quantization, name, tensors[name].shape):
+            made = mx.quantize(array, group_size=quantization.group_size, bits=quantization.bits)
+            mx.eval(made)
+            parts = dict(zip(PARTS, made, strict=True))
+            layers.append(quantized_layer(model, name, tensors[name].shape, quantization, parts))
+            continue
+        check_shape(name, array.shape, expected[name].shape)
+        mx.eval(array)
+        loaded.append((name, array))
+    model.update_modules(tree_unflatten(layers))
+    model.update(tree_unflatten(loaded))
+
+
+def check_shape(name: str, shape: Sequence[int], needed: Sequence[int]) -> None:
+    """Raises WeightError if the two shapes of the parameter `name` differ."""
+    if tuple(shape) != tuple(needed):
+        raise WeightError(f"{name} has shape {tuple(shape)}, the model needs {tuple(needed)}")
+
+
+def quantized_layer(
     model: nn.Module, name: str, shape: Sequence[int], quantization: Quantization, parts: dict[str, mx.array]
 ) -> tuple[str, nn.Module]:
-    """The name of the layer whose weight is `name`, and what takes its place: a Linear layer or an embedding."""
+    """The name of the layer whose weight is `name`, and what takes its place: a Linear layer or an embedding.
+
+    shape: that of the weight. parts: by PARTS.
+    """
     path, (rows, columns) = name.removesuffix(".weight"), shape
     group_size, bits, old = quantization.group_size, quantization.bits, find(model, path)
     layer: nn.Module
@@ -85,7 +106,6 @@ def _quantized(
         layer = nn.QuantizedEmbedding(rows, columns, group_size, bits)
     else:
         layer = QuantizedLinear(columns, rows, bias="bias" in old, group_size=group_size, bits=bits)
-    mx.eval(parts)
     layer.update(parts)
     return path, layer
 
@@ -95,7 +115,7 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
 
     Most of the time goes into memory that is touched for the first time, one thread at a time, so two are faster.
     """
-    if not _READS_ON_CPU:
+    if not READS_ON_CPU:
         yield from ((name, to_mlx(tensor, dtype)) for name, tensor in tensors.items())
         return
     waiting: deque[tuple[str, Future[mx.array | Array]]] = deque()
@@ -103,7 +123,7 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
     def first() -> tuple[str, mx.array]:
         name, future = waiting.popleft()
         read = future.result()
-        return name, _in_layout(read if isinstance(read, mx.array) else from_stored(read), dtype)
+        return name, in_layout(read if isinstance(read, mx.array) else from_stored(read), dtype)
 
     for name, tensor in tensors.items():
         waiting.append((name, _POOL.submit(_read, _decoding_to(tensor, dtype))))
@@ -116,17 +136,37 @@ def read_ahead(tensors: Tensors, dtype: mx.Dtype) -> Iterator[tuple[str, mx.arra
 def _read(tensor: Tensor) -> mx.array | Array:
     """The data of a tensor: a large one as MLX's own, which leaves Python to other threads while it is copied."""
     stored = tensor.read()
-    if stored.nbytes < _LARGE or stored.dtype == np.float64:  # GPUs have no float64
+    if not for_mlx(tensor):
         return stored
+
+    def copy(buffer: memoryview) -> None:
+        np.copyto(np.frombuffer(buffer, stored.dtype).reshape(stored.shape), stored)
+
+    return filled(Tensor.of(stored), copy)
+
+
+def for_mlx(tensor: Tensor) -> bool:
+    """Whether `filled` may make the array: it is large, and of a dtype that MLX loads. GPUs have no float64."""
+    return tensor.nbytes >= _LARGE and tensor.dtype != np.float64
+
+
+def filled(tensor: Tensor, fill: Callable[[memoryview], None]) -> mx.array:
+    """An array of the shape and dtype of `tensor`, in memory that MLX makes and that `fill` fills, once."""
     # it is read when this returns; a stream set for a block would be set for all threads in some versions of MLX
-    return cast(mx.array, mx.load(cast(BinaryIO, _Npy(stored)), format="npy", stream=mx.cpu))
+    file = _Npy(tensor, fill)
+    try:
+        return cast(mx.array, mx.load(cast(BinaryIO, file), format="npy", stream=mx.cpu))
+    finally:
+        if file.error:  # MLX would make a RuntimeError of it
+            raise file.error
 
 
 class _Npy(io.RawIOBase):
-    """An array as the .npy file that `mx.load` would read it from: MLX makes the memory, NumPy copies once."""
+    """A tensor as the .npy file that `mx.load` would read it from: MLX makes the memory, `fill` fills it once."""
 
-    def __init__(self, stored: Array) -> None:
-        self._stored, self._header, self._position = stored, npy_header(Tensor.of(stored), 0), 0
+    def __init__(self, tensor: Tensor, fill: Callable[[memoryview], None]) -> None:
+        self._fill, self._header, self._position = fill, npy_header(tensor, 0), 0
+        self.error: ZImageError | None = None
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Some of the header, or all the data, as MLX asks for them."""
@@ -134,7 +174,10 @@ class _Npy(io.RawIOBase):
         if self._position <= len(self._header):
             buffer[:] = self._header[start : self._position]
         else:
-            np.copyto(np.frombuffer(buffer, self._stored.dtype).reshape(self._stored.shape), self._stored)
+            try:
+                self._fill(buffer)
+            except ZImageError as error:  # raised by `filled`: here it would have to pass through MLX's own thread
+                self.error = error
         return len(buffer)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -154,7 +197,7 @@ def to_mlx(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
 
     Convolutions turn from (O, I, kh, kw) to MLX's (O, kh, kw, I).
     """
-    return _in_layout(from_stored(_decoding_to(tensor, dtype).read()), dtype)
+    return in_layout(from_stored(_decoding_to(tensor, dtype).read()), dtype)
 
 
 def _decoding_to(tensor: Tensor, dtype: mx.Dtype) -> Tensor:
@@ -162,7 +205,8 @@ def _decoding_to(tensor: Tensor, dtype: mx.Dtype) -> Tensor:
     return tensor.cast(_STORED[dtype]) if isinstance(tensor, PackedTensor) else tensor
 
 
-def _in_layout(array: mx.array, dtype: mx.Dtype) -> mx.array:
+def in_layout(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A stored array as `to_mlx` gives it."""
     if array.ndim == 4:
         array = mx.contiguous(array.transpose(0, 2, 3, 1))
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

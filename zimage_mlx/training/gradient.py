@@ -199,11 +199,12 @@ class LossAndGradients:
 
     def __init__(self, model: Transformer, budget: float, compiled: bool) -> None:
         self.model, self.budget, self.eval_ahead = model, budget, EvalOneAhead()
-        self.forward: Forward = PerBlock(forward) if compiled else forward
-        self.backward: Backward = PerBlock(backward) if compiled else backward
-        pieces = RunInPieces(compiled)
-        self.run: RunBlock = pieces.block
-        self.rerun: Backward = partial(backward, run=pieces)
+        around = model.weights.around
+        self.forward: Forward = around(PerBlock(forward) if compiled else forward)
+        self.backward: Backward = around(PerBlock(backward) if compiled else backward)
+        pieces = RunInPieces(compiled, model.weights.read_ahead)
+        self.run: RunBlock = around(pieces.block)
+        self.rerun: Backward = around(partial(backward, run=pieces))
         # looked for once: going through all blocks takes milliseconds
         chains = ("noise_refiner", "context_refiner", "layers")
         self.blocks_train = {name: [_trains(block) for block in getattr(model, name)] for name in chains}

@@ -60,7 +60,9 @@ class Loop:
         budget = _same_budget(_budget(plan, pipeline), saved)
         self._learner = Learner(plan, model, feed, machines.group, budget)
         tensors = plan.model.weights["transformer"]
-        adapter = TrainingAdapter(model, plan.adapter, lambda name: to_mlx(tensors[name], pipeline.dtype))
+        adapter = TrainingAdapter(
+            model, plan.adapter, lambda name: to_mlx(tensors[name], pipeline.dtype), pipeline.block_stream
+        )
         adapter.merge()
         previewer = Previewer(plan, pipeline, data, self._learner, adapter) if machines.first else None
         self._measurer = Measurer(plan, feed, self._learner, previewer)
@@ -171,7 +173,7 @@ def _budget(plan: TrainPlan, pipeline: ZImagePipeline) -> float:
     limit = pipeline.memory_limit()
     if plan.config.memory == "fast" or limit is None:
         return math.inf
-    if plan.config.memory == "lean":
+    if plan.config.memory == "lean" or pipeline.mode == "stream":
         return 0
-    lora = plan.memory(*resolve_base_precision(plan.config), lean=True)[-1].lora
+    lora = plan.memory(*resolve_base_precision(plan.config), "lean")[-1].lora
     return max(0, _USABLE * limit - mx.get_active_memory() - lora)

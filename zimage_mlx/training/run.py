@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from zimage_mlx import device
-from zimage_mlx.device import gpu_errors_explained, limit_memory
+from zimage_mlx.device import gpu_errors_explained
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.training.config import TrainConfig
@@ -77,8 +77,15 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     dtype, quantization = resolve_base_precision(config)
     bits, group_size = (quantization.bits, quantization.group_size) if quantization else (None, GROUP_SIZE)
     pipeline = ZImagePipeline(plan.model, dtype, quantize=bits, group_size=group_size)
-    plan.require_memory(dtype, quantization, pipeline.memory_limit(), pipeline.footprint(lean=True))
-    limit_memory(lean=config.memory == "lean")
+    limit = pipeline.memory_limit()
+    choice = plan.choose_memory(dtype, quantization, limit, pipeline.footprint)
+    footprint = pipeline.footprint("lean" if choice.mode == "fast" else choice.mode)
+    plan.require_memory(plan.memory(dtype, quantization, choice.mode, footprint), limit)
+    if choice.mode == "stream":
+        yield Notice(f"memory {choice.sentence(plan.model)}")
+    # with auto, what does not fit into the mode fast keeps as much of it as fits: see `loop`
+    between = config.memory == "auto" and choice.mode == "lean"
+    pipeline.set_mode("fast" if between else choice.mode)
     pipeline.unpack = config.memory == "fast" or not device.on_metal()
     if machines.first and not config.resume:
         run.clear()

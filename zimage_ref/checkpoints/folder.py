@@ -11,7 +11,7 @@ If there is neither, it is the official config.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zimage_ref.errors import ConfigError, FormatError
@@ -53,6 +53,7 @@ class ModelFolder:
     weights: dict[str, dict[str, Tensor]]  # component -> official name -> tensor
     scheduler: SchedulerConfig
     tokenizer: Path
+    files: Mapping[str, Path] = field(default_factory=dict)  # component -> the file or folder that was named or found
 
     @classmethod
     def open(cls, path: Path, parts: Mapping[str, Path | None] | None = None) -> ModelFolder:
@@ -70,7 +71,7 @@ class ModelFolder:
                 file = Checkpoint.open(places[name])
                 configs[name] = config_of(file, component, path) or component.official
                 weights[name] = _used(file, component, configs[name])
-        model = cls(path, configs, weights, scheduler_config(path), places[TOKENIZER])
+        model = cls(path, configs, weights, scheduler_config(path), places[TOKENIZER], places)
         model._check_widths()
         return model
 

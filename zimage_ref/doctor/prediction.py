@@ -23,6 +23,7 @@ from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
 from zimage_ref.memory import (
     LoadedModel,
+    Mode,
     footprint_of_mlx,
     generation_stages,
     lora_bytes,
@@ -31,12 +32,13 @@ from zimage_ref.memory import (
     training_stages,
 )
 from zimage_ref.model.config import OFFICIAL_SCHEDULER, OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
+from zimage_ref.model.parameters import block_of
 
 from . import work
 from .work import Tokens, Work
 
 SIDES = (512, 768, 1024)
-MODES = ("fast", "lean")
+MODES: tuple[Mode, ...] = ("fast", "lean", "stream")
 STEPS = 8  # of a picture, Turbo's
 BITS = {"8": 8, "4": 4}  # precisions that are numbers of bits
 NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -106,14 +108,16 @@ class TimeModel:
         amount = work.forward(OFFICIAL_TRANSFORMER, Tokens.of(side), self._itemsize(precision))
         return self.seconds("forward", precision, side, amount)
 
-    def step(self, precision: str, side: int, mode: str) -> float:
-        """One training step: gradient and optimizer."""
+    def step(self, precision: str, side: int, mode: Mode) -> float:
+        """One training step: gradient and optimizer. In the mode stream as in lean: a disk that keeps pace is taken."""
+        mode = "fast" if mode == "fast" else "lean"
         amount = work.step(OFFICIAL_TRANSFORMER, Tokens.of(side), self._itemsize(precision), mode == "lean")
         optimizer = self._rates[precision].seconds(work.optimizer(OFFICIAL_TRANSFORMER))
         return self.seconds(f"step {mode}", precision, side, amount) + optimizer
 
-    def decode(self, precision: str, side: int, mode: str) -> float:
-        """The autoencoder from latents to a picture; it is not quantized."""
+    def decode(self, precision: str, side: int, mode: Mode) -> float:
+        """The autoencoder from latents to a picture; it is not quantized, and not streamed."""
+        mode = "fast" if mode == "fast" else "lean"
         precision = self._compute if precision in BITS else precision
         amount = work.decode(OFFICIAL_VAE, side * side, self._itemsize(precision))
         return self.seconds(f"decode {mode}", precision, side, amount)
@@ -129,30 +133,36 @@ class TimeModel:
         amount = work.encode_text(OFFICIAL_TEXT_ENCODER, 64, self._itemsize(precision))
         return self.seconds("text", precision, 64, amount)
 
-    def picture(self, precision: str, side: int, mode: str) -> float:
+    def picture(self, precision: str, side: int, mode: Mode) -> float:
         """Prompt, STEPS steps and decoding, without reading weights."""
         steps = STEPS * self.forward(precision, side)
         return self.text(precision) + steps + self.decode(precision, side, mode)
 
-    def picture_bytes(self, precision: str, side: int, mode: str) -> int:
-        """Memory of making one picture; lean frees each network before it loads the next."""
-        lean = mode == "lean"
-        footprint = footprint_of_mlx(lean, on_apple_silicon())
-        stages = generation_stages(_loaded(precision, self._compute), footprint, (side, side), one_at_a_time=lean)
+    def picture_bytes(self, precision: str, side: int, mode: Mode) -> int:
+        """Memory of making one picture; lean and stream free each network before they load the next."""
+        model, footprint = _loaded(precision, self._compute), footprint_of_mlx(mode, on_apple_silicon())
+        stages = generation_stages(model, footprint, (side, side), one_at_a_time=mode != "fast")
         return peak(stages).total
 
-    def step_bytes(self, precision: str, side: int, mode: str) -> int:
+    def step_bytes(self, precision: str, side: int, mode: Mode) -> int:
         """Memory of training LoRAs of rank 16 on all blocks, with AdamW."""
         blocks = OFFICIAL_TRANSFORMER.n_layers + 2 * OFFICIAL_TRANSFORMER.n_refiner_layers
         lora = lora_bytes(blocks * work.lora_values(OFFICIAL_TRANSFORMER), slots=2)
         model = _loaded(precision, self._compute)
-        footprint = footprint_of_mlx(lean=True, metal=on_apple_silicon())
-        return peak(training_stages(model, Tokens.of(side).image, lora, 1, mode == "lean", footprint)).total
+        footprint = footprint_of_mlx("lean" if mode == "fast" else mode, on_apple_silicon())
+        return peak(training_stages(model, Tokens.of(side).image, lora, 1, mode != "fast", footprint)).total
+
+    def read_rate(self, precision: str, side: int) -> float:
+        """The bytes a second that a disk must give so that streaming takes no longer than lean."""
+        packed = sum(
+            size for name, size in _loaded(precision, self._compute).sizes("transformer").items() if block_of(name)
+        )
+        return packed / self.forward(precision, side)
 
     def to_json(self, limit: int | None) -> JsonObject:
         """Every prediction, and what to choose on a machine that has `limit` bytes for it."""
 
-        def by_mode(value: Callable[[str, int, str], float]) -> JsonObject:
+        def by_mode(value: Callable[[str, int, Mode], float]) -> JsonObject:
             return {p: {m: {str(s): value(p, s, m) for s in SIDES} for m in MODES} for p in self._rates}
 
         def by_precision(value: Callable[[str, int], float]) -> JsonObject:
@@ -167,6 +177,7 @@ class TimeModel:
             "picture_seconds": by_mode(self.picture),
             "picture_bytes": by_mode(self.picture_bytes),
             "step_bytes": by_mode(self.step_bytes),
+            "stream_bytes_per_second": by_precision(self.read_rate),
             "memory_limit": limit,
             "best": {
                 "picture": {str(s): self._best(self.picture, self.picture_bytes, s, limit) for s in SIDES},
@@ -176,13 +187,14 @@ class TimeModel:
 
     def _best(
         self,
-        seconds: Callable[[str, int, str], float],
-        nbytes: Callable[[str, int, str], int],
+        seconds: Callable[[str, int, Mode], float],
+        nbytes: Callable[[str, int, Mode], int],
         side: int,
         limit: int | None,
     ) -> dict[str, str] | None:
         """Precision and mode to choose: the fastest that fits, or one of more bits that is nearly as fast; or None."""
         fits = [(p, m) for p in self._rates for m in MODES if limit is None or nbytes(p, side, m) <= limit]
+        fits = [(p, m) for p, m in fits if m != "stream"] or fits  # it is as fast only if the disk is
         if not fits:
             return None
         longest = _AS_GOOD * min(seconds(p, side, m) for p, m in fits)

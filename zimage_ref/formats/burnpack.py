@@ -10,7 +10,6 @@ Sources: burn-store's burnpack module; CBOR, RFC 8949.
 from __future__ import annotations
 
 import struct
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import ClassVar, TypeGuard
@@ -54,7 +53,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     check_disjoint(path, ((start, end, name) for name, (_, _, start, end) in parsed.items()))
     origin = _data_start(file, _HEADER.size + size, max((end for *_, end in parsed.values()), default=0))
     tensors = {
-        name: Tensor(shape, DTYPES[dtype], partial(file.array, origin + start, shape, DTYPES[dtype]))
+        name: file.tensor(origin + start, shape, DTYPES[dtype])
         for name, (dtype, shape, start, _) in sorted(parsed.items(), key=lambda item: item[1][2])
     }
     metadata = root.get("metadata")

@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,9 @@ import numpy as np
 from zimage_ref.errors import FormatError, reason
 
 from .reading import open_descriptor
-from .tensors import Array, DType
+from .tensors import Array, DType, Span, Tensor
+
+_AT_ONCE = 1 << 26  # bytes asked of the system in one call; some systems give at most 2 GB
 
 
 class MappedFile:
@@ -30,7 +33,8 @@ class MappedFile:
         self.path = path
         try:
             self._descriptor = open_descriptor(path)
-            self.size = os.fstat(self._descriptor).st_size
+            status = os.fstat(self._descriptor)
+            self.size, self._changed = status.st_size, status.st_mtime_ns
         except OSError as error:
             raise FormatError(f"{path}: cannot be opened: {reason(error)}") from error
         weakref.finalize(self, os.close, self._descriptor)
@@ -48,6 +52,32 @@ class MappedFile:
         except ValueError as error:
             raise FormatError(f"{self.path}: has become shorter since it was opened") from error
         return np.ndarray(shape, dtype, mapped, offset - start, order=order)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: DType) -> Tensor:
+        """The tensor that starts at byte `offset`, in C order."""
+        return Tensor(shape, dtype, partial(self.array, offset, shape, dtype), span=Span(self, offset))
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` with the bytes from `offset`. They are read, not mapped, so no pages of the file stay.
+
+        A file that fails while it is mapped ends the process. Here it raises FormatError, as does a file that was
+        changed since it was opened.
+        """
+        flat = buffer.cast("B")
+        try:
+            status = os.fstat(self._descriptor)
+            if status.st_size < offset + len(flat):
+                raise FormatError(f"{self.path}: has become shorter since it was opened")
+            if status.st_mtime_ns != self._changed:
+                raise FormatError(f"{self.path}: was changed since it was opened: start again")
+            done = 0
+            while done < len(flat):
+                count = os.preadv(self._descriptor, [flat[done : done + _AT_ONCE]], offset + done)
+                if not count:
+                    raise FormatError(f"{self.path}: has become shorter since it was opened")
+                done += count
+        except OSError as error:
+            raise FormatError(f"{self.path}: cannot be read: {reason(error)}") from error
 
     def bytes(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`, fewer if the file ends earlier."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from zimage_ref.errors import ConfigError, FormatError
 
@@ -120,8 +120,9 @@ def _array_in(file: MappedFile, member: zipfile.ZipInfo, start: int) -> Tensor:
     offset = start + prefix + length
     if offset + prod(shape) * dtype.itemsize > file.size:
         raise FormatError(f"{where} is truncated")
-    order: Literal["C", "F"] = "F" if match[2] == b"True" else "C"
-    return Tensor(shape, dtype, partial(file.array, offset, shape, dtype, order))
+    if match[2] == b"True":
+        return Tensor(shape, dtype, partial(file.array, offset, shape, dtype, "F"))
+    return file.tensor(offset, shape, dtype)
 
 
 def _record_in_comment(path: Path, comment: bytes) -> JsonObject:

@@ -87,6 +87,11 @@ class QuantizedTensor(Tensor):
         return {"weight": self.packed, "scales": self.scales, "biases": self.biases}
 
     @property
+    def streamable(self) -> bool:
+        """As that of a Tensor: all three parts are stored as they are."""
+        return all(part.streamable for part in self.parts.values())
+
+    @property
     def stored_nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
 
@@ -97,9 +102,7 @@ class QuantizedTensor(Tensor):
 
     def block(self, start: int, stop: int) -> QuantizedTensor:
         """The rows from `start` to `stop`, still quantized. Groups do not cross rows."""
-        packed, scales, biases = (
-            part.view((stop - start, part.shape[1]), lambda array: array[start:stop]) for part in self.parts.values()
-        )
+        packed, scales, biases = (part.block(start, stop) for part in self.parts.values())
         return self.of_parts(packed, scales, biases, self.quantization)
 
     def fitted(self, shape: tuple[int, ...]) -> Tensor:

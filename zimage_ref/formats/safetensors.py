@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,7 +75,7 @@ def _mapped(file: MappedFile, start: int, name: str, entry: Json) -> Tensor:
         raise FormatError(f"{file.path}: {name} has dtype {tag}, which this program cannot read")
     dtype = DTYPES["u8" if small else _TAGS[tag]]
     shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-    stored = Tensor(shape, dtype, partial(file.array, offset, shape, dtype))
+    stored = file.tensor(offset, shape, dtype)
     return float8(stored, small) if small else stored
 
 

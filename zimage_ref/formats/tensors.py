@@ -7,9 +7,10 @@ Each value is two bytes, the upper half of a float32. Only this file converts th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,33 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("f64", "f32", "f16", "bf16")
 
 
+class ReadableFile(Protocol):
+    """A file whose parts can be read into memory of the caller, see `mapped_file.MappedFile`."""
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` from byte `offset`. Raises FormatError if that fails."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a file that holds the data of a tensor as it is: in C order, not compressed."""
+
+    file: ReadableFile
+    offset: int  # bytes
+
+    def after(self, skip: int) -> Span:
+        """The part that begins `skip` bytes later."""
+        return Span(self.file, self.offset + skip)
+
+    def read_into(self, buffer: memoryview, skip: int = 0) -> None:
+        """Fills `buffer` with the bytes after the first `skip`. Raises FormatError if that fails."""
+        self.file.read_into(buffer, self.offset + skip)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """The shape and dtype of a tensor, known before its data is read. `read()` gives the data.
@@ -53,6 +81,7 @@ class Tensor:
     dtype: DType
     read: Callable[[], Array]
     storage: str = ""  # the file's own format if it is not `dtype`, such as a quantized one
+    span: Span | None = None  # where the data of `read` lies in a file; None if `read` computes it
 
     @property
     def stored_as(self) -> str:
@@ -91,6 +120,18 @@ class Tensor:
     def view(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Tensor:
         """A tensor of `shape`. When you read it, `change` makes its data from this tensor's data."""
         return Tensor(shape, self.dtype, lambda: change(self.read()))
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """The rows from `start` to `stop`. They lie together in a file, so a streamable tensor stays streamable."""
+        part = self.view((stop - start, *self.shape[1:]), lambda array: array[start:stop])
+        if self.span is None:
+            return part
+        return replace(part, span=self.span.after(start * prod(self.shape[1:]) * self.dtype.itemsize))
+
+    @property
+    def streamable(self) -> bool:
+        """Whether a file holds the data as it is, so that it can be read again and again at no cost but the reading."""
+        return self.span is not None
 
     def fitted(self, shape: tuple[int, ...]) -> Tensor:
         """The same data as a tensor of `shape`, if its stored form leaves a choice and allows this one; else itself."""

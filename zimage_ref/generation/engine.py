@@ -18,7 +18,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE, Quantization
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import Footprint, physical_memory
+from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_maps, checked_numbers
 from zimage_ref.model.steering import Steering
@@ -31,8 +31,13 @@ ConditioningT = TypeVar("ConditioningT")
 class Terms:
     """What a request wants of the engine. It keeps its terms while other requests use the same engine."""
 
-    lean: bool  # one network in memory at a time
+    mode: Mode  # the memory mode
     loras: Sequence[tuple[LoRAFile, float]]  # LoRA, scale
+
+    @property
+    def lean(self) -> bool:
+        """Whether only one network is in memory at a time."""
+        return self.mode != "fast"
 
 
 class Engine(ABC, Generic[ArrayT, ConditioningT]):
@@ -52,17 +57,19 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
         group_size: int = GROUP_SIZE,
+        stream: bool = False,
     ) -> None:
         """dtype: one of `dtypes`, or None for the engine's default. lean: keep only one network in memory at a time.
 
         quantize: 3, 4, 5, 6 or 8 bits for the large matrices of transformer and text encoder; they are quantized on
         loading. group_size: the weights that then share one scale.
+        stream: as lean, and read the weights of a block when it is needed.
         parts: files that were used instead of those in `folder`, for the record.
         Raises ConfigError for an unknown dtype, and if the tokenizer does not belong to the text encoder.
         """
         if dtype not in (None, *self.dtypes):
             raise ConfigError(f"dtype {dtype!r} must be one of {', '.join(self.dtypes)}")
-        self.folder, self._lean = folder, lean
+        self.folder, self._mode = folder, _mode(lean, stream)
         self._lock = threading.RLock()
         self.precision = dtype or self.default_dtype()  # the name of the dtype that the networks compute in
         self.parts = {name: path for name, path in (parts or {}).items() if path is not None}
@@ -77,13 +84,18 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @property
     def lean(self) -> bool:
         """Whether only one network is in memory at a time."""
-        return self._lean
+        return self._mode != "fast"
 
-    def set_lean(self, lean: bool) -> None:
-        """Changes `lean`. If a transformer is loaded for the other mode, it is freed."""
-        if lean != self._lean:
-            self.release("transformer")
-            self._lean = lean
+    @property
+    def mode(self) -> Mode:
+        """The memory mode; see `zimage_ref.streaming`."""
+        return self._mode
+
+    def set_mode(self, mode: Mode) -> None:
+        """Changes `mode`. Networks that are loaded for another mode are freed."""
+        if mode != self._mode:
+            self.release("transformer", *(["text_encoder"] if "stream" in (mode, self._mode) else []))
+            self._mode = mode
 
     @classmethod
     @abstractmethod
@@ -92,8 +104,8 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
     @classmethod
     @abstractmethod
-    def footprint(cls, lean: bool) -> Footprint:
-        """The memory for activations that the engine takes, with `lean` or without."""
+    def footprint(cls, mode: Mode) -> Footprint:
+        """The memory that the engine takes in `mode`, beside weights."""
 
     def memory_limit(self) -> int | None:
         """The bytes of memory that the engine may use. None if they are not known."""
@@ -112,7 +124,7 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """
         with self._lock, self.guarded():
             if terms is not None:
-                self.set_lean(terms.lean)
+                self.set_mode(terms.mode)
                 self.use_loras(terms.loras)
             yield
 
@@ -179,3 +191,9 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def settle(self, array: ArrayT) -> ArrayT:
         """The array, fully computed. An engine with lazy arrays evaluates it here."""
+
+
+def _mode(lean: bool, stream: bool) -> Mode:
+    if stream:
+        return "stream"
+    return "lean" if lean else "fast"

@@ -20,7 +20,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
-from zimage_ref.memory import LoadedModel, Stage, generation_stages, largest
+from zimage_ref.memory import LoadedModel, Mode, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_finite, checked_numbers
 from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
@@ -65,15 +65,16 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         quantize: int | None = None,
         parts: Mapping[str, Path | None] | None = None,
         group_size: int = GROUP_SIZE,
+        stream: bool = False,
     ) -> Self:
         """Opens the model in `model_dir`, in any layout of `checkpoints.folder`, and checks all names and shapes.
 
         quantize: 3, 4, 5, 6 or 8 bits, applied on loading. Weights that are stored quantized do not change.
-        group_size: the weights that share one scale then: 32, 64 or 128.
+        group_size: the weights that share one scale then: 32, 64 or 128. stream: as `lean`, but reads blocks at need.
         parts: files to use instead of those in the folder, by transformer, text_encoder, vae, tokenizer.
         Weights are read on their first use. Raises ConfigError, FormatError or WeightError.
         """
-        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts, group_size)
+        return cls(ModelFolder.open(Path(model_dir), parts), dtype, lean, quantize, parts, group_size, stream)
 
     @overload
     def __call__(
@@ -142,7 +143,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         Arguments: see `__call__`.
         """
         requests = self.plan([config_of({"prompt": prompt, **options})], latents)
-        return self._streamed(requests, Terms(self.lean, self.read_loras(loras)), progress)
+        return self._streamed(requests, Terms(self.mode, self.read_loras(loras)), progress)
 
     def _streamed(
         self, requests: Sequence[Request], terms: Terms, progress: StageProgress
@@ -225,17 +226,16 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
             raise ConfigError(f"output {output!r} must be one of {', '.join(get_args(Output))}")
         size = max(1, len(requests)) if batch_size is None else batch_size
         RUN["batch_size"].check("batch_size", size)
-        terms = Terms(self.lean, self.read_loras(loras))
+        terms = Terms(self.mode, self.read_loras(loras))
         return zip(requests, self._made(requests, size, terms, output, progress, watch), strict=True)
 
-    def memory(self, requests: Sequence[Request], batch_size: int, lean: bool | None = None) -> list[Stage]:
-        """The estimated memory of each stage of making `requests`. lean: None means the current setting."""
-        one_at_a_time = self.lean if lean is None else lean
-        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(one_at_a_time)
-        batch = min(batch_size, len(requests))
+    def memory(self, requests: Sequence[Request], batch_size: int, mode: Mode | None = None) -> list[Stage]:
+        """The estimated memory of each stage of making `requests`. mode: None means the current one."""
+        mode, batch = mode or self.mode, min(batch_size, len(requests))
+        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(mode)
         loads = {(r.width, r.height, predictions_of(r)) for r in requests}
         return largest(
-            generation_stages(model, footprint, (width, height), batch * predictions, one_at_a_time)
+            generation_stages(model, footprint, (width, height), batch * predictions, mode != "fast")
             for width, height, predictions in loads
         )
 
@@ -251,7 +251,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """What `generate` makes of each request, in batches of at most `size`."""
         captions, starts = self._prepared(requests, terms.lean, progress)
         batches = list(in_batches(requests, size))
-        apart = terms.lean and not self._fit_together(requests, size)  # whether each batch loads its networks anew
+        apart = terms.lean and not self._fit_together(requests, size, terms.mode)  # then each batch loads all anew
         done, total = 0, sum(len(requests[places[0]].sigmas) - 1 for places in batches)
         for places in batches:
             batch = requests[places.start : places.stop]
@@ -279,9 +279,9 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
                 check_finite(f"the latents after step {step.index} of {step.total}", np.asarray(step.x))
             yield step
 
-    def _fit_together(self, requests: Sequence[Request], size: int) -> bool:
+    def _fit_together(self, requests: Sequence[Request], size: int, mode: Mode) -> bool:
         """Whether transformer and autoencoder fit into memory together, while one of them computes."""
-        limit, (_, denoise, decode) = self.memory_limit(), self.memory(requests, size, lean=True)
+        limit, (_, denoise, decode) = self.memory_limit(), self.memory(requests, size, mode)
         return limit is None or max(denoise.total + decode.weights, decode.total + denoise.weights) <= limit
 
     def _prepared(

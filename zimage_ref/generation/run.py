@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from zimage_ref.bounds import RUN, check_bounds
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE
-from zimage_ref.memory import Stage, peak, require_memory
+from zimage_ref.memory import Mode, Stage, require_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import MAX_TOKENS
 from zimage_ref.options import MEMORY, one_of
 from zimage_ref.pictures.images import Picture
+from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
 from zimage_ref.version import __version__
 
 from .config import GenerateConfig
@@ -45,7 +46,7 @@ class RunSettings:
     """The settings for all pictures of a run. Raises ConfigError for values out of bounds."""
 
     batch_size: int = 1  # pictures denoised together; changes none of them
-    memory: str = MEMORY[0]  # lean: one network at a time; fast: all; auto: `decide_memory_mode` decides
+    memory: str = MEMORY[0]  # see `zimage_ref.streaming`; auto: `GenerationRun.memory` decides
     keep_model: bool = False  # more pictures will follow, so networks stay in memory if they fit
     force: bool = False  # go on even if memory seems too small
     preview_steps: int = 0  # steps from one preview to the next; 0: no previews
@@ -64,20 +65,6 @@ class MadePicture:
     request: Request
     picture: Picture
     record: dict[str, object] | None  # for `save_picture`; None without `metadata`
-
-
-def decide_memory_mode(
-    settings: RunSettings, all_networks: Sequence[Stage], limit: int | None
-) -> Literal["lean", "fast"]:
-    """The memory mode of a run: one network at a time (lean), or all (fast).
-
-    all_networks: the memory that fast takes. limit: the bytes that are there; None if they are not known.
-    """
-    if settings.memory == "auto":
-        if not settings.keep_model:  # no network is used twice
-            return "lean"
-        return "fast" if limit is None or peak(all_networks).total <= limit else "lean"
-    return "lean" if settings.memory == "lean" else "fast"
 
 
 def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelChoice | None = None) -> PipelineT:
@@ -161,13 +148,22 @@ class GenerationRun:
         for remark in dict.fromkeys(text for request in requests for text in request.remarks):
             notify(remark)
         if not self.settings.force:
-            stages = self._memory(requests, lean=self.memory_mode(requests) == "lean")
-            require_memory(stages, self.pipeline.memory_limit())
+            require_memory(self._memory(requests, self.memory(requests).mode), self.pipeline.memory_limit())
         return requests
 
-    def memory_mode(self, requests: Sequence[Request]) -> Literal["lean", "fast"]:
-        """The memory mode that `make` will use for `requests`; see `decide_memory_mode`."""
-        return decide_memory_mode(self.settings, self._memory(requests, lean=False), self.pipeline.memory_limit())
+    def memory(self, requests: Sequence[Request]) -> Choice:
+        """The memory mode that `make` will use for `requests`, and why.
+
+        Raises ConfigError if the mode stream is asked for and the model's files do not allow it.
+        """
+        pipe, asked = self.pipeline, self.settings.memory
+        streams = not pipe.footprint("stream").mapped  # weights that are mapped are streamed in any mode
+        if asked == "stream" and streams:
+            require_streamable(pipe.folder)
+        modes: list[Mode] = ["fast", "lean"] if self.settings.keep_model else ["lean"]  # else nothing is used twice
+        if streams and can_stream(pipe.folder):
+            modes.append("stream")
+        return choose(asked, {mode: self._memory(requests, mode) for mode in modes}, pipe.memory_limit())
 
     def make(
         self,
@@ -176,7 +172,7 @@ class GenerationRun:
         preview: Preview = lambda index, picture: None,
         loras: Sequence[LoRASource] | None = None,
     ) -> Iterator[MadePicture]:
-        """Yields the picture of each request, in order, as soon as it is decoded. Sets `lean` as `memory_mode` says.
+        """Yields the picture of each request, in order, as soon as it is decoded. Sets the mode that `memory` chooses.
 
         progress: as in `Pipeline.__call__`. preview: takes each unfinished picture every `preview_steps` steps.
         loras: those of these requests; None: those of the run. All that is set when you call this stays so until the
@@ -191,8 +187,8 @@ class GenerationRun:
                 for i, place in enumerate(places):
                     preview(place, pipe.picture(step.x_0[i : i + 1]))
 
-        with pipe.turn():  # no other thread may change `lean` before `generate` has read it
-            pipe.set_lean(self.memory_mode(requests) == "lean")
+        with pipe.turn():  # no other thread may change the mode before `generate` has read it
+            pipe.set_mode(self.memory(requests).mode)
             made = pipe.generate(
                 requests,
                 batch_size=self.settings.batch_size,
@@ -209,5 +205,5 @@ class GenerationRun:
         recorder = Recorder(self.facts, [lora.recorded for lora in loras])
         return [recorder.record(request.config, request.digests) for request in requests]
 
-    def _memory(self, requests: Sequence[Request], lean: bool) -> list[Stage]:
-        return self.pipeline.memory(requests, self.settings.batch_size, lean)
+    def _memory(self, requests: Sequence[Request], mode: Mode) -> list[Stage]:
+        return self.pipeline.memory(requests, self.settings.batch_size, mode)

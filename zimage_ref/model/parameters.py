@@ -98,7 +98,7 @@ def _block(config: TransformerConfig, modulated: bool) -> Shapes:
 def text_encoder_parameters(config: TextEncoderConfig) -> Shapes:
     """Every parameter of the official text encoder file: 398 at full size. See `text_encoder_unused`."""
     shapes: Shapes = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        EMBEDDING: (config.vocab_size, config.hidden_size),
         "model.norm.weight": (config.hidden_size,),
     }
     layer = _text_layer(config)
@@ -235,6 +235,16 @@ _LARGE_MATRICES = tuple(
     for name, shape in layer.items()
     if len(shape) == 2
 )
+
+
+_BLOCK = re.compile(r"(?:model\.)?(?:layers|noise_refiner|context_refiner)\.\d+(?=\.)")
+EMBEDDING = "model.embed_tokens.weight"  # of the text encoder: a prompt needs a few of its rows
+
+
+def block_of(name: str) -> str:
+    """The block of the transformer, or layer of the text encoder, that `name` belongs to; "" if there is none."""
+    match = _BLOCK.match(name)
+    return match[0] if match else ""
 
 
 def is_large_matrix(name: str) -> bool:

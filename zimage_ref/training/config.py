@@ -166,7 +166,8 @@ class TrainConfig:
     )
     memory: str = option(
         "auto",
-        "lean takes less memory, fast takes less time. auto takes fast if the machine has enough memory.",
+        "lean takes less memory, fast takes less time, and stream reads weights when they are needed. auto takes the "
+        "fastest that fits.",
         MEMORY_USE,
         choices=MEMORY,
         free=True,

@@ -19,6 +19,7 @@ from zimage_ref.memory import (
     LEAN,
     Footprint,
     LoadedModel,
+    Mode,
     Stage,
     lora_bytes,
     require_memory,
@@ -30,6 +31,7 @@ from zimage_ref.model.flow import is_turbo
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
 from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 from zimage_ref.options_file import to_json
+from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
 
 from .batches import BatchOrder, Item
 from .buckets import Size, buckets
@@ -102,21 +104,43 @@ class TrainPlan:
         return size[0] * size[1] // self.model.size_multiple**2
 
     def memory(
-        self, precision: str, quantization: Quantization | None, lean: bool, footprint: Footprint = LEAN
+        self, precision: str, quantization: Quantization | None, mode: Mode, footprint: Footprint = LEAN
     ) -> list[Stage]:
-        """The memory of each stage of the run with the base in this precision. The rest: see `training_stages`."""
+        """The memory of each stage of the run with the base in this precision.
+
+        footprint: that of the engine in `mode`; for "fast", that of the mode lean. The rest: see `training_stages`.
+        """
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
-        return training_stages(model, most, lora, self.batches.batch_size, lean, footprint)
+        return training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
 
-    def require_memory(
-        self, precision: str, quantization: Quantization | None, limit: int | None, footprint: Footprint = LEAN
-    ) -> None:
-        """Raises ConfigError if the run takes more than `limit` bytes, unless `force` is set."""
+    def choose_memory(
+        self,
+        precision: str,
+        quantization: Quantization | None,
+        limit: int | None,
+        footprint: Callable[[Mode], Footprint],
+    ) -> Choice:
+        """The memory mode of the run on an engine with such a `footprint` and `limit` bytes.
+
+        Raises ConfigError if the mode stream is asked for and the model's files do not allow it.
+        """
+        asked = self.config.memory
+        if asked == "stream":
+            require_streamable(self.model)
+        modes: list[Mode] = ["fast", "lean"]
+        if asked == "stream" or can_stream(self.model):
+            modes.append("stream")
+        stages = {
+            mode: self.memory(precision, quantization, mode, footprint("lean" if mode == "fast" else mode))
+            for mode in modes
+        }
+        return choose(asked, stages, limit)
+
+    def require_memory(self, stages: Sequence[Stage], limit: int | None) -> None:
+        """Raises ConfigError if `stages` take more than `limit` bytes, unless `force` is set."""
         if not self.config.force:
-            lean = self.config.memory != "fast"
-            stages = self.memory(precision, quantization, lean, footprint)
-            sides = "`resolution`" if lean else "`resolution`, `memory` lean"
+            sides = "`resolution`, `memory` lean" if self.config.memory == "fast" else "`resolution`"
             require_memory(stages, limit, "base_precision", sides)
 
     def facts(self, environment: dict[str, str]) -> RunFacts:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from zimage_ref.errors import ZImageError
-from zimage_ref.memory import peak
+from zimage_ref.memory import Mode, peak
 from zimage_ref.options_file import to_json, typed
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, Saved, Started, Step, Stopped, Validated
@@ -26,6 +26,7 @@ from .feed import Feed
 
 log = logging.getLogger("zimage.serve")
 ENDED = ("done", "failed", "stopped")
+_LEAST: Mapping[str, Mode] = {"fast": "fast", "stream": "stream"}  # `memory` -> the mode of the estimate, else lean
 # Options of `zimage train` that name files, or overwrite them: here the server decides them
 NOT_ASKED = {
     "model_dir", "dataset", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer", "training_adapter",
@@ -124,7 +125,8 @@ class RunDesk:
         _, config = self.config(asked)
         dtype, quantization = self._trainer.precision(config)
         plan = make_plan(config)
-        stages = plan.memory(dtype, quantization, config.memory != "fast", self._trainer.footprint())
+        mode = _LEAST.get(config.memory, "lean")
+        stages = plan.memory(dtype, quantization, mode, self._trainer.footprint("lean" if mode == "fast" else mode))
         return {
             "pictures": len(plan.examples),
             "held_out": len(plan.held_out),
