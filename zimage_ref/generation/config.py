@@ -121,8 +121,7 @@ class GenerateConfig:
     )
     nag: float | None = option(
         None,
-        "Strength of `negative_prompt` without guidance. 1 is none; 3 to 8 are usual. A step takes about 1.3 times as "
-        "long.",
+        "Strength of `negative_prompt` without guidance. 1 is no change; 3 to 8 are usual. A step takes longer.",
         DENOISING,
         value="SCALE",
     )
