@@ -21,9 +21,10 @@ from zimage_ref.generation.provenance import Repeat
 from zimage_ref.generation.run import RunSettings
 from zimage_ref.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from zimage_ref.model.config_reader import parse_config
+from zimage_ref.model.control import ControlNetConfig
 from zimage_ref.pictures.images import save_picture
 
-MODEL = (TransformerConfig, TextEncoderConfig, VAEConfig, SchedulerConfig)
+MODEL = (TransformerConfig, TextEncoderConfig, VAEConfig, SchedulerConfig, ControlNetConfig)
 TABLES: list[tuple[type[Any], Any, dict[str, Any]]] = [
     (GenerateConfig, bounds.PICTURE, {"prompt": "x"}),
     (TrainConfig, bounds.TRAINING, {"model_dir": "m", "dataset": "d"}),

@@ -34,7 +34,7 @@ ROOMS = {
     "zimage_ref.streaming": f"{_BASE} checkpoints memory",
     "zimage_ref.generation":
         f"{_BASE} bounds version options options_file pictures lora checkpoints memory streaming",
-    "zimage_ref.pipeline": "formats model lora networks memory generation",
+    "zimage_ref.pipeline": "formats model checkpoints lora networks memory generation",
     "zimage_ref.training":
         f"{_BASE} bounds options options_file pictures lora checkpoints memory streaming generation",
     "zimage_ref.doctor": "errors formats model version checkpoints memory",
@@ -226,7 +226,7 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node.args[0], ast.Constant)
     }
     libraries = {
-        "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft", "torch",
+        "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft", "torch",
         "transformers",
     }  # fmt: skip
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
@@ -257,7 +257,7 @@ def test_the_rules_catch_what_they_are_for() -> None:
 
 def test_both_packages_have_the_same_networks_under_the_same_names() -> None:
     """A class of zimage_mlx's networks that exists in zimage_ref stands in the file of the same name, in that order."""
-    for module in ("transformer", "text_encoder", "vae"):
+    for module in ("transformer", "text_encoder", "vae", "controlnet", "hints"):
         files = (ROOT / package / "networks" / f"{module}.py" for package in ("zimage_ref", "zimage_mlx"))
         ref, mlx = (
             [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]

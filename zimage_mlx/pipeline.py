@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.formats.tensors import Array
@@ -24,12 +26,13 @@ from zimage_ref.streaming import STREAMED, require_streamable
 from . import device
 from .device import gpu_errors_explained, gpu_memory, limit_memory, multiply_in_float32, on_gpu
 from .lora.layers import Adapters
+from .networks.controlnet import Control, ControlNet
 from .networks.running import RESIDENT, BlockRunner, RunInPieces, Weights
 from .networks.steered import condition_steered
 from .networks.streaming import Stream
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
-from .networks.transformer import Conditioning, Transformer
+from .networks.transformer import Conditioning, RunBlock, Transformer
 from .networks.vae import VAE
 from .networks.weights import DTYPES, load, to_mlx
 
@@ -67,6 +70,8 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
             multiply_in_float32()
         self._adapt_to(self.mode)
         self._adapters: Adapters | None = None  # of the transformer in memory
+        self._control_stamp: object = None  # of the file of the ControlNet in memory
+        self._control_run: RunBlock = self._run(RESIDENT)  # runs its blocks
 
     @classmethod
     def default_dtype(cls) -> str:
@@ -139,8 +144,10 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     def _empty_transformer(self, weights: Weights) -> Transformer:
         """A transformer that still needs weights. A lean one computes blocks in pieces."""
-        run = RunInPieces(on_gpu(), weights.read_ahead).block if self.lean else BlockRunner()
-        return Transformer(self.folder.transformer, weights.around(run), weights)
+        return Transformer(self.folder.transformer, weights.around(self._run(weights)), weights)
+
+    def _run(self, weights: Weights) -> RunBlock:
+        return RunInPieces(on_gpu(), weights.read_ahead).block if self.lean else BlockRunner()
 
     def release(self, *components: str) -> None:
         for component in components:
@@ -149,6 +156,7 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
                 stream.close()
         if "transformer" in components:
             self._adapters = None
+            self._networks.pop("controlnet", None)
         mx.clear_cache()
 
     def _encode_prompt(self, text: str) -> mx.array:
@@ -171,6 +179,19 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         if steering is not None:
             return condition_steered(self.transformer, captions, h, w, steering)
         return self.transformer.condition(captions, h, w)
+
+    def controlled(
+        self, conditioning: Conditioning, file: ControlFile, context: mx.array, scale: float
+    ) -> Conditioning:
+        """As `Engine`. The network stays until the transformer is freed, or another is used."""
+        if "controlnet" not in self._networks or self._control_stamp != file.stamp:
+            self._networks.pop("controlnet", None)
+            network = ControlNet(file.config)
+            load(network, file.tensors, self.dtype, self.quantization, self.unpack)
+            self._networks["controlnet"], self._control_stamp = network, file.stamp
+            self._control_run = self._run(RESIDENT)
+        own = cast(ControlNet, self._networks["controlnet"])
+        return replace(conditioning, control=Control(own, context, scale, self._control_run))
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
         """As `Engine`: (copies * B, C, h, w) float32."""

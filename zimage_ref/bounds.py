@@ -69,10 +69,12 @@ PICTURE = {  # fields of GenerateConfig
     "width": _SIDE, "height": _SIDE, "steps": _STEPS, "guidance": _GUIDANCE, "shift": _SHIFT, "seed": _SEED,
     "cfg_normalization": Bounds(0, 1e3), "cfg_truncation": Bounds(0, 1), "strength": Bounds(0, 1),
     "nag": Bounds(1, 1e3), "variety": Bounds(0, 1), "variety_until": Bounds(0, 1, above=True),
+    "control_start": Bounds(0, 1), "control_end": Bounds(0, 1),
 }  # fmt: skip
 RUN = {"batch_size": _count(4096), "preview_steps": _count(10_000, low=0)}  # fields of RunSettings
 COUNT = _count(10_000)  # pictures of one command
 LORA_SCALE = Bounds(-1e3, 1e3)
+CONTROL_SCALE = Bounds(0, 100)
 LORA_RANK = _count(65_536)
 TRAINING = {  # fields of TrainConfig
     "rank": LORA_RANK, "alpha": Bounds(0, 1e8, above=True), "epochs": _count(1e6), "steps": _count(1e8),
@@ -100,5 +102,7 @@ MODEL = {  # keys in the configs of a model
     "vocab_size": _count(_ANY_SIZE), "hidden_size": _WIDTH, "intermediate_size": _WIDTH, "num_hidden_layers": _LAYERS,
     "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "head_dim": _WIDTH, "rms_norm_eps": _EPS,
     "latent_channels": _HEADS, "block_out_channels": _WIDTH, "layers_per_block": _LAYERS, "norm_num_groups": _WIDTH,
+    "control_in_dim": _HEADS, "control_layers_places": _count(998, low=0),
+    "control_refiner_layers_places": _count(998, low=0),
     "scaling_factor": Bounds(1e-6, 1e6), "shift_factor": Bounds(-1e6, 1e6), "shift": _SHIFT,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from .errors import BackendError
 # package -> the extra of zimage-mlx that installs it
 EXTRAS = {
     "gguf": "gguf", "huggingface_hub": "hub", "pillow_heif": "heif", "fastapi": "serve", "uvicorn": "serve",
-    "python_multipart": "serve", "mcp": "mcp",
+    "python_multipart": "serve", "mcp": "mcp", "cv2": "control",
 }  # fmt: skip
 
 

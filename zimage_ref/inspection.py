@@ -13,7 +13,7 @@ import numpy as np
 from .checkpoints.component import AnyComponent
 from .checkpoints.folder import component_file, find_component, find_tokenizer
 from .checkpoints.identify import config_of, identify, ignored_in, looks_like, official_weights
-from .checkpoints.registry import COMPONENTS, TOKENIZER
+from .checkpoints.registry import COMPONENTS, TOKENIZER, model_parts
 from .checkpoints.writers import written_by
 from .errors import ZImageError
 from .formats import npz
@@ -134,7 +134,7 @@ def is_model_folder(path: Path) -> bool:
     """Whether `path` is the folder of a whole model, and not of one checkpoint."""
     if not path.is_dir():
         return False
-    found = sum(_finds(path, component) for component in COMPONENTS.values())
+    found = sum(_finds(path, component) for component in model_parts().values())
     own = any(file.suffix in READABLE for file in own_files(path))
     return (path / "model_index.json").is_file() or found > 1 or (found == 1 and not own)
 
@@ -148,7 +148,7 @@ def _finds(folder: Path, component: AnyComponent) -> bool:
 
 def describe_folder(folder: Path) -> list[Part]:
     """The file of each component, and the problems: files that are missing or do not fit."""
-    parts = [_part(folder, component) for component in COMPONENTS.values()]
+    parts = [_part(folder, component) for component in model_parts().values()]
     try:
         tokenizer, problem = find_tokenizer(folder), ""
     except ZImageError as error:

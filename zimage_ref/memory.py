@@ -175,7 +175,8 @@ def generation_stages(
     """
     folder, (width, height) = model.folder, size
     mapped, streamed = footprint.mapped, footprint.streamed
-    weights = {component: model.weight_bytes(component, mapped, streamed) for component in folder.weights}
+    weights = {name: model.weight_bytes(name, mapped, streamed * (name != "controlnet")) for name in folder.weights}
+    weights["transformer"] += weights.pop("controlnet", 0)  # they compute together, and its blocks stay in memory
     if not one_at_a_time:
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)

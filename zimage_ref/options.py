@@ -5,9 +5,11 @@ The command line, the Python interface and the tables in docs/ all use these def
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import Field, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ConfigError
@@ -74,3 +76,20 @@ def one_of(name: str, value: object, known: Collection[object]) -> None:
     """Raises ConfigError unless `value` of the field `name` is one of `known`."""
     if value not in known:
         raise ConfigError(f"`{name}` {value!r} is unknown: known are {', '.join(map(str, known))}")
+
+
+def path_and_scale(text: str, what: str = "LoRA") -> tuple[Path, float]:
+    """Splits PATH or PATH:SCALE, the form for LoRAs and ControlNets. The scale is 1.0 if there is none.
+
+    If a file with that exact name exists, the whole text is the path.
+    """
+    path, colon, scale = text.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        return Path(text), 1.0
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    if not path or not math.isfinite(number):
+        raise ConfigError(f"{text}: give a {what} as PATH or PATH:SCALE; SCALE is a finite number")
+    return Path(path), number

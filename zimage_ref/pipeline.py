@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
-from .formats.tensors import DTYPE_NAMES, Array
+from .checkpoints.control_file import ControlFile
+from .formats.tensors import DTYPE_NAMES, Array, Tensor
 from .generation.pipeline import Pipeline
 from .lora.file import LoRAFile
 from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
 from .model.steering import Steering
+from .networks.controlnet import Control, ControlNet
 from .networks.steered import condition_steered
 from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
@@ -27,6 +30,7 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
 
     backend = "numpy"
     dtypes = ("float32", "float64")
+    _control: tuple[object, ControlNet] | None = None  # the last ControlNet, and the stamp of its file
 
     @classmethod
     def default_dtype(cls) -> str:
@@ -57,7 +61,9 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         return VAE(self.folder.vae, self._weights("vae"))
 
     def _weights(self, component: str) -> Weights:
-        tensors = self.folder.weights[component]
+        return self._ready(self.folder.weights[component])
+
+    def _ready(self, tensors: Mapping[str, Tensor]) -> Weights:
         if self.quantization:  # quantized from the working precision, as in MLX
             cast = {name: tensor.cast(DTYPE_NAMES[self.dtype]) for name, tensor in tensors.items()}
             tensors = quantize_all(cast, self.quantization, keep=True)
@@ -79,6 +85,12 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         if steering is not None:
             return condition_steered(self.transformer, captions, h, w, steering)
         return self.transformer.condition(captions, h, w)
+
+    def controlled(self, conditioning: Conditioning, file: ControlFile, context: Array, scale: float) -> Conditioning:
+        """See `Engine`."""
+        if self._control is None or self._control[0] != file.stamp:
+            self._control = file.stamp, ControlNet(file.config, self._ready(file.tensors))
+        return replace(conditioning, control=Control(self._control[1], context, scale))
 
     def predict(self, x: Array, sigma: float, conditioning: Conditioning, copies: int = 1) -> Array:
         """See `Engine`: (copies * B, C, h, w) in the working dtype."""

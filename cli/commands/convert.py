@@ -19,9 +19,9 @@ from zimage_ref.formats.tensors import Tensor
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.merge import merge_loras
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings
+from zimage_ref.options import path_and_scale
 
 from ..terminal.console import Console
-from ..terminal.options import path_and_scale
 from ..terminal.parser import CommandParser
 from . import convert_lora
 

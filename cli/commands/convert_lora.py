@@ -9,9 +9,10 @@ from zimage_ref.lora.clients import losses
 from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
 from zimage_ref.lora.merge import combine_loras
 from zimage_ref.lora.spellings import DEFAULT_NAMING
+from zimage_ref.options import path_and_scale
 
 from ..terminal.console import Console
-from ..terminal.options import flag, path_and_scale
+from ..terminal.options import flag
 from ..terminal.parser import CommandParser
 
 

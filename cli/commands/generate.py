@@ -22,15 +22,15 @@ from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
 from zimage_ref.generation.steering import predictions_of
-from zimage_ref.options import MEMORY
+from zimage_ref.options import MEMORY, path_and_scale
 
 from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.duration import duration
-from ..terminal.options import add_fields, flag, from_args, in_flags, path_and_scale
+from ..terminal.options import add_fields, flag, from_args, in_flags
 from ..terminal.parser import CommandParser
-from ..terminal.pictures import STDOUT, OutputNames, PictureWriter, preview_path
+from ..terminal.pictures import STDOUT, OutputNames, PictureWriter, control_path, preview_path
 from . import interactive
 
 _EXAMPLES = (
@@ -47,6 +47,11 @@ _EXAMPLES = (
         "Change a picture:",
         "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 "
         '--prompt "in watercolour" --output watercolour.png',
+    ),
+    (
+        "Follow the edges of a picture with a ControlNet:",
+        "zimage generate --model-dir ~/Z-Image-Turbo --control union-2.1.safetensors:0.8 --control-image photo.jpg "
+        '--control-kind canny --prompt "a house of glass" --output glass.png',
     ),
 )
 
@@ -105,6 +110,8 @@ def _add_output(parser: CommandParser) -> None:
     add("--overwrite", "Replace pictures that exist.", output, action="store_true")
     add("--preview-steps", "Write NAME.preview.png every K steps. 0 writes none.", output,
         essential=False, type=int, default=0, metavar="K")  # fmt: skip
+    add("--save-control", "Write the map that the picture follows to NAME.control.png.", output,
+        essential=False, action="store_true")  # fmt: skip
     add("--no-thumbnail", "Do not show the picture in the terminal.", output, essential=False, action="store_true")
     add("--from-image", "Make this picture again. Other options change it.", record,
         essential=False, type=Path, metavar="PICTURE")  # fmt: skip
@@ -126,7 +133,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     run = GenerationRun(pipe, _settings(args), loras)
     for notice in run.changes(repeat) if repeat else ():
         console.warn(notice)
-    writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail)
+    writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail, save_control=args.save_control)
     if args.interactive:
         interactive.Session(writer, names, configs[0]).loop()
         return
@@ -134,6 +141,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     paths = names.of(configs)
     if args.preview_steps:
         check_writable(*map(preview_path, paths))
+    if args.save_control:
+        check_writable(*map(control_path, paths))
     _show_facts(run, requests, console)
     writer.make(requests, paths)
 
@@ -209,6 +218,8 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], console: Consol
         "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
         "mask": config.mask,
+        "control": first.control and f"{config.control}, {first.control.file.config.variant}",
+        "follows": config.control_image and f"{config.control_image}, {config.control_kind}",
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
         "memory": run.memory(requests).sentence(run.pipeline.folder),

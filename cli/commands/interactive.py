@@ -8,9 +8,9 @@ from typing import get_type_hints
 from zimage_ref import ConfigError, GenerateConfig, ZImageError
 from zimage_ref.errors import reason
 from zimage_ref.generation.config import config_of
+from zimage_ref.options import path_and_scale
 from zimage_ref.options_file import typed
 
-from ..terminal.options import path_and_scale
 from ..terminal.pictures import OutputNames, PictureWriter
 
 HELP = """A line is a prompt. A line that begins with / changes the settings of the next pictures:

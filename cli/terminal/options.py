@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
@@ -59,23 +58,6 @@ def from_args(config: type[AnyConfig], args: argparse.Namespace, file: Mapping[s
     if missing:
         raise ConfigError(f"{', '.join(missing)}: must be given, here or in --config")
     return config(**given)
-
-
-def path_and_scale(text: str) -> tuple[Path, float]:
-    """Splits PATH or PATH:SCALE, the form for LoRAs. The scale is 1.0 if there is none.
-
-    If a file with that exact name exists, the whole text is the path.
-    """
-    path, colon, scale = text.rpartition(":")
-    try:
-        number = float(scale)
-    except ValueError:
-        return Path(text), 1.0
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    if not path or not math.isfinite(number):
-        raise ConfigError(f"{text}: give a LoRA as PATH or PATH:SCALE; SCALE is a finite number")
-    return Path(path), number
 
 
 def _info(field: Field[Any], hint: Any) -> OptionInfo:

@@ -78,8 +78,8 @@ class OutputNames:
 class PictureWriter:
     """Makes the pictures of a run, with progress bars and thumbnails, into files or stdout."""
 
-    def __init__(self, run: GenerationRun, console: Console, thumbnails: bool) -> None:
-        self.run, self.console, self.thumbnails = run, console, thumbnails
+    def __init__(self, run: GenerationRun, console: Console, thumbnails: bool, save_control: bool = False) -> None:
+        self.run, self.console, self.thumbnails, self.save_control = run, console, thumbnails, save_control
 
     def make(self, requests: Sequence[Request], paths: Sequence[Path]) -> None:
         """Makes the pictures of `requests` and writes each to its path. Previews are written beside it."""
@@ -91,6 +91,8 @@ class PictureWriter:
             for made in self.run.make(requests, bars.update, preview):
                 path = paths[made.index]
                 write(made.picture, path, made.record, self.console)
+                if self.save_control and made.request.control:
+                    write(made.request.control.picture, control_path(path), None, self.console)
                 if self.thumbnails and path != STDOUT:
                     show(made.picture, self.console, THUMBNAIL_COLUMNS)
 
@@ -113,3 +115,8 @@ def show(picture: Picture, console: Console, columns: int = 64) -> None:
 def preview_path(path: Path) -> Path:
     """The file of a preview. It is beside the result, or in the current folder if the result goes to stdout."""
     return Path("preview.png") if path == STDOUT else path.with_name(f"{path.stem}.preview{path.suffix}")
+
+
+def control_path(path: Path) -> Path:
+    """The file of the map that a picture follows. It is beside the picture, or in the current folder."""
+    return Path("control.png") if path == STDOUT else path.with_name(f"{path.stem}.control.png")

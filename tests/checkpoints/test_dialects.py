@@ -15,7 +15,7 @@ from support.foreign import DIALECTS
 import zimage_ref
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.checkpoints.identify import identify, official_weights
-from zimage_ref.checkpoints.registry import COMPONENTS
+from zimage_ref.checkpoints.registry import COMPONENTS, model_parts
 from zimage_ref.checkpoints.transformer import TRANSFORMER
 from zimage_ref.errors import FormatError, WeightError
 from zimage_ref.formats.checkpoint import Checkpoint
@@ -118,7 +118,7 @@ def test_round_trips_are_exact(component: str, dialect: str, dtype: str, tmp_pat
         np.testing.assert_array_equal(back[name], original[name], strict=True)
 
 
-@pytest.mark.parametrize(("component", "naming"), [(c, n) for c, e in COMPONENTS.items() for n in e.namings])
+@pytest.mark.parametrize(("component", "naming"), [(c, n) for c, e in model_parts().items() for n in e.namings])
 def test_every_naming_is_read_back_exactly(component: str, naming: str, model: Path, tmp_path: Path) -> None:
     source = open_source(model, component)
     write_model(source, Target(tmp_path / "named.safetensors", component, naming=naming))

@@ -14,7 +14,7 @@ import pytest
 from support import foreign, tiny
 
 from zimage_cli.app import main
-from zimage_ref.checkpoints.registry import COMPONENTS
+from zimage_ref.checkpoints.registry import model_parts
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.tensors import Tensor
@@ -71,7 +71,7 @@ def test_faults_are_found_and_are_exit_code_1(tmp_path: Path, capfd: pytest.Capt
 
 def test_a_models_folder_tells_files_and_memory(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = as_json(model, capfd)
-    assert found["complete"] and found["components"].keys() == {*COMPONENTS, "tokenizer"}
+    assert found["complete"] and found["components"].keys() == {*model_parts(), "tokenizer"}
     assert found["components"]["vae"]["content"]["model_type"] == "vae"
     assert found["memory"].keys() == {"16", "8", "4"}
     assert main(["inspect", "--input", str(model)]) == 0

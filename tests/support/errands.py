@@ -17,6 +17,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ from safetensors.numpy import save_file
 
 from zimage_cli.app import main
 from zimage_ref.checkpoints.hub import BUILT_IN
+from zimage_ref.model.control import CONTROLNET_2_1, controlnet_parameters
 
 from .pages import ROOT
-from .tiny import photograph
+from .tiny import photograph, random_weights
 
 SHRINK, SIDE = 16, 32
 _MODELS = ("Tongyi-MAI/", "~/Z-Image")
@@ -89,12 +91,14 @@ class Errands:
 
     def _provide(self, flag: str, value: str) -> None:
         """Makes the file or folder that an option reads, if it is not there."""
-        if flag in ("--lora", "--merge-lora", "--input") and not value.endswith(".safetensors"):
+        if flag in ("--lora", "--merge-lora", "--input", "--control") and not value.endswith(".safetensors"):
             value = value.rpartition(":")[0] or value  # a LoRA at a scale
         path = self.folder / value
         makers = {
             "--lora": self.lora, "--merge-lora": self.lora, "--training-adapter": self.lora, "--input": self._weights,
-            "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self._photo, "--mask": self._mask,
+            "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self._photo,
+            "--control-image": self._photo,
+            "--control": self._control, "--mask": self._mask,
             "--tokenizer": self._tokenizer, "--config": self._config,
         }  # fmt: skip
         if flag in makers and not path.exists():
@@ -134,6 +138,17 @@ class Errands:
         argv = ["--model-type", model_type, "--input", "tiny", "--output", str(output), "--naming", "comfy"]
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(["convert", *argv]) == 0
+
+    def _control(self, path: Path) -> None:
+        """A ControlNet 2.1 for the built-in model, of one block."""
+        config = json.loads((BUILT_IN / "transformer" / "config.json").read_text(encoding="utf-8"))
+        kept = {key: config[key] for key in ("dim", "n_heads", "n_refiner_layers", "norm_eps")}
+        places = tuple(range(config["n_refiner_layers"]))
+        own = replace(
+            CONTROLNET_2_1, **kept, patch_size=config["all_patch_size"][0], control_layers_places=(0,),
+            control_in_dim=2 * config["in_channels"] + 1, control_refiner_layers_places=places,
+        )  # fmt: skip
+        save_file(random_weights(controlnet_parameters(own)), path)
 
     def _photo(self, path: Path) -> None:
         photograph(SIDE, SIDE, seed=1).save(path)

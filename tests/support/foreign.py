@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from zimage_ref.checkpoints.registry import COMPONENTS
+from zimage_ref.checkpoints.registry import COMPONENTS, model_parts
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
 
 # component -> dialect's name -> dialect
-DIALECTS = {name: {d.name: d for d in component.dialects} for name, component in COMPONENTS.items()}
+DIALECTS = {name: {d.name: d for d in component.dialects} for name, component in model_parts().items()}
 _BURN_DTYPES = {"<f4": "F32", "<f2": "F16", "|V2": "BF16", "<f8": "F64", "<i4": "I32", "|u1": "U8"}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support import official, tiny
+from support import controls, official, tiny
 from support.cases import (
     CASES,
     DATA,
@@ -31,6 +31,7 @@ from support.cases import (
     transformer_inputs,
 )
 from zimage_ref.model import parameters
+from zimage_ref.model.control import controlnet_parameters
 from zimage_ref.model.flow import starting_noise
 from zimage_ref.model.tokenizer import Tokenizer
 
@@ -49,6 +50,17 @@ def make_transformers() -> None:
         for block in ("noise_refiner.0", "context_refiner.0"):
             arrays[f"block.{block}"] = official.block(model, block, **inputs)
         save(f"transformer_{name}", arrays | {f"block.{key}": array for key, array in inputs.items()})
+
+
+def make_controlnets() -> None:
+    """controlnet.npz: the transformer with a ControlNet of each variant, by variant."""
+    weights = tiny.random_weights(parameters.transformer_parameters(controls.TRANSFORMER))
+    model, arrays = official.transformer(controls.TRANSFORMER, weights), {}
+    for name, config in controls.VARIANTS.items():
+        own = official.controlnet(config, tiny.random_weights(controlnet_parameters(config)), model)
+        inputs = controls.inputs(config, "padded", controls.SEED)
+        arrays[name] = official.denoise_controlled(model, own, inputs, controls.SCALE).astype(np.float32)
+    save("controlnet", arrays)
 
 
 def make_text_encoders() -> None:
@@ -100,6 +112,7 @@ def save(name: str, arrays: Arrays) -> None:
 if __name__ == "__main__":
     print(", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers", "numpy")))
     make_transformers()
+    make_controlnets()
     make_text_encoders()
     make_vaes()
     make_sigmas()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import zimage_ref
+import zimage_ref.networks.controlnet
 import zimage_ref.networks.text_encoder
 import zimage_ref.networks.transformer
 import zimage_ref.networks.vae
 from zimage_ref.formats.tensors import BFLOAT16, Tensor, cast
 from zimage_ref.model import parameters
+from zimage_ref.model.control import controlnet_parameters, controlnet_unused
 from zimage_ref.networks.weights import Weights
 
 HAS_MLX = find_spec("mlx") is not None
@@ -23,6 +25,7 @@ if HAS_MLX:
     import mlx.core as mx
 
     import zimage_mlx
+    import zimage_mlx.networks.controlnet
     import zimage_mlx.networks.text_encoder
     import zimage_mlx.networks.transformer
     import zimage_mlx.networks.vae
@@ -34,8 +37,10 @@ PARAMETERS = {
     "transformer": parameters.transformer_parameters,
     "text_encoder": parameters.text_encoder_parameters,
     "vae": parameters.vae_parameters,
+    "controlnet": controlnet_parameters,
 }
-_CLASSES = {"transformer": "Transformer", "text_encoder": "TextEncoder", "vae": "VAE"}
+_UNUSED = {"text_encoder": parameters.text_encoder_unused, "controlnet": controlnet_unused}
+_CLASSES = {"transformer": "Transformer", "text_encoder": "TextEncoder", "vae": "VAE", "controlnet": "ControlNet"}
 
 
 def network(backend: str, component: str, config: Any, weights: Mapping[str, np.ndarray], dtype: str) -> Any:
@@ -45,10 +50,18 @@ def network(backend: str, component: str, config: Any, weights: Mapping[str, np.
     tensors = {name: Tensor.of(array) for name, array in weights.items()}
     if backend == "numpy":
         return build(config, Weights(tensors, np.dtype(dtype)))
-    unused = parameters.text_encoder_unused(config) if component == "text_encoder" else set()
+    unused = _UNUSED[component](config) if component in _UNUSED else set()
     model = build(config)
     load(model, {name: tensor for name, tensor in tensors.items() if name not in unused}, DTYPES[dtype])
     return model
+
+
+def control(backend: str, network: Any, context: np.ndarray, scale: float) -> Any:
+    """The ControlNet `network` at work: with a control picture (1, control_in_dim, h, w) and a scale."""
+    if backend == "numpy":
+        return zimage_ref.networks.controlnet.Control(network, context, scale)
+    run = zimage_mlx.networks.transformer.Block.__call__
+    return zimage_mlx.networks.controlnet.Control(network, native(backend, context), scale, run)
 
 
 def native(backend: str, array: np.ndarray) -> Any:

@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from transformers import Qwen3Config, Qwen3Model
 
 from zimage_ref.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from zimage_ref.model.control import ControlNetConfig, controlnet_unused
 
 torch.set_num_threads(1)  # the networks are tiny: threads that wait for each other cost more
 
@@ -45,6 +54,29 @@ def denoise(model: ZImageTransformer2DModel, x: np.ndarray, t: np.ndarray, capti
     images = [torch.from_numpy(image).to(model.dtype)[:, None] for image in x]  # (C, 1, h, w)
     texts = [torch.from_numpy(caption).to(model.dtype) for caption in captions]
     out = model(images, torch.from_numpy(t), texts, patch_size=patch_size, return_dict=False)[0]
+    return torch.stack(list(out)).squeeze(2).numpy()
+
+
+def controlnet(
+    config: ControlNetConfig, weights: Weights, transformer: ZImageTransformer2DModel
+) -> ZImageControlNetModel:
+    """diffusers' ControlNet in float64, with the parts that it shares with `transformer`."""
+    used = {name: array for name, array in weights.items() if name not in controlnet_unused(config)}
+    model = _loaded(ZImageControlNetModel.from_config(config.to_json()), used)
+    return ZImageControlNetModel.from_transformer(model, transformer)
+
+
+@torch.no_grad()
+def denoise_controlled(
+    model: ZImageTransformer2DModel, network: ZImageControlNetModel, inputs: Mapping[str, np.ndarray], scale: float
+) -> Any:
+    """The raw output (B, C, h, w) of the transformer with a ControlNet. inputs: x, t, context, caption0, ..."""
+    images = [torch.from_numpy(image).to(model.dtype)[:, None] for image in inputs["x"]]  # (C, 1, h, w)
+    context = torch.from_numpy(inputs["context"]).to(model.dtype)[0, :, None]
+    texts = [torch.from_numpy(inputs[key]).to(model.dtype) for key in sorted(inputs) if key.startswith("caption")]
+    t = torch.from_numpy(inputs["t"])
+    samples = network(images, t, texts, [context] * len(images), conditioning_scale=scale)
+    out = model(images, t, texts, controlnet_block_samples=samples, return_dict=False)[0]
     return torch.stack(list(out)).squeeze(2).numpy()
 
 
@@ -100,6 +132,14 @@ def sigmas(steps: int, shift: float) -> list[float]:
 def pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> ZImagePipeline:
     """diffusers' whole pipeline from a model folder."""
     pipe = ZImagePipeline.from_pretrained(folder, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def control_pipeline(folder: Path, network: Path, inpaint: bool = False) -> Any:
+    """diffusers' pipeline from a model folder and the folder of a ControlNet."""
+    kind = ZImageControlNetInpaintPipeline if inpaint else ZImageControlNetPipeline
+    pipe = kind(**pipeline(folder).components, controlnet=ZImageControlNetModel.from_pretrained(network))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,4 +1,4 @@
-"""The places of a batch's tokens: the rotations and masks that captions of these lengths and a picture need."""
+"""How pictures become tokens, and the places of tokens: rotations and masks for these captions and a picture."""
 
 from __future__ import annotations
 
@@ -50,3 +50,18 @@ class TokenLayout:
             caption_mask=None if mask is None else mask[..., L:],
             mask=mask,
         )
+
+
+def patches(x: mx.array, p: int) -> mx.array:
+    """(B, C, h, w) -> (B, h / p * w / p, p * p * C): squares of p x p, row by row."""
+    B, C, h, w = x.shape
+    return x.reshape(B, C, h // p, p, w // p, p).transpose(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def fill(tokens: mx.array, pad_token: mx.array, length: int) -> mx.array:
+    """Tokens (..., n, D) followed by as many pad tokens (1, D) as `length` needs."""
+    missing = length - tokens.shape[-2]
+    if not missing:
+        return tokens
+    padding = mx.broadcast_to(pad_token, (*tokens.shape[:-2], missing, tokens.shape[-1]))
+    return mx.concatenate([tokens, padding], axis=-2)

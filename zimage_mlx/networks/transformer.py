@@ -21,11 +21,12 @@ from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_D
 from zimage_ref.model.positions import padded
 
 from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
+from .hints import Hints, hints_of
 from .kept import AttentionKept, FeedForwardKept
 from .ops import QKV, Rotation, SiLU, attention, in_rows, rms_norm, rotate, silu
 from .running import RESIDENT, RunHalf, Weights, output_of
 from .steering import Mask, attend_in_contrast
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, fill, patches
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Conditioning:
 
     caption: mx.array  # (B, T, D) refined caption tokens
     layout: TokenLayout
+    control: Hints | None = None  # what a ControlNet adds
 
 
 class TimestepEmbedder(nn.Module):
@@ -276,15 +278,17 @@ class Transformer(nn.Module):
         check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
         _, _, h, w = x.shape
         layout = conditioning.layout
-        tokens = self.embed_image(x)  # (B, L, D)
+        embedded = tokens = self.embed_image(x)  # (B, L, D)
         adaln = self.embed_time(t)
 
         for block in self.noise_refiner:
             tokens = self.run(block, tokens, layout.image_rotation, None, adaln)
 
+        places, hints = hints_of(self, embedded, tokens, conditioning, adaln)
         tokens = mx.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             tokens = self.run(block, tokens, layout.rotation, layout.mask, adaln)
+            tokens = tokens + next(hints) if i in places else tokens
 
         return self.finish(tokens, adaln, h, w)
 
@@ -305,26 +309,17 @@ class Transformer(nn.Module):
 
     def embed_image(self, x: mx.array) -> mx.array:
         """(B, C, h, w) -> (B, L, D): patches embedded, then filled up with x_pad_token."""
-        x = x.astype(self.dtype)
-        B, C, h, w = x.shape
-        p = self.config.patch_size
-        patches = x.reshape(B, C, h // p, p, w // p, p).transpose(0, 2, 4, 3, 5, 1)  # (B, h/p, w/p, p, p, C)
-        tokens = self.all_x_embedder[self.config.patch_key](patches.reshape(B, -1, self.config.patch_dim))
+        return self.embed_patches(x, self.all_x_embedder[self.config.patch_key])
+
+    def embed_patches(self, x: mx.array, embedder: nn.Linear) -> mx.array:
+        """As `embed_image`, with any Linear layer `embedder`."""
+        tokens = embedder(patches(x.astype(self.dtype), self.config.patch_size))
         return fill(tokens, self.x_pad_token, padded(tokens.shape[1]))
 
     def finish(self, tokens: mx.array, adaln: mx.array, h: int, w: int) -> mx.array:
         """(B, S, D) -> (B, C, h, w): the image's tokens come first, the rest is dropped."""
         p, C = self.config.patch_size, self.config.in_channels
         rows, columns = h // p, w // p
-        patches = self.all_final_layer[self.config.patch_key](tokens[:, : rows * columns], adaln)
-        grid = patches.reshape(-1, rows, columns, p, p, C)
+        made = self.all_final_layer[self.config.patch_key](tokens[:, : rows * columns], adaln)
+        grid = made.reshape(-1, rows, columns, p, p, C)
         return grid.transpose(0, 5, 1, 3, 2, 4).reshape(-1, C, h, w)
-
-
-def fill(tokens: mx.array, pad_token: mx.array, length: int) -> mx.array:
-    """Tokens (..., n, D) followed by as many pad tokens (1, D) as `length` needs."""
-    missing = length - tokens.shape[-2]
-    if not missing:
-        return tokens
-    padding = mx.broadcast_to(pad_token, (*tokens.shape[:-2], missing, tokens.shape[-1]))
-    return mx.concatenate([tokens, padding], axis=-2)

@@ -27,6 +27,10 @@ def _none_unused(config: Config) -> set[str]:
     return set()
 
 
+def _no_variant(config: Config) -> str:
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Component(Generic[ConfigT]):
     """One network: its names, its parameters, and how files store them."""
@@ -35,6 +39,8 @@ class Component(Generic[ConfigT]):
     title: str  # for people
     family: str = "Z-Image"  # the model that the network comes from, for people
     optional: bool = False  # whether a model is complete without it
+    apart: bool = False  # whether it is given for a picture, so that the folder of a model does not count with it
+    variant: Callable[[ConfigT], str] = _no_variant  # which of several networks it is, for people
 
     official: ConfigT  # the published config, for files without one
     config_key: str  # a key that only this component's config.json has

@@ -40,10 +40,15 @@ def sampled_digest(samples: Iterable[tuple[str, Tensor | None]], first: int, las
 
 
 def model_fingerprint(model: ModelFolder) -> str:
-    """The digest of all networks of `model`: names, shapes, dtypes and first elements of their tensors."""
+    """The `weights_fingerprint` of all networks of `model`."""
+    return weights_fingerprint(model.weights)
+
+
+def weights_fingerprint(weights: Mapping[str, Tensors]) -> str:
+    """The digest of networks, by name: names, shapes, dtypes and first elements of their tensors."""
 
     def samples() -> Iterator[tuple[str, Tensor | None]]:
-        for component, tensors in model.weights.items():
+        for component, tensors in weights.items():
             for name, tensor in sorted(tensors.items()):
                 stored = _as_stored(tensor)
                 yield f"{component} {name} {tensor.shape} {tensor.stored_as}", None if stored.storage else stored

@@ -33,7 +33,7 @@ from zimage_ref.model.config_reader import Config, parse_config
 from .component import AnyComponent, Component, ConfigT
 from .hub import local_folder
 from .identify import config_of, official_weights
-from .registry import COMPONENTS, TOKENIZER
+from .registry import TOKENIZER, model_parts
 from .text_encoder import TEXT_ENCODER
 from .transformer import TRANSFORMER
 from .vae import VAE
@@ -66,7 +66,7 @@ class ModelFolder:
         places = find_parts(path, parts)
         configs: dict[str, Config] = {}
         weights = {}
-        for name, component in COMPONENTS.items():
+        for name, component in model_parts().items():
             if name in places:
                 file = Checkpoint.open(places[name])
                 configs[name] = config_of(file, component, path) or component.official
@@ -123,7 +123,7 @@ def find_parts(folder: Path, parts: Mapping[str, Path | None] | None = None) -> 
         if not path.exists():
             raise FormatError(f"`{name}` {path}: is not there")
     found = {}
-    for name, component in COMPONENTS.items():
+    for name, component in model_parts().items():
         if name in given:
             found[name] = given[name]
         elif (file := component_file(folder, component)) is not None:

@@ -38,7 +38,9 @@ class Identity:
 
     def __str__(self) -> str:
         prefix = f", prefix {self.prefix}" if self.prefix else ""
-        return f"{COMPONENTS[self.component].title} ({self.dialect.name} names{prefix})"
+        component = COMPONENTS[self.component]
+        variant = component.variant(self.sizes)
+        return f"{component.title}{variant and f' {variant}'} ({self.dialect.name} names{prefix})"
 
 
 def identify(tensors: Tensors, wanted: str | None = None) -> Identity | None:

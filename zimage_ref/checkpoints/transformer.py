@@ -94,7 +94,7 @@ def _sizes(dialect: Dialect[TransformerConfig], tensors: Tensors) -> Transformer
     )
 
 
-_COMFY_DIALECT = Dialect("comfy", _comfy)
+COMFY = Dialect("comfy", _comfy)
 _MFLUX_DIALECT = Dialect("mflux", _mflux, whole=True, files=MFLUX_FILES)
 
 TRANSFORMER = Component(
@@ -104,8 +104,8 @@ TRANSFORMER = Component(
     config_key="axes_dims",
     parameters=transformer_parameters,
     sizes=_sizes,
-    dialects=(OFFICIAL, _COMFY_DIALECT, Dialect("burn", _burn), Dialect("burn of 2025", _burn_of_2025), _MFLUX_DIALECT),
-    namings={"diffusers": OFFICIAL, "comfy": _COMFY_DIALECT, "mflux": _MFLUX_DIALECT},
+    dialects=(OFFICIAL, COMFY, Dialect("burn", _burn), Dialect("burn of 2025", _burn_of_2025), _MFLUX_DIALECT),
+    namings={"diffusers": OFFICIAL, "comfy": COMFY, "mflux": _MFLUX_DIALECT},
     prefixes=("model.diffusion_model.", "diffusion_model."),
     ignored=("norm_final.weight", "final_layer.norm_final.weight"),
     library=("diffusers", "ZImageTransformer2DModel"),

@@ -17,7 +17,7 @@ import numpy as np
 
 from zimage_ref.checkpoints.component import AnyComponent
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.checkpoints.registry import COMPONENTS
+from zimage_ref.checkpoints.registry import model_parts
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16, Tensor
@@ -211,8 +211,8 @@ def _loaded(precision: str, compute: str) -> LoadedModel:
 
 def official_model() -> ModelFolder:
     """The published model: every shape in bfloat16, no data."""
-    weights = {name: _shapes_only(component) for name, component in COMPONENTS.items()}
-    configs = {name: component.official for name, component in COMPONENTS.items()}
+    weights = {name: _shapes_only(component) for name, component in model_parts().items()}
+    configs = {name: component.official for name, component in model_parts().items()}
     return ModelFolder(Path("Z-Image-Turbo"), configs, weights, OFFICIAL_SCHEDULER, Path("tokenizer.json"))
 
 

@@ -14,7 +14,9 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE, size_multiple
 from zimage_ref.options import Group, check_choices, option, required
 from zimage_ref.pictures.images import FITS, Picture, PictureSource
+from zimage_ref.pictures.maps import KINDS
 
+from .control_options import check_control, with_control
 from .samplers import SAMPLERS
 
 SIDE_MULTIPLE = size_multiple(OFFICIAL_TRANSFORMER, OFFICIAL_VAE)  # 16: 8 pixels a latent, 2 x 2 latents a token
@@ -53,12 +55,13 @@ class GenerateGroup(Group):
     PICTURE = "Prompt and size"
     DENOISING = "Denoising"
     START = "Start from a picture"
+    CONTROL = "Follow a picture"
     OUTPUT = "Output"
     RECORD = "Make a picture again"
     SPEED = "Memory and engine"
 
 
-_, PICTURE, DENOISING, START, _, _, _ = GenerateGroup
+_, PICTURE, DENOISING, START, CONTROL, _, _, _ = GenerateGroup
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class GenerateConfig:
     )
     width: int | None = option(
         None,
-        f"Width in pixels, a multiple of {SIDE_MULTIPLE}. With auto, that of `init_image`, or {DEFAULT_SIDE}.",
+        f"Width in pixels, a multiple of {SIDE_MULTIPLE}. With auto, that of `init_image` or `control_image`, "
+        f"or {DEFAULT_SIDE}.",
         PICTURE,
         essential=True,
         auto=True,
@@ -153,13 +157,28 @@ class GenerateConfig:
         START,
         choices=FITS,
     )
+    control: str | None = option(
+        None,
+        "ControlNet, a file or folder, with a strength if you want one. It makes the picture follow `control_image`.",
+        CONTROL,
+        value="FILE[:X]",
+        essential=True,
+    )
+    control_image: PictureSource | None = option(
+        None, "Picture to follow. It is fitted as `fit` says.", CONTROL, value="PICTURE", essential=True
+    )
+    control_kind: str = option(
+        KINDS[0], "Map to make from `control_image`. With none, the picture is a map already.", CONTROL, choices=KINDS
+    )
+    control_start: float = option(0.0, "Share of the steps after which the ControlNet begins to act.", CONTROL)
+    control_end: float = option(1.0, "Share of the steps after which it no longer acts.", CONTROL)
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
         object.__setattr__(self, "region", _texts("region", self.region))
         check_bounds(self, PICTURE_BOUNDS)
-        for name in ("init_image", "mask"):
+        for name in ("init_image", "mask", "control_image"):
             if not isinstance(getattr(self, name), str | Path | Picture | None):
                 raise ConfigError(f"`{name}` must be a picture or the path of one")
         for name in ("width", "height"):
@@ -167,12 +186,14 @@ class GenerateConfig:
                 check_side(name, getattr(self, name))
         if self.width and self.height:
             check_area(self.width, self.height)
+        check_control(self)
         check_choices(self)
         if self.variety_until is not None and not self.variety:
             raise ConfigError("`variety_until` needs `variety`")
         if self.init_image is None:
             needs_picture = {
-                "strength": self.strength is not None, "mask": self.mask is not None, "fit": self.fit != "crop"
+                "strength": self.strength is not None, "mask": self.mask is not None,
+                "fit": self.fit != "crop" and self.control is None,
             }  # fmt: skip
             for name, given in needs_picture.items():
                 if given:
@@ -195,7 +216,7 @@ def config_of(options: Mapping[str, Any]) -> GenerateConfig:
 
     Raises ConfigError for values out of bounds, TypeError for a name that is not a field.
     """
-    return GenerateConfig(**options)
+    return GenerateConfig(**with_control(options))
 
 
 def check_side(name: str, side: int) -> None:

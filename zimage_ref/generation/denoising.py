@@ -18,6 +18,7 @@ from zimage_ref.model.flow import add_noise, sigmas
 from .engine import ConditioningT, Engine
 from .jobs import Request
 from .samplers import SAMPLERS, Guidance, Predict
+from .starts import Start, Steer, steering
 from .steering import Words, words_of
 
 
@@ -36,13 +37,13 @@ def denoised(
     engine: Engine[ArrayT, ConditioningT],
     batch: Sequence[Request],
     captions: Mapping[str, ArrayT],
-    start: ArrayT | None,
+    begin: Start[ArrayT],
 ) -> Iterator[DenoisingStep[ArrayT]]:
     """Yields the steps of `batch`, requests that can be denoised together (see `Request.batches_with`).
 
-    captions: features (T, cap_feat_dim) by text. start: latents (1, C, h, w) of the picture that all requests start
-    from; None if there is none.
+    captions: features (T, cap_feat_dim) by text. begin: what was encoded for all requests.
     """
+    start = begin.latents
     first, noise = batch[0], engine.to_backend(np.stack([request.noise for request in batch]))  # (B, C, h, w)
     x = noise if start is None else add_noise(start, noise, first.sigmas[0])
     h, w = x.shape[2:]
@@ -54,7 +55,8 @@ def denoised(
             x = painted * x + (1 - painted) * add_noise(start, noise, sigma)
         return engine.settle(x)
 
-    predict = predictor(engine, words_of(batch, captions, engine), first.guidance, (h, w))
+    words = words_of(batch, captions, engine)
+    predict = predictor(engine, words, first.guidance, (h, w), steering(engine, first, begin.context))
     steps = SAMPLERS[first.config.sampler](x, first.sigmas, predict, blend)
     for i, (x, predicted) in enumerate(steps, start=1):
         yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted)
@@ -72,9 +74,16 @@ def plain_steps(
 
 
 def predictor(
-    engine: Engine[ArrayT, ConditioningT], words: Words[ArrayT], guidance: Guidance, size: tuple[int, int]
+    engine: Engine[ArrayT, ConditioningT],
+    words: Words[ArrayT],
+    guidance: Guidance,
+    size: tuple[int, int],
+    steer: Steer[ConditioningT] = lambda conditioning, sigma: conditioning,
 ) -> Predict[ArrayT]:
-    """A function that gives the network's guided raw output for a batch of latents of `size` (h, w)."""
+    """A function that gives the network's guided raw output for a batch of latents of `size` (h, w).
+
+    steer: changes the conditioning of a noise level.
+    """
 
     @functools.cache
     def conditioning(is_guided: bool, is_early: bool) -> ConditioningT:
@@ -83,8 +92,8 @@ def predictor(
     def predict(x: ArrayT, sigma: float) -> ArrayT:
         is_early = words.is_early(sigma)
         if not guidance.active(sigma):
-            return engine.settle(engine.predict(x, sigma, conditioning(False, is_early)))
-        raw = engine.predict(x, sigma, conditioning(True, is_early), copies=2)  # (2 B, C, h, w)
+            return engine.settle(engine.predict(x, sigma, steer(conditioning(False, is_early), sigma)))
+        raw = engine.predict(x, sigma, steer(conditioning(True, is_early), sigma), copies=2)  # (2 B, C, h, w)
         return engine.settle(guidance(raw[: len(x)], raw[len(x) :]))
 
     return predict

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE, Quantization
@@ -175,6 +176,15 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         steering: what steers the pictures; with n boxes, there are 1 + n captions for each picture.
         The result holds the refined caption tokens (B, T, D), the rotations of the L image tokens and of all S tokens,
         and masks (B, 1, 1, S) if captions differ in length. T is the padded length of the longest caption.
+        """
+
+    @abstractmethod
+    def controlled(
+        self, conditioning: ConditioningT, file: ControlFile, context: ArrayT, scale: float
+    ) -> ConditioningT:
+        """`conditioning` with the hints of a ControlNet, for `predict`. The network is loaded on its first use.
+
+        context: its input, (1, control_in_dim, h, w). scale: of its hints. It is freed with the transformer.
         """
 
     @abstractmethod

@@ -30,6 +30,7 @@ from .config import (
     config_of,
     shrunk,
 )
+from .control import Control
 from .samplers import Guidance
 from .steering import check_steering, check_words
 
@@ -47,7 +48,10 @@ class Request:
     picture: Picture | None  # the picture to start from, at the size of the result
     mask: Array | None  # (height, width) boolean, True: to be painted again
     given_noise: Array | None = None  # (C, h, w) float32, instead of the noise of the seed
-    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files of pictures, by field
+    digests: Mapping[str, str] = field(
+        default_factory=dict
+    )  # SHA-256 of the files of pictures, by field; `Control.digests`
+    control: Control | None = None  # the ControlNet and the map to follow
     remarks: tuple[str, ...] = ()  # on what of these files is not used
 
     @property
@@ -130,17 +134,19 @@ def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:
 
 
 def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
-    sources = {"init_image": config.init_image, "mask": config.mask}
+    sources = {"init_image": config.init_image, "mask": config.mask, "control_image": config.control_image}
     given = {name: read_given(source) for name, source in sources.items() if source is not None}
     picture = flat(given["init_image"].picture) if "init_image" in given else None
     white = None if "mask" not in given or picture is None else _mask(given["mask"].picture, config, picture)
-    width, height = _size(config, picture)
+    followed = flat(given["control_image"].picture) if "control_image" in given else None
+    width, height = _size(config, picture or followed)
     _check_size(width, height, folder)
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
     check_steering(config, height // folder.size_multiple, width // folder.size_multiple)
     painted = None if white is None else fit_mask(white, width, height, config.fit)
     if painted is not None and not painted.any():
         raise ConfigError(f"`mask` {_named(config.mask)} is black: paint the parts to change white")
+    control = Control.of(config, followed, folder)
     shape = (folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor)
     return Request(
         config=config,
@@ -151,7 +157,8 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
         shape=shape,
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
-        digests={name: each.digest for name, each in given.items()},
+        control=control,
+        digests={name: each.digest for name, each in given.items()} | (control.digests if control else {}),
         remarks=tuple(remark for each in given.values() for remark in each.remarks),
     )
 

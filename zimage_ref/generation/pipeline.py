@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import numpy as np
 
 from zimage_ref.bounds import RUN
+from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE
@@ -23,13 +24,14 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import LoadedModel, Mode, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_finite, checked_numbers
-from zimage_ref.pictures.images import Picture, to_array, to_picture, to_unit
+from zimage_ref.pictures.images import Picture, to_picture, to_unit
 
 from .config import GenerateConfig, config_of
 from .denoising import DenoisingStep, denoised, plain_steps
 from .engine import ConditioningT, Engine, Terms
 from .jobs import Request, configs_for, in_batches, plan_requests
 from .loras import LoRACache, LoRASource
+from .starts import Start, starts_of
 from .steering import all_texts, predictions_of
 
 if TYPE_CHECKING:
@@ -121,7 +123,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         seed: picture i gets the seed `seed` + i. With a list of seeds, each prompt is made with each seed.
         batch_size: the most pictures to denoise together. It costs memory and changes no picture.
         loras: files, or pairs of file and scale. latents: starting noise (N, C, h, w) instead of that of the seeds.
-        progress: is called after each unit of a stage. options: the other fields of GenerateConfig.
+        progress: is called after each unit of a stage. options: the other fields of GenerateConfig;
+        control may be [(path, picture, scale)].
         Raises ConfigError for options out of bounds, DatasetError for an unreadable picture, FormatError or WeightError
         for LoRA files that do not fit.
         """
@@ -232,12 +235,15 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
     def memory(self, requests: Sequence[Request], batch_size: int, mode: Mode | None = None) -> list[Stage]:
         """The estimated memory of each stage of making `requests`. mode: None means the current one."""
         mode, batch = mode or self.mode, min(batch_size, len(requests))
-        model, footprint = LoadedModel(self.folder, self.precision, self.quantization), self.footprint(mode)
-        loads = {(r.width, r.height, predictions_of(r)) for r in requests}
+        footprint = self.footprint(mode)
+        loads = {(r.width, r.height, predictions_of(r), r.control.file if r.control else None) for r in requests}
         return largest(
-            generation_stages(model, footprint, (width, height), batch * predictions, mode != "fast")
-            for width, height, predictions in loads
+            generation_stages(self._loaded_with(file), footprint, (width, height), batch * count, mode != "fast")
+            for width, height, count, file in loads
         )
+
+    def _loaded_with(self, file: ControlFile | None) -> LoadedModel:
+        return LoadedModel(file.beside(self.folder) if file else self.folder, self.precision, self.quantization)
 
     def _made(
         self,
@@ -286,8 +292,8 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
 
     def _prepared(
         self, requests: Sequence[Request], lean: bool, progress: StageProgress
-    ) -> tuple[dict[str, ArrayT], list[ArrayT | None]]:
-        """The features of every text, and for each request the latents of the picture that it starts from."""
+    ) -> tuple[dict[str, ArrayT], list[Start[ArrayT]]]:
+        """The features of every text, and for each request what was encoded of its pictures."""
         self._done_with("transformer", lean)  # an interrupted run may have left both loaded
         self._done_with("vae", lean)
         texts = all_texts(request.config for request in requests)
@@ -296,21 +302,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
             captions[text] = self.encode_prompt(text)
             progress("encode", i, len(texts))
         self._done_with("text_encoder", lean)
-        return captions, self._starts(requests)
-
-    def _starts(self, requests: Sequence[Request]) -> list[ArrayT | None]:
-        """The latents (1, C, h, w) of the picture that each request starts from, or None. A picture is encoded once."""
-        starts: list[ArrayT | None] = []
-        before: Picture | None = None
-        for request in requests:
-            if request.picture is None:
-                starts.append(None)
-            elif request.picture is before:  # `plan_requests` reads a file once, so equal pictures are one object
-                starts.append(starts[-1])
-            else:
-                starts.append(self.encode(to_array(request.picture)[None]))
-            before = request.picture
-        return starts
+        return captions, starts_of(self, requests)
 
     def _done_with(self, component: str, free: bool) -> None:
         if free:

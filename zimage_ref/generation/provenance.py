@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
+from zimage_ref.checkpoints.control_file import control_fingerprint
 from zimage_ref.checkpoints.fingerprint import model_fingerprint
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.checkpoints.registry import part_options
@@ -23,9 +24,10 @@ from zimage_ref.options_file import typed
 from zimage_ref.pictures.metadata import read_record
 
 from .config import GenerateConfig, config_of
+from .control_options import CONTROL_FIELDS, control_and_scale
 
 _DIGITS = 16  # the digits of a SHA-256 that a record holds
-_PICTURES = ("init_image", "mask")
+_PICTURES = ("init_image", "mask", "control_image")
 T = TypeVar("T")
 
 
@@ -86,10 +88,14 @@ class Recorder:
         known = {name: value[:_DIGITS] for name, value in (digests or {}).items() if value}
         values = {field.name: getattr(config, field.name) for field in fields(config)}
         files = {name: values.pop(name) for name in _PICTURES}
+        if config.control is None:
+            values = {name: value for name, value in values.items() if name not in CONTROL_FIELDS}
         made: dict[str, object] = {name: value for name, value in values.items() if value not in (None, ())}
         for name, source in files.items():
             if isinstance(source, (str, Path)):
                 made |= {name: str(source), f"{name}_sha256": known.get(name) or self._digest(Path(source))}
+        if "control" in known:
+            made["control_fingerprint"] = known["control"]
         return made | {"loras": [dict(lora) for lora in self._loras]} | self._facts
 
     def _digest(self, path: Path) -> str:
@@ -168,6 +174,10 @@ class Repeat:
             found.append(model["model"])
         before = {lora.sha256 for lora in self.loras}
         found += [str(lora.path) for lora in loras if lora.sha256 not in before]
+        network = self.hashes.get("control_fingerprint")
+        if network and "control" in self.options:
+            path, _ = control_and_scale(str(self.options["control"]))
+            found += [str(path)] if control_fingerprint(path)[:_DIGITS] != network else []
         pictures = {name: str(self.options[name]) for name in _PICTURES if name in self.options}
         return found + [p for name, p in pictures.items() if digest(Path(p)) != self.hashes.get(f"{name}_sha256")]
 

@@ -49,7 +49,7 @@ def transformer_parameters(config: TransformerConfig) -> Shapes:
     }
     for block in transformer_blocks(config):
         modulated = not block.startswith("context_refiner")
-        shapes.update({f"{block}.{name}": shape for name, shape in _block(config, modulated).items()})
+        shapes.update({f"{block}.{name}": shape for name, shape in block_parameters(config, modulated).items()})
     return shapes
 
 
@@ -79,7 +79,8 @@ def transformer_blocks(config: TransformerConfig) -> Iterator[str]:
         yield f"layers.{i}"
 
 
-def _block(config: TransformerConfig, modulated: bool) -> Shapes:
+def block_parameters(config: TransformerConfig, modulated: bool) -> Shapes:
+    """The parameters of one block, without its name; `modulated` by the time or not."""
     dim, ffn = config.dim, config.ffn_dim
     norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
     w1, w2, w3 = LORA_TARGETS["feed_forward"]
@@ -227,13 +228,18 @@ def _mid(name: str, width: int) -> Shapes:
 
 
 # Every module with parameters in a block of the transformer
-BLOCK_MODULES = tuple(dict.fromkeys(name.rpartition(".")[0] for name in _block(OFFICIAL_TRANSFORMER, modulated=True)))
+BLOCK_MODULES = tuple(
+    dict.fromkeys(name.rpartition(".")[0] for name in block_parameters(OFFICIAL_TRANSFORMER, modulated=True))
+)
 
-_LARGE_MATRICES = tuple(
-    f".{name}"
-    for layer in (_block(OFFICIAL_TRANSFORMER, modulated=False), _text_layer(OFFICIAL_TEXT_ENCODER))
-    for name, shape in layer.items()
-    if len(shape) == 2
+_LARGE_MATRICES = (
+    *(
+        f".{name}"
+        for layer in (block_parameters(OFFICIAL_TRANSFORMER, modulated=False), _text_layer(OFFICIAL_TEXT_ENCODER))
+        for name, shape in layer.items()
+        if len(shape) == 2
+    ),
+    *(".before_proj.weight", ".after_proj.weight"),  # of a ControlNet
 )
 
 

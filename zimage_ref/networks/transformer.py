@@ -19,6 +19,7 @@ from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TransformerConfig
 from zimage_ref.model.positions import caption_ids, image_ids, padded, rope_angles
 
+from .hints import Hints, hints_of
 from .ops import attention, layer_norm, linear, rms_norm, silu
 from .steering import Contrast, attend_in_contrast
 from .weights import Weights
@@ -33,6 +34,7 @@ class Conditioning:
     rotation: Array  # (B, S, K / 2) complex: image, then caption
     # Boolean, False for the filling after a shorter caption: (B, 1, 1, S), or (B, 1, S, S) with regions; None: all True
     mask: Array | Contrast | None
+    control: Hints | None = None  # what a ControlNet adds
 
     @property
     def plain_mask(self) -> Array | None:
@@ -185,15 +187,17 @@ class Transformer:
         """The raw output (B, C, h, w) for latents x and time t; see `__call__`."""
         check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
         B, _, h, w = x.shape
-        tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
+        embedded = tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
         adaln = self.t_embedder(t * self.config.t_scale)
 
         for block in self.noise_refiner:
             tokens = block(tokens, conditioning.image_rotation, None, adaln)
 
+        places, hints = hints_of(self, embedded, tokens, conditioning, adaln)
         tokens = np.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             tokens = block(tokens, conditioning.rotation, conditioning.mask, adaln)
+            tokens = tokens + next(hints) if i in places else tokens
 
         return self.unpatchify(self.final_layer(tokens, adaln), h, w)
 
@@ -204,11 +208,14 @@ class Transformer:
 
     def embed_image(self, x: Array) -> Array:
         """(B, C, h, w) -> (B, L, D): the patches are embedded, then x_pad_token fills the sequence up."""
+        return self.embed_patches(x, self.w.at(f"all_x_embedder.{self.config.patch_key}"))
+
+    def embed_patches(self, x: Array, embedder: Weights) -> Array:
+        """As `embed_image`, with any Linear layer `embedder`."""
         B, C, h, w = x.shape
         p = self.config.patch_size
         patches = x.reshape(B, C, h // p, p, w // p, p).transpose(0, 2, 4, 3, 5, 1)  # (B, h/p, w/p, p, p, C)
-        patches = patches.reshape(B, -1, self.config.patch_dim)
-        embedder = self.w.at(f"all_x_embedder.{self.config.patch_key}")
+        patches = patches.reshape(B, -1, p * p * C)
         tokens = linear(patches, embedder["weight"], embedder["bias"])
         missing = padded(tokens.shape[1]) - tokens.shape[1]
         fill = np.broadcast_to(self.w["x_pad_token"], (B, missing, self.config.dim))

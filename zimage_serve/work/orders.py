@@ -13,6 +13,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig, config_of
+from zimage_ref.generation.control_options import CONTROL_FIELDS
 from zimage_ref.generation.jobs import plan_requests
 from zimage_ref.generation.loras import with_scale
 from zimage_ref.model.flow import is_turbo
@@ -57,7 +58,7 @@ class OrderDesk:
         Raises RefusedError or UnknownError, ConfigError for options that do not fit, DatasetError for bad pictures.
         """
         given = {name: value for name, value in asked.items() if value is not None}
-        hints = get_type_hints(GenerateConfig)
+        hints = {name: hint for name, hint in get_type_hints(GenerateConfig).items() if name not in CONTROL_FIELDS}
         for name in given:
             if name not in hints and name not in OWN_FIELDS:
                 close = difflib.get_close_matches(name, [*hints, *OWN_FIELDS], 1)
@@ -130,7 +131,8 @@ def facts_of(model: ModelFolder) -> dict[str, object]:
 
 def option_names() -> list[str]:
     """The fields that a request for pictures may have."""
-    return [*(field.name for field in fields(GenerateConfig)), *OWN_FIELDS]
+    names = (field.name for field in fields(GenerateConfig) if field.name not in CONTROL_FIELDS)
+    return [*names, *OWN_FIELDS]
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:
