@@ -20,6 +20,7 @@ from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
+from zimage_ref.model.steering import Steering
 from zimage_ref.streaming import STREAMED, require_streamable
 
 from . import device
@@ -27,6 +28,7 @@ from .device import gpu_errors_explained, gpu_memory, limit_memory, multiply_in_
 from .lora.layers import Adapters
 from .networks.controlnet import Control, ControlNet
 from .networks.running import RESIDENT, BlockRunner, RunInPieces, Weights
+from .networks.steered import condition_steered
 from .networks.streaming import Stream
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
@@ -170,8 +172,12 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         """A parameter of the transformer as its file has it, in the working dtype."""
         return to_mlx(self.folder.weights["transformer"][name], self.dtype)
 
-    def condition(self, captions: Sequence[mx.array], h: int, w: int) -> Conditioning:
+    def condition(
+        self, captions: Sequence[mx.array], h: int, w: int, steering: Steering[mx.array] | None = None
+    ) -> Conditioning:
         """As `Engine`: caption (B, T, D) in the dtype of the stream, and a layout with the rotations and masks."""
+        if steering is not None:
+            return condition_steered(self.transformer, captions, h, w, steering)
         return self.transformer.condition(captions, h, w)
 
     def controlled(

@@ -165,11 +165,12 @@ class Stage:
 
 
 def generation_stages(
-    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: int = 1, one_at_a_time: bool = True
+    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1, one_at_a_time: bool = True
 ) -> list[Stage]:
     """The memory of each stage of making pictures of `size`, width and height in pixels.
 
-    predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance.
+    predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance. If
+    pictures are steered, a prediction counts as more than one.
     one_at_a_time: a network is freed before the next is loaded.
     """
     folder, (width, height) = model.folder, size

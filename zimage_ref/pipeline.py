@@ -16,7 +16,9 @@ from .lora.file import LoRAFile
 from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
+from .model.steering import Steering
 from .networks.controlnet import Control, ControlNet
+from .networks.steered import condition_steered
 from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
@@ -76,8 +78,12 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
     def release(self, *components: str) -> None:
         """Does nothing: mapped weights take no memory of the process."""
 
-    def condition(self, captions: Sequence[Array], h: int, w: int) -> Conditioning:
+    def condition(
+        self, captions: Sequence[Array], h: int, w: int, steering: Steering[Array] | None = None
+    ) -> Conditioning:
         """See `Engine`: caption (B, T, D) in the working dtype, rotations (B, L, K / 2) and (B, S, K / 2), mask."""
+        if steering is not None:
+            return condition_steered(self.transformer, captions, h, w, steering)
         return self.transformer.condition(captions, h, w)
 
     def controlled(self, conditioning: Conditioning, file: ControlFile, context: Array, scale: float) -> Conditioning:

@@ -25,6 +25,7 @@ from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
 from zimage_ref.generation.samplers import TWICE
 from zimage_ref.generation.sizes import parse_size, random_seed
+from zimage_ref.generation.steering import predictions_of
 from zimage_ref.options import MEMORY, path_and_scale
 
 from ..terminal import blas
@@ -251,6 +252,9 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
         "grid": grid and f"{grid}: {len(requests)} pictures",
         "negative": config.negative_prompt or None,
+        "NAG": config.nag,
+        "variety": config.variety,
+        "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
         "mask": config.mask,
         "control": first.control and f"{config.control}, {first.control.file.config.variant}",
@@ -271,7 +275,7 @@ def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
         return None
     steps = len(first.sigmas) - 1
     calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
-    predictions = calls * (2 if first.guidance.scale > 0 else 1)
+    predictions = round(calls * predictions_of(first))
     precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory(requests).mode
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
     return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

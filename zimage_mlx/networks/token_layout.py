@@ -11,6 +11,7 @@ from zimage_ref.model.config import TransformerConfig
 from zimage_ref.model.positions import caption_ids, image_ids, padded, rope_angles
 
 from .ops import Rotation, rotation_tables
+from .steering import Mask
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class TokenLayout:
     caption_rotation: Rotation  # of the T caption tokens
     rotation: Rotation  # of all S tokens, image then caption
     caption_mask: mx.array | None  # (B, 1, 1, T) boolean, False where a shorter caption was filled up; None: all True
-    mask: mx.array | None  # (B, 1, 1, S), the same for all tokens
+    mask: Mask  # (B, 1, 1, S), the same for all tokens; other forms if pictures are steered
+
+    @property
+    def plain_mask(self) -> mx.array | None:
+        """The mask, if there is no negative caption beside the prompt's."""
+        return None if isinstance(self.mask, tuple) else self.mask
 
     @classmethod
     def of(cls, config: TransformerConfig, caption_lengths: Sequence[int], h: int, w: int) -> TokenLayout:

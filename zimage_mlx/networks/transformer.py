@@ -25,6 +25,7 @@ from .hints import Hints, hints_of
 from .kept import AttentionKept, FeedForwardKept
 from .ops import QKV, Rotation, SiLU, attention, in_rows, rms_norm, rotate, silu
 from .running import RESIDENT, RunHalf, Weights, output_of
+from .steering import Mask, attend_in_contrast
 from .token_layout import TokenLayout, fill, patches
 
 
@@ -42,11 +43,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.mlp = [
-            nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN_DIM),
-            SiLU(),
-            nn.Linear(TIME_HIDDEN_DIM, config.adaln_dim),
-        ]
+        width = config.adaln_dim
+        self.mlp = [nn.Linear(TIME_FREQUENCIES, TIME_HIDDEN_DIM), SiLU(), nn.Linear(TIME_HIDDEN_DIM, width)]
         half = TIME_FREQUENCIES // 2
         exponents = cast(list[float], (-math.log(10000) * mx.arange(half, dtype=mx.float32) / half).tolist())
         # mx.exp is some units off in the last place, which times near 1000 turn into 5e-4 of an angle
@@ -83,8 +81,10 @@ class Attention(nn.Module):
         """The last Linear layer, (B, S, D) -> (B, S, D)."""
         return in_rows(self.to_out[0], attended, attended.shape[-1])
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation, mask: Mask) -> mx.array:
         """Projected q, k, v (B, S, H, K) -> what the queries attend to, (B, S, D)."""
+        if isinstance(mask, tuple):
+            return attend_in_contrast(QKV(q, k, v), rotation, mask, self.attend)
         return attention(*self.norm_and_rotate(q, k, v, rotation), mask).swapaxes(1, 2).flatten(2)
 
     def norm_and_rotate(self, q: mx.array, k: mx.array, v: mx.array, rotation: Rotation) -> QKV:
@@ -148,7 +148,7 @@ class Block(nn.Module):
         self,
         x: mx.array,
         rotation: Rotation,
-        mask: mx.array | None,
+        mask: Mask,
         adaln: mx.array | None = None,
         run: RunHalf = output_of,
     ) -> mx.array:
@@ -158,7 +158,7 @@ class Block(nn.Module):
         return run(Block.feed_forward_half, self, x, scale_f, gate_f)
 
     def attention_half(
-        self, x: mx.array, rotation: Rotation, mask: mx.array | None, scale: mx.array | None, gate: mx.array | None
+        self, x: mx.array, rotation: Rotation, mask: Mask, scale: mx.array | None, gate: mx.array | None
     ) -> tuple[mx.array, AttentionKept]:
         """(B, S, D) -> the same, and what a gradient needs."""
         q, k, v = self.attention.project(self.attention_input(x, scale))  # (B, S, H, K) each
@@ -200,7 +200,7 @@ class Block(nn.Module):
 
 
 # How a block is run: (block, x, rotation, mask, adaln) -> its output. See `running` for other ways than this
-RunBlock = Callable[[Block, mx.array, Rotation, "mx.array | None", "mx.array | None"], mx.array]
+RunBlock = Callable[[Block, mx.array, Rotation, Mask, "mx.array | None"], mx.array]
 
 
 def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None, factor: float = 1.0) -> mx.array:

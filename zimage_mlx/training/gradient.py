@@ -229,7 +229,7 @@ class LossAndGradients:
         left -= len(model.noise_refiner)
         caption_context = BlockContext(layout.caption_rotation, layout.caption_mask, None)
         of_caption = _Chain(self, "context_refiner", left, caption_context, False)
-        of_both = _Chain(self, "layers", keep, BlockContext(layout.rotation, layout.mask, adaln), time_too)
+        of_both = _Chain(self, "layers", keep, BlockContext(layout.rotation, layout.plain_mask, adaln), time_too)
         image, caption = of_image.forward(roots["all_x_embedder"]()), of_caption.forward(roots["cap_embedder"]())
         tokens = of_both.forward(mx.concatenate([image, caption], axis=1))
 

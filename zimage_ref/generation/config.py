@@ -20,6 +20,7 @@ from .presets import by_model
 from .samplers import SAMPLERS
 from .sizes import DEFAULT_SIDE, SIDE_MULTIPLE, check_area, check_side, parse_size
 
+VARIETY_UNTIL = 0.2  # of the steps
 IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0  # defaults of diffusers' img2img and inpaint pipelines
 
 
@@ -48,7 +49,15 @@ class GenerateConfig:
 
     prompt: str = required("Text that describes the picture.", PICTURE)
     negative_prompt: str = option(
-        "", "Text that describes the things to avoid. It works only with guidance.", PICTURE, value="TEXT"
+        "", "Text that describes the things to avoid. It needs guidance or `nag`.", PICTURE, value="TEXT"
+    )
+    region: tuple[str, ...] = option(
+        (),
+        "A part of the picture and its own prompt. The sides are shares of the picture, 0 to 1. "
+        "You can repeat this option.",
+        PICTURE,
+        value="LEFT,TOP,WIDTH,HEIGHT: TEXT",
+        repeatable=True,
     )
     width: int | None = option(
         None,
@@ -95,6 +104,18 @@ class GenerateConfig:
     cfg_truncation: float = option(
         1.0, "Time at which guidance ends: 0 is the start of denoising, 1 is its end.", DENOISING
     )
+    nag: float | None = option(
+        None,
+        "Strength of `negative_prompt` without guidance. 1 is no change; 3 to 8 are usual. A step takes longer.",
+        DENOISING,
+        value="SCALE",
+    )
+    variety: float | None = option(
+        None, "How much pictures of one prompt differ, 0 to 1: noise on the prompt in the first steps.", DENOISING
+    )
+    variety_until: float | None = option(
+        None, f"Share of the steps with `variety`. With auto, {VARIETY_UNTIL:g}.", DENOISING, auto=True
+    )
     seed: int = option(0, "Seed of the noise at the start.", PICTURE)
     lora_scale: float = option(1.0, "Factor on the strength of every LoRA.", MODEL)
     init_image: PictureSource | None = option(None, "Picture to start from.", START, value="PICTURE", essential=True)
@@ -137,6 +158,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
+        object.__setattr__(self, "region", _texts("region", self.region))
         check_bounds(self, PICTURE_BOUNDS)
         for name in ("init_image", "mask", "control_image"):
             if not isinstance(getattr(self, name), str | Path | Picture | None):
@@ -148,6 +170,8 @@ class GenerateConfig:
             check_area(self.width, self.height)
         check_control(self)
         check_choices(self)
+        if self.variety_until is not None and not self.variety:
+            raise ConfigError("`variety_until` needs `variety`")
         if self.init_image is None:
             needs_picture = {
                 "strength": self.strength is not None, "mask": self.mask is not None,
@@ -160,7 +184,7 @@ class GenerateConfig:
     def check_guidance(self) -> None:
         """Raises ConfigError if you set an option that needs guidance while `guidance` is 0 or None."""
         idle = {
-            "negative_prompt": bool(self.negative_prompt),
+            "negative_prompt": bool(self.negative_prompt) and self.nag is None,
             "cfg_normalization": bool(self.cfg_normalization),
             "cfg_truncation": self.cfg_truncation < 1,
         }
@@ -178,6 +202,15 @@ def config_of(options: Mapping[str, Any]) -> GenerateConfig:
     if (size := fields.pop("size", None)) is not None:
         fields["width"], fields["height"] = parse_size(str(size), fields.get("width"), fields.get("height"))
     return GenerateConfig(**fields)
+
+
+def _texts(name: str, texts: object) -> tuple[str, ...]:
+    """`texts` as a tuple. Raises ConfigError unless they are a list of texts."""
+    if not isinstance(texts, (list, tuple)):
+        raise ConfigError(f"`{name}` must be a list of texts")
+    for text in texts:
+        _check_text(name, text)
+    return tuple(texts)
 
 
 def _check_text(name: str, text: object) -> None:

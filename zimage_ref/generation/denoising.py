@@ -19,6 +19,7 @@ from .engine import ConditioningT, Engine
 from .jobs import Request
 from .samplers import SAMPLERS, Guidance, Predict
 from .starts import Start, Steer, steering
+from .steering import Words, words_of
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,8 @@ def denoised(
             x = painted * x + (1 - painted) * add_noise(start, noise, sigma)
         return engine.settle(x)
 
-    positive = [captions[request.config.prompt] for request in batch]
-    negative = [captions[request.config.negative_prompt] for request in batch] if first.guidance.scale else []
-    predict = predictor(engine, positive, negative, first.guidance, (h, w), steering(engine, first, begin.context))
+    words = words_of(batch, captions, engine)
+    predict = predictor(engine, words, first.guidance, (h, w), steering(engine, first, begin.context))
     steps = SAMPLERS[first.config.sampler](x, first.sigmas, predict, blend)
     for i, (x, predicted) in enumerate(steps, start=1):
         yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted)
@@ -68,33 +68,32 @@ def plain_steps(
     """Yields the latents (B, C, h, w) after each Euler step from the noise x (B, C, h, w). See `Pipeline.denoise`."""
     h, w = x.shape[2:]
     schedule = sigmas(steps, engine.folder.scheduler, h * w // engine.folder.transformer.patch_size**2)
-    predict = predictor(engine, captions[: len(x)], captions[len(x) :], Guidance(guidance), (h, w))
+    predict = predictor(engine, Words(captions[: len(x)], captions[len(x) :]), Guidance(guidance), (h, w))
     for x, _ in SAMPLERS["euler"](x, schedule, predict, lambda x, sigma: engine.settle(x)):
         yield x
 
 
 def predictor(
     engine: Engine[ArrayT, ConditioningT],
-    positive: Sequence[ArrayT],
-    negative: Sequence[ArrayT],
+    words: Words[ArrayT],
     guidance: Guidance,
     size: tuple[int, int],
     steer: Steer[ConditioningT] = lambda conditioning, sigma: conditioning,
 ) -> Predict[ArrayT]:
     """A function that gives the network's guided raw output for a batch of latents of `size` (h, w).
 
-    positive, negative: features (T_i, cap_feat_dim), one array for each caption. There are as many negative captions as
-    positive ones, or none. steer: changes the conditioning of a noise level.
+    steer: changes the conditioning of a noise level.
     """
 
     @functools.cache
-    def conditioning(is_guided: bool) -> ConditioningT:
-        return engine.condition([*positive, *negative] if is_guided else positive, *size)
+    def conditioning(is_guided: bool, is_early: bool) -> ConditioningT:
+        return words.conditioning(engine, size, is_guided, is_early)
 
     def predict(x: ArrayT, sigma: float) -> ArrayT:
+        is_early = words.is_early(sigma)
         if not guidance.active(sigma):
-            return engine.settle(engine.predict(x, sigma, steer(conditioning(False), sigma)))
-        raw = engine.predict(x, sigma, steer(conditioning(True), sigma), copies=2)  # (2 B, C, h, w)
+            return engine.settle(engine.predict(x, sigma, steer(conditioning(False, is_early), sigma)))
+        raw = engine.predict(x, sigma, steer(conditioning(True, is_early), sigma), copies=2)  # (2 B, C, h, w)
         return engine.settle(guidance(raw[: len(x)], raw[len(x) :]))
 
     return predict

@@ -22,6 +22,7 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_maps, checked_numbers
+from zimage_ref.model.steering import Steering
 from zimage_ref.model.tokenizer import Tokenizer
 
 ConditioningT = TypeVar("ConditioningT")
@@ -170,10 +171,13 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """Frees the memory of text_encoder, transformer or vae. Each is loaded again on its next use."""
 
     @abstractmethod
-    def condition(self, captions: Sequence[ArrayT], h: int, w: int) -> ConditioningT:
+    def condition(
+        self, captions: Sequence[ArrayT], h: int, w: int, steering: Steering[ArrayT] | None = None
+    ) -> ConditioningT:
         """The inputs of `predict` besides latents and time. They are computed once for all steps.
 
         captions: B arrays of features (T_i, cap_feat_dim) from `encode_prompt`. h, w: the size of the latents.
+        steering: what steers the pictures; with n boxes, there are 1 + n captions for each picture.
         The result holds the refined caption tokens (B, T, D), the rotations of the L image tokens and of all S tokens,
         and masks (B, 1, 1, S) if captions differ in length. T is the padded length of the longest caption.
         """

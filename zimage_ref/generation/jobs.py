@@ -24,6 +24,7 @@ from .control import Control
 from .presets import defaults_for
 from .samplers import Guidance
 from .sizes import DEFAULT_SIDE, check_area, shrunk
+from .steering import check_steering, check_words
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
         if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
             own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
+            check_words(own)
             requests.append(replace(last, config=own))
         else:
             requests.append(_request(config, folder))
@@ -132,6 +134,7 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
     width, height = _size(config, picture or followed)
     _check_size(width, height, folder)
     config = replace(_decided(config, folder.scheduler), width=width, height=height)
+    check_steering(config, height // folder.size_multiple, width // folder.size_multiple)
     painted = None if white is None else fit_mask(white, width, height, config.fit)
     if painted is not None and not painted.any():
         raise ConfigError(f"`mask` {_named(config.mask)} is black: paint the parts to change white")

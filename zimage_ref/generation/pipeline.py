@@ -32,6 +32,7 @@ from .engine import ConditioningT, Engine, Terms
 from .jobs import Request, configs_for, in_batches, plan_requests
 from .loras import LoRACache, LoRASource
 from .starts import Start, starts_of
+from .steering import all_texts, predictions_of
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -236,10 +237,10 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """The estimated memory of each stage of making `requests`. mode: None means the current one."""
         mode, batch = mode or self.mode, min(batch_size, len(requests))
         footprint = self.footprint(mode)
-        sizes = {(r.width, r.height, r.guidance.scale > 0, r.control.file if r.control else None) for r in requests}
+        loads = {(r.width, r.height, predictions_of(r), r.control.file if r.control else None) for r in requests}
         return largest(
-            generation_stages(self._loaded_with(file), footprint, (width, height), batch * (1 + guided), mode != "fast")
-            for width, height, guided, file in sizes
+            generation_stages(self._loaded_with(file), footprint, (width, height), batch * count, mode != "fast")
+            for width, height, count, file in loads
         )
 
     def _loaded_with(self, file: ControlFile | None) -> LoadedModel:
@@ -297,8 +298,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """The features of every text, and for each request what was encoded of its pictures."""
         self._done_with("transformer", lean)  # an interrupted run may have left both loaded
         self._done_with("vae", lean)
-        guided = [request for request in requests if request.guidance.scale]
-        texts = dict.fromkeys([r.config.prompt for r in requests] + [r.config.negative_prompt for r in guided])
+        texts = all_texts(request.config for request in requests)
         captions = {}
         for i, text in enumerate(texts, start=1):
             captions[text] = self.encode_prompt(text)

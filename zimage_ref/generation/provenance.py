@@ -94,7 +94,7 @@ class Recorder:
         if config.control is None:
             values = {name: value for name, value in values.items() if name not in CONTROL_FIELDS}
         made: dict[str, object] = {
-            name: value for name, value in values.items() if value is not None and value != _LATE.get(name)
+            name: value for name, value in values.items() if value not in (None, ()) and value != _LATE.get(name)
         }
         for name, source in files.items():
             if isinstance(source, (str, Path)):

@@ -34,6 +34,7 @@ from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
 from .previews import quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
+from .steering import prompts_of
 
 _SHOWN = 60  # characters of a prompt in a notice
 Notify = Callable[[str], None]  # takes a line that the user should see
@@ -142,7 +143,7 @@ class GenerationRun:
             request.config.check_guidance()
             if request.config.lora_scale != 1 and not adapters:
                 raise ConfigError("`lora_scale` needs `lora`: there is no LoRA to scale")
-        for text in dict.fromkeys(t for config in configs for t in (config.prompt, config.negative_prompt)):
+        for text in dict.fromkeys(t for config in configs for t in (*prompts_of(config), config.negative_prompt)):
             # The prompt is tokenized again when it is encoded. This takes at most 2 ms, so the ids are not kept
             tokens = self.pipeline.tokenizer.count(text)
             if tokens > MAX_TOKENS:

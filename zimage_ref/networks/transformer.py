@@ -21,6 +21,7 @@ from zimage_ref.model.positions import caption_ids, image_ids, padded, rope_angl
 
 from .hints import Hints, hints_of
 from .ops import attention, layer_norm, linear, rms_norm, silu
+from .steering import Contrast, attend_in_contrast
 from .weights import Weights
 
 
@@ -31,8 +32,14 @@ class Conditioning:
     caption: Array  # (B, T, D) refined caption tokens
     image_rotation: Array  # (B, L, K / 2) complex
     rotation: Array  # (B, S, K / 2) complex: image, then caption
-    mask: Array | None  # (B, 1, 1, S) boolean, False for the filling after a shorter caption; None: all True
+    # Boolean, False for the filling after a shorter caption: (B, 1, 1, S), or (B, 1, S, S) with regions; None: all True
+    mask: Array | Contrast | None
     control: Hints | None = None  # what a ControlNet adds
+
+    @property
+    def plain_mask(self) -> Array | None:
+        """The mask, if there is no negative caption beside the prompt's."""
+        return None if isinstance(self.mask, Contrast) else self.mask
 
 
 class TimestepEmbedder:
@@ -57,14 +64,23 @@ class Attention:
     def __init__(self, w: Weights, config: TransformerConfig) -> None:
         self.w, self.heads = w, config.n_heads
 
-    def __call__(self, x: Array, rotation: Array, mask: Array | None) -> Array:
-        B, S, D = x.shape
-        q, k, v = (linear(x, self.w[f"to_{p}.weight"]).reshape(B, S, self.heads, -1) for p in "qkv")  # (B, S, H, K)
+    def __call__(self, x: Array, rotation: Array, mask: Array | Contrast | None) -> Array:
+        B, S, _ = x.shape
+        qkv = [linear(x, self.w[f"to_{p}.weight"]).reshape(B, S, self.heads, -1) for p in "qkv"]  # (B, S, H, K) each
+        if isinstance(mask, Contrast):
+            y = attend_in_contrast(qkv, rotation, mask, self._attend)
+        else:
+            y = self._attend(qkv, rotation, mask)
+        return linear(y, self.w["to_out.0.weight"])
+
+    def _attend(self, qkv: Sequence[Array], rotation: Array, mask: Array | None) -> Array:
+        """Projected queries, keys and values (B, S, H, K) -> what the queries attend to, (B, S, D)."""
+        q, k, v = qkv
         q = rotate(rms_norm(q, self.w["norm_q.weight"], QK_NORM_EPS), rotation)
         k = rotate(rms_norm(k, self.w["norm_k.weight"], QK_NORM_EPS), rotation)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # (B, H, S, K)
-        y = attention(q, k, v, mask).transpose(0, 2, 1, 3).reshape(B, S, D)
-        return linear(y, self.w["to_out.0.weight"])
+        y = attention(q, k, v, mask).transpose(0, 2, 1, 3)  # (B, S, H, K)
+        return y.reshape(*y.shape[:2], -1)
 
 
 class FeedForward:
@@ -85,7 +101,7 @@ class Block:
         self.attention = Attention(w.at("attention"), config)
         self.feed_forward = FeedForward(w.at("feed_forward"))
 
-    def __call__(self, x: Array, rotation: Array, mask: Array | None, adaln: Array | None = None) -> Array:
+    def __call__(self, x: Array, rotation: Array, mask: Array | Contrast | None, adaln: Array | None = None) -> Array:
         scale_a, gate_a, scale_f, gate_f = self.modulation(adaln)  # (B, 1, D) each
         a = self.attention(self.norm("attention_norm1", x) * scale_a, rotation, mask)
         x = x + gate_a * self.norm("attention_norm2", a)

@@ -1,0 +1,36 @@
+"""Draws the pictures of docs/generation.md with the built-in model: python docs/pictures.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from zimage_mlx import ZImagePipeline
+from zimage_ref.pictures.images import Picture
+from zimage_ref.tiny.drawings import SIDE
+
+IMAGES = Path(__file__).parent / "images"
+_HOW = {"width": SIDE, "height": SIDE, "steps": 8, "guidance": 0.0, "output": "pil"}
+_HALVES = ("0,0,0.5,1: a red circle on a white background", "0.5,0,0.5,1: a blue star on a white background")
+# Name of a sheet -> prompt, and the options of each row; each column is a seed
+SHEETS: dict[str, tuple[str, list[dict[str, object]]]] = {
+    "nag": ("a red circle", [{}, {"nag": 8.0, "negative_prompt": "red"}]),
+    "variety": ("a big green heart on a white background", [{}, {"variety": 1.0}]),
+    "regions": ("a white background", [{"region": _HALVES}]),
+}
+
+
+def sheet(pipe: ZImagePipeline, prompt: str, rows: Sequence[dict[str, object]], seeds: int = 6) -> Picture:
+    """The pictures of a prompt, a row for each set of options and a column for each seed."""
+    pictures = [pipe([prompt] * seeds, seed=0, **_HOW, **options) for options in rows]
+    whole = pictures[0][0].resize((SIDE * seeds, SIDE * len(rows)))
+    for i, row in enumerate(pictures):
+        for j, picture in enumerate(row):
+            whole.paste(picture, (SIDE * j, SIDE * i))
+    return whole
+
+
+if __name__ == "__main__":
+    model = ZImagePipeline.from_pretrained("tiny")
+    for name, (prompt, rows) in SHEETS.items():
+        sheet(model, prompt, rows).quantize(128).save(IMAGES / f"{name}.png", optimize=True)
