@@ -7,6 +7,8 @@ from pathlib import Path
 
 from zimage_ref.errors import FormatError
 
+from .reading import open_file
+
 _HEAD = 512  # bytes that are looked at
 _AGAIN = "download it again"
 # the start of a file -> what it is, and the way out
@@ -41,9 +43,9 @@ def stranger_in(path: Path) -> str:
 
 def _head(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(_HEAD)
-    except OSError:
+    except (OSError, ValueError):
         return None  # whoever opens it next says why
 
 
