@@ -72,12 +72,18 @@ def first_of_set(paths: Sequence[Path]) -> Path | None:
 
 
 def read_set(first: Path) -> tuple[dict[str, Tensor], JsonObject]:
-    """All tensors of a set without an index, and its metadata. Raises FormatError if a tensor is there twice."""
+    """All tensors of a set without an index, and its metadata.
+
+    Files with a plain number for a name that hold the same tensors are no set: then `first` is read alone. In a set of
+    other names that is an error. Raises FormatError.
+    """
     tensors: dict[str, Tensor] = {}
     metadata: JsonObject = {}
     for file in set_of(first):
         shard, own = safetensors.read(file)
         if twice := tensors.keys() & shard.keys():
+            if first.stem.isdigit():
+                return safetensors.read(first)
             raise FormatError(f"{file}: holds {listing(sorted(twice))}, and so does another shard")
         tensors |= shard
         metadata |= own
