@@ -96,6 +96,7 @@ def main() -> None:
         page = browser.new_page(viewport=DESK)
         page.set_default_timeout(120_000)
         page.goto(url)
+        page.locator("main:not([inert])").wait_for()
         draw(page)
         train(page, drawings)
         phone = browser.new_page(viewport=PHONE, color_scheme="dark")
