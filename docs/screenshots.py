@@ -110,7 +110,7 @@ def main() -> None:
         page.click("#make")
         page.locator("#results li:nth-child(13)").wait_for()
         page.click("nav a[href='#library']")
-        page.evaluate("scrollTo(0, 0)")
+        page.evaluate("document.getElementById('said').hidePopover(), scrollTo(0, 0)")
         shoot(page, "studio-library")
         browser.close()
 
