@@ -48,7 +48,6 @@ PRECISIONS = (
 )  # fmt: skip
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
-
 MODEL, DATA, LORA, PACE, NOISE, _, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
 
 
