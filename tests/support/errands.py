@@ -5,6 +5,8 @@ The rules by which a command is made small:
     a model                 a repository's id, or a folder ~/Z-Image...: the built-in model instead
     sizes in pixels         --width, --height, --resolution: a sixteenth, at least 32; 32 if nothing says a size
     steps                   2, of denoising as of training; 1 in previews, which are 32 x 32
+    ranges of blocks        a tenth, because the built-in model has five
+    --nag                   with --guidance 0, which is the default of Turbo but not of the built-in model
     ~                       a folder of the test
     files that are read     made before: pictures, a mask, a dataset, LoRAs, ComfyUI's files of the built-in model
 """
@@ -75,6 +77,7 @@ class Errands:
             changed += ["--steps", "2"]
             if not given & {"--width", "--height", "--init-image", "--from-image"}:
                 changed += ["--width", str(SIDE), "--height", str(SIDE)]
+            changed += ["--guidance", "0"] if "--nag" in given else []
         elif command == "train":
             changed += ["--steps", "2", "--preview-steps", "1", "--preview-size", str(SIDE)]
             changed += [] if "--resolution" in given else ["--resolution", str(SIDE)]
@@ -96,6 +99,8 @@ class Errands:
             return ",".join(str(max(SIDE, int(side) // SHRINK)) for side in value.split(","))
         if value.startswith(_MODELS):
             return "tiny"
+        if flag == "--targets":
+            return re.sub(r"(\d+)-(\d+)", lambda ends: f"{int(ends[1]) // 10}-{int(ends[2]) // 10}", value)
         return value.replace("~", str(self._home), 1) if value.startswith("~/") else value
 
     def _provide(self, flag: str, value: str) -> None:
