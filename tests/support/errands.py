@@ -72,7 +72,7 @@ class Errands:
         if command == "compare":
             for path in (self.folder / value for value in rest[:2]):
                 if not path.exists():
-                    self._photo(path)
+                    self.photo(path)
         if command == "generate":
             changed += ["--steps", "2"]
             if not given & {"--width", "--height", "--init-image", "--from-image"}:
@@ -110,9 +110,9 @@ class Errands:
         path = self.folder / value
         makers = {
             "--lora": self.lora, "--merge-lora": self.lora, "--training-adapter": self.lora, "--input": self._weights,
-            "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self._photo,
-            "--control-image": self._photo,
-            "--control": self._control, "--mask": self._mask,
+            "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self.photo,
+            "--control-image": self.photo,
+            "--control": self.control, "--mask": self._mask,
             "--tokenizer": self._tokenizer, "--config": self._config,
         }  # fmt: skip
         names_no_file = flag == "--mask" and value in MASKS  # of `zimage train`
@@ -154,7 +154,7 @@ class Errands:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(["convert", *argv]) == 0
 
-    def _control(self, path: Path) -> None:
+    def control(self, path: Path) -> None:
         """A ControlNet 2.1 for the built-in model, of one block."""
         config = json.loads((BUILT_IN / "transformer" / "config.json").read_text(encoding="utf-8"))
         kept = {key: config[key] for key in ("dim", "n_heads", "n_refiner_layers", "norm_eps")}
@@ -165,7 +165,7 @@ class Errands:
         )  # fmt: skip
         save_file(random_weights(controlnet_parameters(own)), path)
 
-    def _photo(self, path: Path) -> None:
+    def photo(self, path: Path) -> None:
         photograph(SIDE, SIDE, seed=1).save(path)
 
     def _mask(self, path: Path) -> None:
