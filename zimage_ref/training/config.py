@@ -41,8 +41,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 _PARTS = part_options()  # name -> help; each has a field below
-# Those of the frozen base. 4/32 is 4 bits in groups of 32
-PRECISIONS = (
+PRECISIONS = (  # of the frozen base; 4/32 is 4 bits in groups of 32
     "auto", "bf16", "f32", *map(str, reversed(BITS)),
     *(f"{bits}/{group}" for bits in reversed(BITS) for group in GROUP_SIZES if group != GROUP_SIZE),
 )  # fmt: skip
