@@ -65,6 +65,7 @@ JOBS = {
     "demo": Job("demo --output demo", ("demo/*.png", "demo/*.safetensors"), 60),
 }  # fmt: skip
 QUICK = ("generate", "convert-lora")
+LONG = ("train-again", "demo")  # minutes each
 
 
 def prepared(folder: Path, job: str) -> Path:
@@ -104,5 +105,7 @@ def test_some_faults_lose_nothing(job: str, tmp_path: Path) -> None:
 def test_a_fault_at_any_change_loses_nothing(job: str, how: str, tmp_path: Path) -> None:
     if not HAS_MLX and ("train" in job or job == "demo"):
         pytest.skip("training needs MLX")
+    if job in LONG and not ALL:
+        pytest.skip("takes minutes: set ZIMAGE_FAULTS=1")
     report = faults(prepared(tmp_path, job), job, how, 1 if ALL else JOBS[job].every)
     assert report["tried"] >= 3 and report["faults"] == {}

@@ -206,7 +206,7 @@ def test_an_entry_without_one_of_its_facts_is_refused_by_name() -> None:
 def test_training_takes_a_file_for_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of a run are written out, for type checkers; this is what holds them to the table."""
     monkeypatch.delitem(COMPONENTS, SKETCH.name)
-    options = {field.name: field.metadata["help"] for field in fields(TrainConfig)}
+    options = {field.name: field.metadata.get("help") for field in fields(TrainConfig)}
     for part, help in part_options().items():
         assert options.get(part) == help, f"TrainConfig needs a field {part}: Path | None, with help of part_options()"
     assert TrainConfig(Path("m"), Path("d"), vae="v.npz").parts == dict.fromkeys(part_options()) | {

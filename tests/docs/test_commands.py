@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.errands import Errands
-from support.networks import HAS_MLX
+from support.networks import HAS_MLX, long_only
 from support.pages import PAGES, Block, blocks, identify
 
 REASONS = re.compile(r"not run: \w.*|test command|slow: \w.*")  # comments before a block that say why it does not run
@@ -38,6 +38,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
                 assert errands.run(command) == 0, f"line {block.line}: {command}"
 
 
+@long_only
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page, slow=True)], ids=identify)
 def test_the_slow_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,8 @@ def test_the_python_of_the_page_runs(
     errands = Errands(tmp_path)
     errands.lora(tmp_path / "fox.safetensors")
     errands.dataset(tmp_path / "dog")
+    errands.photo(tmp_path / "photo.jpg")
+    errands.control(tmp_path / "union-2.1.safetensors")
     names: dict[str, object] = {}
     for block in blocks(PAGE, "python"):
         code = block.text

@@ -15,6 +15,7 @@ from zimage_ref import GenerateConfig, ModelFolder
 from zimage_ref.generation.config import by_model
 from zimage_ref.generation.denoising import denoised
 from zimage_ref.generation.jobs import plan_requests
+from zimage_ref.generation.starts import Start
 from zimage_ref.model.config import SchedulerConfig
 
 
@@ -38,7 +39,7 @@ def test_outside_the_mask_the_latents_have_the_noise_of_their_step(backend: str,
     x_0, noise = np.random.default_rng(0).standard_normal(request.shape).astype(np.float32), request.noise
     captions = {text: pipe.encode_prompt(text) for text in ("a fox", "")}
     seen = 0
-    for step in denoised(pipe, [request], captions, pipe.to_backend(x_0[None])):
+    for step in denoised(pipe, [request], captions, Start(pipe.to_backend(x_0[None]), None)):
         x, expected = np.array(step.x)[0], (1 - step.sigma) * x_0 + step.sigma * noise
         np.testing.assert_allclose(x[:, :, :3], expected[:, :, :3], rtol=0, atol=1e-5)
         assert np.abs(x - expected)[:, :, 3:].max() > 0.01

@@ -37,8 +37,9 @@ def test_many_rows_are_multiplied_as_one_by_one(bits: int, bias: bool) -> None:
 
 
 def test_layers_of_two_scales_share_no_program() -> None:
-    base, A, B = nn.Linear(6, 5, bias=False), mx.ones((2, 6)), mx.ones((5, 2))
-    layers = [LoRALinear(base, A, B, scale) for scale in (1.0, 3.0)]
+    base = nn.Linear(6, 5, bias=False)
+    factors = {"lora_A": np.ones((2, 6), np.float32), "lora_B": np.ones((5, 2), np.float32)}
+    layers = [LoRALinear(base, factors, scale) for scale in (1.0, 3.0)]
     x = mx.random.normal((4, 6), key=mx.random.key(3))
     run: Any = PerBlock(lambda layer, x: layer(x))
     for layer in (*layers, *layers):

@@ -24,7 +24,7 @@ from zimage_mlx.networks.strips import Strips
 from zimage_mlx.networks.vae import VAE
 from zimage_mlx.networks.weights import load
 from zimage_ref.formats.tensors import Tensor
-from zimage_ref.generation.config import MAX_AREA
+from zimage_ref.generation.sizes import MAX_AREA
 from zimage_ref.model import parameters
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.tokenizer import MAX_TOKENS

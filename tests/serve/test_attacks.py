@@ -82,6 +82,7 @@ def test_no_field_is_a_path(served: Served, path: str) -> None:
         client.post("/api/runs/plan", json={"name": "x", "dataset": path}),
         client.post("/api/runs", json={"name": path, "dataset": "good"}),
         client.post("/api/runs", json={"name": "x", "dataset": "good", "training_adapter": path}),
+        client.post("/api/runs/plan", json={"name": "x", "dataset": "good", "init_lora": path}),
         client.post("/api/runs", json={"name": "x", "dataset": "good", "output": path}),
         client.post("/api/runs", json={"name": "x", "dataset": "good", "model_dir": path}),
         client.post("/api/runs", json={"name": "x", "dataset": "good", "validation": path}),

@@ -5,6 +5,8 @@ The rules by which a command is made small:
     a model                 a repository's id, or a folder ~/Z-Image...: the built-in model instead
     sizes in pixels         --width, --height, --resolution: a sixteenth, at least 32; 32 if nothing says a size
     steps                   2, of denoising as of training; 1 in previews, which are 32 x 32
+    ranges of blocks        a tenth, because the built-in model has five
+    --nag                   with --guidance 0, which is the default of Turbo but not of the built-in model
     ~                       a folder of the test
     files that are read     made before: pictures, a mask, a dataset, LoRAs, ComfyUI's files of the built-in model
 """
@@ -70,11 +72,12 @@ class Errands:
         if command == "compare":
             for path in (self.folder / value for value in rest[:2]):
                 if not path.exists():
-                    self._photo(path)
+                    self.photo(path)
         if command == "generate":
             changed += ["--steps", "2"]
             if not given & {"--width", "--height", "--init-image", "--from-image"}:
                 changed += ["--width", str(SIDE), "--height", str(SIDE)]
+            changed += ["--guidance", "0"] if "--nag" in given else []
         elif command == "train":
             changed += ["--steps", "2", "--preview-steps", "1", "--preview-size", str(SIDE)]
             changed += [] if "--resolution" in given else ["--resolution", str(SIDE)]
@@ -96,6 +99,8 @@ class Errands:
             return ",".join(str(max(SIDE, int(side) // SHRINK)) for side in value.split(","))
         if value.startswith(_MODELS):
             return "tiny"
+        if flag == "--targets":
+            return re.sub(r"(\d+)-(\d+)", lambda ends: f"{int(ends[1]) // 10}-{int(ends[2]) // 10}", value)
         return value.replace("~", str(self._home), 1) if value.startswith("~/") else value
 
     def _provide(self, flag: str, value: str) -> None:
@@ -105,9 +110,9 @@ class Errands:
         path = self.folder / value
         makers = {
             "--lora": self.lora, "--merge-lora": self.lora, "--training-adapter": self.lora, "--input": self._weights,
-            "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self._photo,
-            "--control-image": self._photo,
-            "--control": self._control, "--mask": self._mask,
+            "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self.photo,
+            "--control-image": self.photo,
+            "--control": self.control, "--mask": self._mask,
             "--tokenizer": self._tokenizer, "--config": self._config,
         }  # fmt: skip
         names_no_file = flag == "--mask" and value in MASKS  # of `zimage train`
@@ -149,7 +154,7 @@ class Errands:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(["convert", *argv]) == 0
 
-    def _control(self, path: Path) -> None:
+    def control(self, path: Path) -> None:
         """A ControlNet 2.1 for the built-in model, of one block."""
         config = json.loads((BUILT_IN / "transformer" / "config.json").read_text(encoding="utf-8"))
         kept = {key: config[key] for key in ("dim", "n_heads", "n_refiner_layers", "norm_eps")}
@@ -160,7 +165,7 @@ class Errands:
         )  # fmt: skip
         save_file(random_weights(controlnet_parameters(own)), path)
 
-    def _photo(self, path: Path) -> None:
+    def photo(self, path: Path) -> None:
         photograph(SIDE, SIDE, seed=1).save(path)
 
     def _mask(self, path: Path) -> None:

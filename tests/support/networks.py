@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ if HAS_MLX:
     import zimage_mlx.networks.vae
     from zimage_mlx.networks.weights import DTYPES, load
 
+long_only = pytest.mark.skipif(not os.environ.get("ZIMAGE_LONG"), reason="takes minutes: set ZIMAGE_LONG=1")
 mlx_only = pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
 BACKENDS = ["numpy", pytest.param("mlx", marks=mlx_only)]
 PARAMETERS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.networks import long_only
 from support.parity import assert_parity
 
 import zimage_ref
@@ -147,7 +148,9 @@ def learn(folder: Path, by_demo: bool = True, **changes: Any) -> tuple[Path, flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by_demo", [True, False], ids=["as in the demo", "by default"])
+@pytest.mark.parametrize(
+    "by_demo", [pytest.param(True, id="as in the demo"), pytest.param(False, id="by default", marks=long_only)]
+)
 def test_a_lora_learns_a_word_from_eight_drawings_and_leaves_the_others_alone(
     reference: zimage_ref.ZImagePipeline, tmp_path: Path, by_demo: bool
 ) -> None:

@@ -25,7 +25,7 @@ from zimage_ref import FormatError, TrainingError
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.tensors import BFLOAT16
-from zimage_ref.training import plan as plan_module
+from zimage_ref.training import checked_dataset
 from zimage_ref.training.cache import TrainCache, is_entry, read_entry, write_entry
 from zimage_ref.training.dataset import Example, list_dataset
 from zimage_ref.training.events import Encoded
@@ -83,7 +83,7 @@ def test_a_picture_that_is_replaced_while_the_cache_is_built_is_never_stored_as_
 ) -> None:
     data = pictures(tmp_path / "data", (32, 32))
     original = (data / "p0000.png").read_bytes()
-    monkeypatch.setattr(plan_module, "_KEPT", 1 << 30 if kept else 0)
+    monkeypatch.setattr(checked_dataset, "_KEPT", 1 << 30 if kept else 0)
     options: dict[str, Any] = {"steps": 1, "dataset": data}
     shop.train(f"undisturbed{kept}", cache=tmp_path / "good", **options)
     events = train(shop.config(f"disturbed{kept}", cache=tmp_path / "bad", **options))

@@ -34,11 +34,13 @@ OTHER: dict[str, Any] = {
     "preview_prompt": ("a fox, in snow", "an owl"), "preview_every": 13, "preview_size": 256, "preview_steps": 4,
     "preview_guidance": 1.5, "resume": True, "resume_anyway": True, "overwrite": True,
     "force": True, "mask": "alpha", "mask_outside": 0.3, "caption_lines": True, "caption_choices": True,
-    "shuffle_tags": True, "keep_tags": 2, "dropout": 0.15, "module_dropout": 0.25, "min_sigma": 0.1, "max_sigma": 0.9,
+    "shuffle_tags": True, "keep_tags": 2, "module_dropout": 0.25, "min_sigma": 0.1, "max_sigma": 0.9,
     "noise_offset": 0.05, "loss": "huber", "huber_delta": 0.2, "loss_weight": "flow-weighted",
     "differential_guidance": 3.0, "preserve": "dog", "preserve_blank": True, "preserve_every": 2,
     "preserve_weight": 0.5,
 }  # fmt: skip
+# A value that no run has beside the kind of OTHER
+BESIDE_LORA: dict[str, Any] = {"model_dir": Path("m"), "dataset": Path("d é"), "dropout": 0.15}
 
 FORMER_DUMP = """\
 model_dir = "m"
@@ -89,20 +91,25 @@ force = false
 """
 
 
+def test_the_values_above_are_of_every_option() -> None:
+    named = {field.name for field in fields(TrainConfig)}
+    assert OTHER.keys() | BESIDE_LORA.keys() == named - {"datasets"}  # see test_datasets
+
+
+@pytest.mark.parametrize("options", [OTHER, BESIDE_LORA], ids=["other", "beside-lora"])
 def test_every_option_goes_through_toml_json_and_the_command_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert OTHER.keys() == {field.name for field in fields(TrainConfig)} - {"datasets"}  # see test_datasets
-    config = TrainConfig(**OTHER)
+    config = TrainConfig(**options)
     plain = TrainConfig(Path("n"), Path("e"))
-    assert all(getattr(config, name) != getattr(plain, name) for name in OTHER)
+    assert all(getattr(config, name) != getattr(plain, name) for name in options)
     (tmp_path / "o.toml").write_text(dump_options(config), encoding="utf-8")
     (tmp_path / "o.json").write_text(json.dumps(to_json(config)), encoding="utf-8")
     for name in ("o.toml", "o.json"):
         assert TrainConfig(**read_options(tmp_path / name, TrainConfig)) == config
 
     argv = ["train", "--dump-config"]
-    for name, value in OTHER.items():
+    for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if name == "preview_prompt":
             argv += [part for prompt in value for part in (flag, prompt)]
@@ -181,7 +188,8 @@ def test_help_says_what_auto_comes_to(capfd: pytest.CaptureFixture[str], monkeyp
         main(["train", "--help-all"])
     text = " ".join(capfd.readouterr().out.split())
     for name, fact in {
-        "steps N": "as many as --epochs need", "lr X": "1e-4 for Z-Image, more if narrower, 1 for prodigy, by --kind",
+        "steps N": "as many as --epochs need",
+        "lr X": "1e-4 for Z-Image, more if narrower, 1 for prodigy. It also depends on --kind",
         "preview-size N": "the largest --resolution", "preview-steps N": "8 for Turbo, 30 for the base model",
         "preview-guidance X": "0 for Turbo, 4 for the base model", "cache FOLDER": "zimage-cache beside --output",
     }.items():  # fmt: skip

@@ -24,6 +24,7 @@ from zimage_mlx.training.optimizer import Optimizer, averaged, clipped
 from zimage_mlx.training.packing import Packing
 from zimage_ref import TrainConfig
 from zimage_ref.model.flow import VALIDATION_SIGMAS
+from zimage_ref.training.dataset_options import DatasetSettings
 
 LATENTS = np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float32)
 
@@ -42,7 +43,8 @@ def feed(tokens: int = 256, items: int = 2, **options: Any) -> Feed:
     """Of a plan of `items` pictures of so many image tokens, captioned "abc"."""
     config = TrainConfig(Path("m"), Path("d"), **{"caption_dropout": 0.0, **options})
     showings = [SimpleNamespace(example=0, size=(16, 16)) for _ in range(items)]
-    example = SimpleNamespace(caption="abc")
+    settings = DatasetSettings(caption_dropout=config.caption_dropout, flip=config.flip)
+    example = SimpleNamespace(caption="abc", settings=settings, mask=None)
     plan: Any = SimpleNamespace(
         config=config, batches=SimpleNamespace(items=showings), examples=[example], held_out=[example] * 2,
         held_out_sizes=[(16, 16)] * 2, tokens=lambda size: tokens,

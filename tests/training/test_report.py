@@ -86,7 +86,7 @@ def test_previews_of_a_base_model_are_guided_and_take_more_steps(shop: Workshop,
         return original(self, x, captions, 1, guidance)
 
     monkeypatch.setattr(ZImagePipeline, "denoise", denoise)
-    monkeypatch.setattr("zimage_ref.training.plan.is_turbo", lambda scheduler: False)
+    monkeypatch.setattr("zimage_ref.generation.presets.is_turbo", lambda scheduler: False)
     shop.train("base", steps=1, preview_prompt="a fox")
     monkeypatch.undo()
     assert asked == [(2, 30, 4.0)] * 2

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.tree import find, replace
@@ -140,7 +141,7 @@ def trained_loras(model: nn.Module) -> LoRA:
     return {
         name: module.learned()
         for name, module in model.named_modules()
-        if isinstance(module, Trainable) and module.trainable_parameters()
+        if isinstance(module, Trainable) and tree_flatten(module.trainable_parameters())
     }
 
 

@@ -125,6 +125,7 @@ def check_writable(*paths: Path) -> None:
         homes.setdefault(existing_parent(real_path(path)), []).append(path)
     for home, inside in homes.items():
         remove_stale(home)
+        remove_stale(home.parent)  # `home` may have been new then, so that its names were tried beside it
         _try_names(home, inside)
 
 

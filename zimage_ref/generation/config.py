@@ -64,14 +64,12 @@ class GenerateConfig:
         f"Width in pixels, a multiple of {SIDE_MULTIPLE}. With auto, that of `init_image` or `control_image`, "
         f"or {DEFAULT_SIDE}.",
         PICTURE,
-        essential=True,
         auto=True,
     )
     height: int | None = option(
         None,
         "Height in pixels, as `width`. If you give only one of them, `init_image` decides the other.",
         PICTURE,
-        essential=True,
         auto=True,
     )
     steps: int | None = option(
@@ -144,10 +142,9 @@ class GenerateConfig:
         "ControlNet, a file or folder, with a strength if you want one. It makes the picture follow `control_image`.",
         CONTROL,
         value="FILE[:X]",
-        essential=True,
     )
     control_image: PictureSource | None = option(
-        None, "Picture to follow. It is fitted as `fit` says.", CONTROL, value="PICTURE", essential=True
+        None, "Picture to follow. It is fitted as `fit` says.", CONTROL, value="PICTURE"
     )
     control_kind: str = option(
         KINDS[0], "Map to make from `control_image`. With none, the picture is a map already.", CONTROL, choices=KINDS

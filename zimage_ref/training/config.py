@@ -41,13 +41,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 _PARTS = part_options()  # name -> help; each has a field below
-# Those of the frozen base. 4/32 is 4 bits in groups of 32
-PRECISIONS = (
+PRECISIONS = (  # of the frozen base; 4/32 is 4 bits in groups of 32
     "auto", "bf16", "f32", *map(str, reversed(BITS)),
     *(f"{bits}/{group}" for bits in reversed(BITS) for group in GROUP_SIZES if group != GROUP_SIZE),
 )  # fmt: skip
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
-
 
 MODEL, DATA, LORA, PACE, NOISE, _, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
 

@@ -59,7 +59,7 @@ function offerPresets() {
 /** Writes the options of a preset. The trigger and the prompts of the user stay. */
 function use(preset) {
   for (const input of form.querySelectorAll("[name]")) {
-    if (["name", "trigger", "preview_prompt", "training_adapter"].includes(input.name)) continue;
+    if (["name", "trigger", "preview_prompt", "training_adapter", "init_lora"].includes(input.name)) continue;
     if (input.type === "checkbox") input.checked = input.defaultChecked;
     else if (input.tagName === "SELECT") input.value = input.dataset.usual ?? "";
     else input.value = "";

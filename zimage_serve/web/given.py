@@ -43,6 +43,7 @@ RUN_FIELDS: dict[str, JsonObject] = {
     "name": {"type": "string", "description": "Name of the LoRA to make."},
     "dataset": {"type": "string", "description": "Name of a dataset of this server."},
     "training_adapter": {"type": "string", "description": "Name of a LoRA of this server; for Turbo."},
+    "init_lora": {"type": "string", "description": "Name of a LoRA of this server to go on from."},
 }
 
 

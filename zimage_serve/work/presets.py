@@ -24,6 +24,8 @@ def presets(own: Mapping[str, object], not_asked: set[str], examples: Path = EXA
         )
     for path in sorted(examples.glob(f"{_STEM}*.toml")):
         options = read_options(path, TrainConfig)
+        if "datasets" in options:  # a run here has one dataset
+            continue
         about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").partition(":")[0]
         asked = {name: value for name, value in options.items() if name not in not_asked}
         found.append({"name": path.stem.removeprefix(_STEM), "about": about, "options": asked})

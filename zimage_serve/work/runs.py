@@ -29,8 +29,9 @@ ENDED = ("done", "failed", "stopped")
 # Options of `zimage train` that name files, or overwrite them: here the server decides them
 NOT_ASKED = {
     "model_dir", "dataset", "datasets", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer",
-    "training_adapter", "resume", "resume_anyway", "overwrite", "force",
+    "training_adapter", "init_lora", "resume", "resume_anyway", "overwrite", "force",
 }  # fmt: skip
+BY_NAME = ("training_adapter", "init_lora")  # of these, clients give the name of a LoRA
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class RunDesk:
         return run
 
     def config(self, asked: Mapping[str, object]) -> tuple[str, TrainConfig]:
-        """The name and the options of a run: `name`, `dataset`, `training_adapter`, and other fields of TrainConfig.
+        """The name and the options of a run: `name`, `dataset`, those of BY_NAME, and other fields of TrainConfig.
 
         Raises RefusedError, UnknownError or ConfigError.
         """
@@ -109,8 +110,9 @@ class RunDesk:
             "model_dir": sources.model, "dataset": sources.find_dataset(given.pop("dataset", None)),
             "output": sources.loras / f"{name}.safetensors", "cache": sources.cache, **sources.parts,
         }  # fmt: skip
-        if "training_adapter" in given:
-            options["training_adapter"] = sources.find_lora(given.pop("training_adapter"))
+        for field_name in BY_NAME:
+            if field_name in given:
+                options[field_name] = sources.find_lora(given.pop(field_name))
         for field_name, value in given.items():
             if field_name not in hints or field_name in NOT_ASKED:
                 raise RefusedError(f"`{field_name}` is not an option of a run here")
@@ -265,9 +267,9 @@ def _shown(config: TrainConfig) -> dict[str, object]:
     """The options of a run without the paths of this machine."""
     values = to_json(config)
     names = [each.name for each in fields(TrainConfig) if each.name not in NOT_ASKED]
-    adapter = config.training_adapter.name if config.training_adapter else None
-    dataset = config.sets[0].folder.name
-    return {"dataset": dataset, "training_adapter": adapter, **{name: values[name] for name in names}}
+    files = {name: getattr(config, name) for name in BY_NAME}
+    loras = {name: file.name if file else None for name, file in files.items()}
+    return {"dataset": config.sets[0].folder.name, **loras, **{name: values[name] for name in names}}
 
 
 def _check_share(validation: object) -> None:
