@@ -102,6 +102,7 @@ def main() -> None:
         phone = browser.new_page(viewport=PHONE, color_scheme="dark")
         phone.goto(f"{url}/#train")
         phone.locator("#sample-pictures img").first.wait_for()
+        phone.locator("#plan dd").first.wait_for()  # the plan pushes the run down
         phone.evaluate("document.getElementById('run-panel').scrollIntoView()")
         shoot(phone, "studio-phone")
         page.click("text=Test in Create >> nth=0")
