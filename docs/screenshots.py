@@ -52,12 +52,12 @@ def shoot(page: Any, name: str) -> None:
 
 
 def draw(page: Any) -> None:
-    """Makes four pictures, and shows them beside a fifth in the making."""
+    """Makes four pictures, and shows them beside others in the making."""
     for number, prompt in enumerate(PROMPTS, 1):
         page.fill("#prompt", prompt)
         page.click("#make")
         page.locator(f"#results li:nth-child({number})").wait_for()
-    page.fill("#count", "2")
+    page.fill("#count", "8")  # they take long enough to be seen in the making
     page.fill("#prompt", PROMPTS[0])
     page.click("#make")
     page.locator("#queue .shots img").first.wait_for()
@@ -96,20 +96,22 @@ def main() -> None:
         page = browser.new_page(viewport=DESK)
         page.set_default_timeout(120_000)
         page.goto(url)
+        page.locator("main:not([inert])").wait_for()
         draw(page)
         train(page, drawings)
         phone = browser.new_page(viewport=PHONE, color_scheme="dark")
         phone.goto(f"{url}/#train")
         phone.locator("#sample-pictures img").first.wait_for()
+        phone.locator("#plan dd").first.wait_for()  # the plan pushes the run down
         phone.evaluate("document.getElementById('run-panel').scrollIntoView()")
         shoot(phone, "studio-phone")
         page.click("text=Test in Create >> nth=0")
         page.fill("#prompt", PROMPT)
         page.fill("#count", "1")
         page.click("#make")
-        page.locator("#results li:nth-child(7)").wait_for()
+        page.locator("#results li:nth-child(13)").wait_for()
         page.click("nav a[href='#library']")
-        page.evaluate("scrollTo(0, 0)")
+        page.evaluate("document.getElementById('said').hidePopover(), scrollTo(0, 0)")
         shoot(page, "studio-library")
         browser.close()
 

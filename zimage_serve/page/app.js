@@ -82,6 +82,7 @@ async function begin() {
   beginQueue();
   window.addEventListener("hashchange", () => show(true));
   show(false);
+  $("main").inert = false; // what is dropped or pressed before this would be lost
   watch(model);
 }
 
