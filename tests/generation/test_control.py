@@ -184,7 +184,7 @@ def test_the_command_and_its_record(model_dir: Path, nets: dict[str, Path], tmp_
     assert not main([*command, "--model-dir", str(model_dir), "--prompt", PROMPT, "--control", f"{nets['lite']}:0.7",
                      "--control-image", str(tmp_path / "photo.png"), "--control-kind", "gray", "--save-control",
                      "--output", str(out)])  # fmt: skip
-    assert "2.1 lite: 1 block," in " ".join(capsys.readouterr().err.split())
+    assert "2.1 lite: 1 block," in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert read_picture(out).size == SIZE
     np.testing.assert_array_equal(read_picture(tmp_path / "out.control.png"), np.asarray(map_of(PHOTO, "gray")))
     record = read_record(out)
