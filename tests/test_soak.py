@@ -1,6 +1,6 @@
 """Long use takes no more memory than short use, and gives the same pictures at its end.
 
-ZIMAGE_SOAK=1 pytest -s -m slow tests/test_soak.py     5,000 steps, 2,000 pictures, 500 lines: some minutes
+ZIMAGE_LONG=1 ZIMAGE_SOAK=1 pytest -s -m slow tests/test_soak.py     5,000 steps, 2,000 pictures, 500 lines: some minutes
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 WHOLE = {"train": 5000, "pictures": 2000, "lines": 500}
 SHORT = {"train": 300, "pictures": 100, "lines": 100}
 COUNTS = WHOLE if os.environ.get("ZIMAGE_SOAK") else SHORT
+pytestmark = pytest.mark.skipif(not os.environ.get("ZIMAGE_LONG"), reason="takes minutes: set ZIMAGE_LONG=1")
 
 
 @mlx_only
