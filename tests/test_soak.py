@@ -1,6 +1,6 @@
 """Long use takes no more memory than short use, and gives the same pictures at its end.
 
-ZIMAGE_LONG=1 ZIMAGE_SOAK=1 pytest -s -m slow tests/test_soak.py     5,000 steps, 2,000 pictures, 500 lines: some minutes
+ZIMAGE_LONG=1 ZIMAGE_SOAK=1 pytest -s -m slow tests/test_soak.py  5,000 steps, 2,000 pictures, 500 lines: some minutes
 """
 
 from __future__ import annotations
