@@ -19,6 +19,7 @@ from support.tiny_loras import ALPHA, BASE
 from zimage_ref import ModelFolder, TrainConfig
 from zimage_ref.checkpoints.identify import config_of, identify
 from zimage_ref.checkpoints.transformer import TRANSFORMER
+from zimage_ref.errors import FormatError
 from zimage_ref.formats import npz, safetensors, shards
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.quantize import Quantization, quantized, unfold
@@ -176,8 +177,10 @@ def _run(folder: Path) -> None:
 
 def _resumed(folder: Path) -> None:
     run = RunFolder(folder / "x.safetensors")
-    run.latest()
     run.unfinished()
+    saved, faults = run.latest()
+    if saved is None:  # a run that cannot go on says why, and leaves the state; here that counts as refused
+        raise FormatError(*faults)
     page(run, read_lines(run), {}, {})
 
 
