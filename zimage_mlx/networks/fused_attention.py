@@ -1,10 +1,9 @@
 """The gradient of attention by MLX's fused kernel, on machines that have one.
 
-MLX has such a kernel for NVIDIA GPUs, 16-bit numbers and lengths that are multiples of 128. So everything is filled up
-to such a length, and the keys that were added are masked. (With queries alone filled up the kernel reads beyond the
-keys.) Of all forms of a mask only an additive one with one row is read as it is: MLX writes a boolean one out for
-every head and query. Elsewhere MLX's own gradient holds all
-scores at once; see `ops.attention_gradient` for what is done there.
+MLX has such a kernel for NVIDIA GPUs, 16-bit numbers and lengths that are multiples of 128. So queries, keys and values
+are filled up to such a length, and the keys that were added are masked. If only the queries are filled up, the kernel
+reads beyond the keys. MLX reads an additive mask with one row as it is. It writes a boolean mask out for every head and
+query. On other machines its own gradient holds all scores at once; `ops.attention_gradient` says what is done there.
 """
 
 from __future__ import annotations
