@@ -44,6 +44,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, memory: int = 16) -> FakeMac:
         mac.cleared += 1
 
     monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "_usual_cache", [])  # of an earlier test that streamed
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", info)
     for name in ("set_memory_limit", "set_cache_limit", "set_wired_limit"):
