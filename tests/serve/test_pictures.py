@@ -17,6 +17,7 @@ from PIL import Image
 from support.serving import SMALL, Served, engines, serving
 
 from zimage_cli.app import main
+from zimage_ref.formats.temporary import temporary_path
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,22 @@ def test_a_new_server_shows_what_the_old_one_made(tmp_path: Path) -> None:
         assert found == {made["pictures"][0]: 4, orphan.stem: 4}
         assert served.client.get(f"/api/jobs/{made['id']}").json()["state"] == "done"
         assert [kind for kind, _ in events(served.client, made["id"])] == ["done"]
+
+
+def test_a_new_server_deletes_what_the_old_one_left_half_written(tmp_path: Path) -> None:
+    """In each of its folders, and it begins although a picture with the name of a result is cut off."""
+    with serving(tmp_path) as served:
+        made = served.make()
+    whole = tmp_path / "pictures" / f"{made['pictures'][0]}.png"
+    whole.with_stem("0123456789ab-0123456789ab").write_bytes(whole.read_bytes()[:-200])
+    (tmp_path / "datasets" / "dog").mkdir()
+    homes = (tmp_path, *(tmp_path / name for name in ("pictures", "uploads", "loras", "datasets/dog")))
+    left = [temporary_path(home / "a.png") for home in homes]
+    for path in left:
+        path.touch()
+    with serving(tmp_path) as served:
+        assert [path for path in left if path.exists()] == []
+        assert [each["id"] for each in served.client.get("/api/pictures").json()] == made["pictures"]
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

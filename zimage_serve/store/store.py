@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from zimage_ref.errors import ConfigError, FormatError
+from zimage_ref.errors import ConfigError, ZImageError
 from zimage_ref.formats.temporary import lock, remove_stale
 from zimage_ref.pictures.images import Picture, encoded, read_picture, save_picture, thumbnail
 from zimage_ref.pictures.metadata import Record, read_record
@@ -59,14 +59,16 @@ class Store:
 
     def _recover(self) -> None:
         """Ends what a killed server had not ended. Pictures whose file was written, but not their row, are found."""
-        remove_stale(self.folder)
+        for each in (self.folder, self.pictures, self.uploads, self.loras):
+            remove_stale(each)
+        remove_stale(self.datasets, deep=True)
         self.database.interrupt_jobs("the server was stopped before this was done")
         known = self.database.picture_ids()
         for path in self.pictures.glob("*.png"):
             if path.stem not in known and ID.fullmatch(path.stem):
                 try:
                     record, picture = read_record(path), read_picture(path)
-                except (FormatError, OSError):
+                except (ZImageError, OSError):
                     continue  # not a picture of this server
                 self.database.add_picture(self._row(path.stem, "", 0, picture, record, path.stat().st_mtime))
 
