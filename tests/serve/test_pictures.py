@@ -216,6 +216,24 @@ def test_equal_requests_are_denoised_together(tmp_path: Path) -> None:
         assert steps == [[1, 2]] * 4 and encoded == 1  # two steps of one batch, and one prompt
 
 
+def test_jobs_that_fail_together_are_made_anew_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path, memory="lean") as served:
+        save, saved = served.studio.store.save, []
+
+        def failing(*values: Any) -> Any:
+            saved.append(values)
+            if len(saved) == 3:
+                raise OSError("once")
+            return save(*values)
+
+        monkeypatch.setattr(served.studio.store, "save", failing)
+        asked = ({"width": 48, "steps": 30}, {"seed": 1, "count": 2}, {"seed": 8, "count": 2})  # the first holds them
+        ids = [served.client.post("/api/jobs", json={**SMALL, **fields}).json()["id"] for fields in asked]
+        ends = [served.wait(id) for id in ids]
+        assert [(end["state"], len(end["pictures"])) for end in ends] == [("done", 1), ("done", 2), ("done", 2)]
+        assert len(saved) == 7 and len(list(served.studio.store.pictures.glob("*.png"))) == 5
+
+
 @pytest.mark.slow
 def test_a_model_that_is_not_used_leaves_memory(tmp_path: Path) -> None:
     with serving(tmp_path, idle_minutes=0.01) as served:

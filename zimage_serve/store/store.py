@@ -20,7 +20,7 @@ from zimage_ref.formats.temporary import lock, remove_stale
 from zimage_ref.pictures.images import Picture, encoded, read_picture, save_picture, thumbnail
 from zimage_ref.pictures.metadata import Record, read_record
 from zimage_ref.pictures.received import received
-from zimage_serve.refusals import UnknownError
+from zimage_serve.refusals import INTERRUPTED, UnknownError
 
 from .database import Database, Row
 from .names import ID, checked_id, new_id
@@ -62,7 +62,7 @@ class Store:
         for each in (self.folder, self.pictures, self.uploads, self.loras):
             remove_stale(each)
         remove_stale(self.datasets, deep=True)
-        self.database.interrupt_jobs("the server was stopped before this was done")
+        self.database.interrupt_jobs(INTERRUPTED)
         known = self.database.picture_ids()
         for path in self.pictures.glob("*.png"):
             if path.stem not in known and ID.fullmatch(path.stem):

@@ -161,7 +161,7 @@ async def _answer(asked: Asked, studio: Studio, request: Request) -> Response:
 
 
 def _results(asked: Asked, job: Job, studio: Studio, base: str) -> JsonObject:
-    rows = sorted(job.pictures, key=lambda row: int(row["place"]))
+    rows = job.pictures
     name = (asked.fields.get("output_format") or "png").lower()
     data = [
         {"url": f"{base}api/pictures/{row['id']}/file?format={name}"}
@@ -189,7 +189,7 @@ async def _events(asked: Asked, job: Job, studio: Studio) -> AsyncGenerator[str,
         message = job.error or "the job was cancelled"
         yield event_text("error", {"error": {"message": message, "type": "server_error", "param": None, "code": None}})
         return
-    for row in sorted(job.pictures, key=lambda row: int(row["place"])):
+    for row in job.pictures:
         data = await run_in_threadpool(studio.store.picture_bytes, row["id"], asked.format)
         kind = f"{asked.event}.completed"
         size = f"{row['width']}x{row['height']}"
