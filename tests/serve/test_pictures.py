@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.serving import SMALL, Served, engines, serving
 
 from zimage_cli.app import main
 from zimage_ref.formats.temporary import temporary_path
+from zimage_ref.generation.presets import defaults_for
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,14 @@ def test_numpy_serves_the_pictures_of_generate_too(tmp_path: Path) -> None:
     argv += ["--height=32", "--steps=1", "--guidance=0", f"--output={tmp_path}/a.png", "--no-thumbnail"]
     assert main(argv) == 0
     assert data == (tmp_path / "a.png").read_bytes()
+
+
+def test_the_usual_options_are_told_to_clients(tmp_path: Path) -> None:
+    with serving(tmp_path, replace(engines(), defaults={})) as served:
+        usual = defaults_for(served.studio.model.scheduler)
+        told = served.client.get("/api/model").json()
+        assert told["defaults"] == {"steps": usual.steps, "guidance": usual.guidance}
+        assert told["name"] == "tiny"
 
 
 def test_equal_requests_are_denoised_together(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.pictures.received import reencoded
 from zimage_serve.refusals import RefusedError
 from zimage_serve.work.jobs import Job, State
-from zimage_serve.work.orders import option_names
+from zimage_serve.work.orders import FIELDS
 from zimage_serve.work.studio import Studio
 
 from .bodies import json_object, picture_format, to_base64
@@ -26,7 +26,7 @@ from .given import PICTURE_BODY, GivenStudio
 from .streams import client_of, event_text, finished, of_client, stream
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
-_OURS = {*option_names()} - {"count"}
+_OURS = {*FIELDS} - {"count"}
 _TAKEN = {
     "prompt", "model", "n", "size", "response_format", "output_format", "stream", "partial_images", "image", "mask",
 }  # fmt: skip

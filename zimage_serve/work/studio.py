@@ -157,7 +157,7 @@ class Studio:
         return {
             **facts_of(self.model),
             "backend": self.engines.backend,
-            "defaults": dict(self.engines.defaults),
+            "defaults": {"steps": self.usual_steps, "guidance": self.usual_guidance, **self.engines.defaults},
             "limits": {
                 "pixels": limits.max_pixels, "steps": limits.max_steps, "count": limits.max_count,
                 "upload_mb": limits.max_upload_mb, "lora_mb": limits.max_lora_mb, "queue": limits.queue_size,
