@@ -2,6 +2,9 @@
 
 from zimage_ref.errors import ZImageError
 
+INTERRUPTED = "the server was stopped before this was done"
+BUG = "the server made a mistake: its log says more"
+
 
 class UnknownError(ZImageError):
     """A request names a thing that does not exist: 404."""

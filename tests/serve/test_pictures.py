@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from PIL import Image
 from support.serving import SMALL, Served, engines, serving
 
 from zimage_cli.app import main
+from zimage_ref.formats.temporary import temporary_path
+from zimage_ref.generation.presets import defaults_for
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,14 @@ def test_numpy_serves_the_pictures_of_generate_too(tmp_path: Path) -> None:
     assert data == (tmp_path / "a.png").read_bytes()
 
 
+def test_the_usual_options_are_told_to_clients(tmp_path: Path) -> None:
+    with serving(tmp_path, replace(engines(), defaults={})) as served:
+        usual = defaults_for(served.studio.model.scheduler)
+        told = served.client.get("/api/model").json()
+        assert told["defaults"] == {"steps": usual.steps, "guidance": usual.guidance}
+        assert told["name"] == "tiny"
+
+
 def test_equal_requests_are_denoised_together(tmp_path: Path) -> None:
     with serving(tmp_path, batch_size=4, memory="fast") as served:
 
@@ -213,6 +224,24 @@ def test_equal_requests_are_denoised_together(tmp_path: Path) -> None:
         encoded = next(facts["total"] for kind, facts in told[0] if kind == "progress")
         steps = [[f["done"] for kind, f in each if kind == "progress" and f["stage"] == "denoise"] for each in told]
         assert steps == [[1, 2]] * 4 and encoded == 1  # two steps of one batch, and one prompt
+
+
+def test_jobs_that_fail_together_are_made_anew_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path, memory="lean") as served:
+        save, saved = served.studio.store.save, []
+
+        def failing(*values: Any) -> Any:
+            saved.append(values)
+            if len(saved) == 3:
+                raise OSError("once")
+            return save(*values)
+
+        monkeypatch.setattr(served.studio.store, "save", failing)
+        asked = ({"width": 48, "steps": 30}, {"seed": 1, "count": 2}, {"seed": 8, "count": 2})  # the first holds them
+        ids = [served.client.post("/api/jobs", json={**SMALL, **fields}).json()["id"] for fields in asked]
+        ends = [served.wait(id) for id in ids]
+        assert [(end["state"], len(end["pictures"])) for end in ends] == [("done", 1), ("done", 2), ("done", 2)]
+        assert len(saved) == 7 and len(list(served.studio.store.pictures.glob("*.png"))) == 5
 
 
 @pytest.mark.slow
@@ -237,6 +266,22 @@ def test_a_new_server_shows_what_the_old_one_made(tmp_path: Path) -> None:
         assert found == {made["pictures"][0]: 4, orphan.stem: 4}
         assert served.client.get(f"/api/jobs/{made['id']}").json()["state"] == "done"
         assert [kind for kind, _ in events(served.client, made["id"])] == ["done"]
+
+
+def test_a_new_server_deletes_what_the_old_one_left_half_written(tmp_path: Path) -> None:
+    """In each of its folders, and it begins although a picture with the name of a result is cut off."""
+    with serving(tmp_path) as served:
+        made = served.make()
+    whole = tmp_path / "pictures" / f"{made['pictures'][0]}.png"
+    whole.with_stem("0123456789ab-0123456789ab").write_bytes(whole.read_bytes()[:-200])
+    (tmp_path / "datasets" / "dog").mkdir()
+    homes = (tmp_path, *(tmp_path / name for name in ("pictures", "uploads", "loras", "datasets/dog")))
+    left = [temporary_path(home / "a.png") for home in homes]
+    for path in left:
+        path.touch()
+    with serving(tmp_path) as served:
+        assert [path for path in left if path.exists()] == []
+        assert [each["id"] for each in served.client.get("/api/pictures").json()] == made["pictures"]
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

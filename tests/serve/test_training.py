@@ -67,6 +67,17 @@ def test_captions_are_edited(served: Served) -> None:
     assert served.client.post("/api/runs/plan", json=OPTIONS).json()["pictures"] == 2
 
 
+def test_sizes_of_pictures_follow_their_files(served: Served, tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "dog"
+    Image.new("RGB", (48, 16)).save(folder / "1.png")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:-40])
+    (folder / "3.png").symlink_to(folder / "absent.png")
+    (folder / "4.png").mkdir()
+    shown = served.client.get("/api/datasets/dog").json()["pictures"]
+    assert [(each.get("width"), each.get("height")) for each in shown[:2]] == [(32, 32), (48, 16)]
+    assert [each["problem"] for each in shown] == [None, None, *["cannot be read as a picture"] * 3]
+
+
 @mlx_only
 def test_a_run_is_planned_trained_and_used(served: Served, tmp_path: Path) -> None:
     plan = served.client.post("/api/runs/plan", json=OPTIONS).json()

@@ -149,8 +149,8 @@ export async function beginCreate(model) {
   picker = beginPicker(() => keep());
   keep = remember(form, "create");
   const [first, sizeShown] = offerSizes(model);
-  const usual = { width: first[1], height: first[2], steps: model.defaults.steps ?? (model.kind === "turbo" ? 8 : 28),
-    guidance: model.defaults.guidance ?? (model.kind === "turbo" ? 0 : 4) };
+  const { steps, guidance } = model.defaults;
+  const usual = { width: first[1], height: first[2], steps, guidance };
   for (const [name, value] of Object.entries(usual)) if ($(name).value === "") $(name).value = value;
   $("steps").max = model.limits.steps;
   $("count").max = model.limits.count;

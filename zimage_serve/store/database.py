@@ -96,12 +96,10 @@ class Database:
         found = self._run("SELECT * FROM jobs ORDER BY created DESC, id DESC LIMIT ?", (limit,))
         return [self._with_pictures(row) for row in found]
 
-    def interrupt_jobs(self, error: str) -> int:
-        """Ends all jobs that had not ended. Returns their number."""
-        where = "state IN ('queued', 'running')"
-        count = int(self._run(f"SELECT count(*) AS n FROM jobs WHERE {where}")[0]["n"])
-        self._run(f"UPDATE jobs SET state = 'failed', error = ?, finished = ? WHERE {where}", (error, time.time()))
-        return count
+    def interrupt_jobs(self, error: str) -> None:
+        """Ends all jobs that had not ended."""
+        open_jobs = "state IN ('queued', 'running')"
+        self._run(f"UPDATE jobs SET state = 'failed', error = ?, finished = ? WHERE {open_jobs}", (error, time.time()))
 
     def _with_pictures(self, row: Row) -> Row:
         ids = self._run("SELECT id FROM pictures WHERE job = ? ORDER BY place", (row["id"],))
@@ -158,10 +156,6 @@ class Database:
         ended = None if state in ("queued", "running", "paused") else time.time()
         values = (state, step, total, error, ended, id)
         self._run("UPDATE runs SET state = ?, step = ?, total = ?, error = ?, finished = ? WHERE id = ?", values)
-
-    def run(self, id: str) -> Row | None:
-        """The run `id`."""
-        return next((run for run in self.runs() if run["id"] == id), None)
 
     def runs(self) -> list[Row]:
         """All runs, the newest first."""

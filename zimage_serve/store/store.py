@@ -15,18 +15,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from zimage_ref.errors import ConfigError, FormatError
-from zimage_ref.formats.temporary import remove_stale
+from zimage_ref.errors import ConfigError, ZImageError
+from zimage_ref.formats.temporary import lock, remove_stale
 from zimage_ref.pictures.images import Picture, encoded, read_picture, save_picture, thumbnail
 from zimage_ref.pictures.metadata import Record, read_record
 from zimage_ref.pictures.received import received
-from zimage_serve.refusals import UnknownError
+from zimage_serve.refusals import INTERRUPTED, UnknownError
 
 from .database import Database, Row
 from .names import ID, checked_id, new_id
-
-if sys.platform != "win32":
-    import fcntl
 
 MOST_RECEIVED = 64 * 2**20  # pixels of a picture that a client sends; larger ones than a result are scaled down
 _THUMBNAIL = 384  # pixels
@@ -45,12 +42,9 @@ class Store:
             except OSError as error:
                 raise ConfigError(f"{each}: cannot be made: {error.strerror}") from error
         self._lock = (folder / "lock").open("a+")
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when the process ends
-            except OSError:
-                self._lock.close()
-                raise ConfigError(f"{folder}: another server uses it: give another `folder`") from None
+        if sys.platform != "win32" and not lock(self._lock.fileno()):  # the system unlocks it when the process ends
+            self._lock.close()
+            raise ConfigError(f"{folder}: another server uses it: give another `folder`")
         try:
             self.database = Database(folder / "studio.db")
         except ConfigError:
@@ -65,14 +59,16 @@ class Store:
 
     def _recover(self) -> None:
         """Ends what a killed server had not ended. Pictures whose file was written, but not their row, are found."""
-        remove_stale(self.folder)
-        self.database.interrupt_jobs("the server was stopped before this was done")
+        for each in (self.folder, self.pictures, self.uploads, self.loras):
+            remove_stale(each)
+        remove_stale(self.datasets, deep=True)
+        self.database.interrupt_jobs(INTERRUPTED)
         known = self.database.picture_ids()
         for path in self.pictures.glob("*.png"):
             if path.stem not in known and ID.fullmatch(path.stem):
                 try:
                     record, picture = read_record(path), read_picture(path)
-                except (FormatError, OSError):
+                except (ZImageError, OSError):
                     continue  # not a picture of this server
                 self.database.add_picture(self._row(path.stem, "", 0, picture, record, path.stat().st_mtime))
 
@@ -81,7 +77,7 @@ class Store:
     def save(self, job: str, place: int, picture: Picture, record: Record) -> Row:
         """Writes a result to its file. Returns its row, which `Database.end_job` writes."""
         id = new_id()
-        save_picture(picture, self.pictures / f"{id}.png", record)
+        save_picture(picture, self._file(id), record)
         return self._row(id, job, place, picture, record, time.time())
 
     def _row(self, id: str, job: str, place: int, picture: Picture, record: Record, created: float) -> Row:
@@ -91,30 +87,31 @@ class Store:
             "width": picture.width, "height": picture.height, "created": created,
         }  # fmt: skip
 
+    def _file(self, id: str) -> Path:
+        """The file of the result `id`."""
+        return self.pictures / f"{id}.png"
+
     def discard(self, rows: Sequence[Row]) -> None:
         """Deletes the files of results that nobody wants."""
         for row in rows:
-            (self.pictures / f"{row['id']}.png").unlink(missing_ok=True)
+            self._file(row["id"]).unlink(missing_ok=True)
 
     def picture(self, id: object) -> Row:
         """The row of the picture `id`. Raises UnknownError."""
         row = self.database.picture(checked_id(id, "picture"))
-        if row is None or not (self.pictures / f"{row['id']}.png").is_file():
+        if row is None or not self._file(row["id"]).is_file():
             raise UnknownError("picture: there is no picture with this id")
         return row
 
-    def picture_path(self, id: object) -> Path:
-        """The file of the picture `id`. Raises UnknownError."""
-        return self.pictures / f"{self.picture(id)['id']}.png"
-
     def picture_bytes(self, id: object, format: str) -> bytes:
         """The picture `id` in Pillow's `format`, with its record. A PNG is the file itself. Raises UnknownError."""
-        row, path = self.picture(id), self.picture_path(id)
+        row = self.picture(id)
+        path = self._file(row["id"])
         return path.read_bytes() if format == "PNG" else encoded(read_picture(path), format, row["record"])
 
     def thumbnail(self, id: object) -> bytes:
         """The picture `id` as a small JPEG. Raises UnknownError."""
-        return thumbnail(self.picture_path(id), _THUMBNAIL)
+        return thumbnail(self._file(self.picture(id)["id"]), _THUMBNAIL)
 
     def delete_picture(self, id: object) -> None:
         """Deletes the picture `id`. Raises UnknownError."""

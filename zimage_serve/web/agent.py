@@ -21,6 +21,7 @@ from zimage_serve.work.studio import Studio
 
 from .app import Addition
 from .bodies import from_base64
+from .streams import of_client
 
 PATH = "/mcp"
 _CLIENT = "agent"
@@ -102,9 +103,12 @@ class Tools:
 
     async def status(self) -> dict[str, object]:
         """Says what the server does now, how far training is, and what the model can draw."""
-        runs = [run.facts() for run in self._studio.runs.all()]
-        datasets = self._studio.datasets.names()
-        return {**self._studio.status(), "model": self._studio.model_facts(), "runs": runs, "datasets": datasets}
+        return await to_thread.run_sync(self._state)
+
+    def _state(self) -> dict[str, object]:
+        studio = self._studio
+        runs, datasets = [run.facts() for run in studio.runs.all()], studio.datasets.names()
+        return {**studio.status(), "model": studio.model_facts(), "runs": runs, "datasets": datasets}
 
     def _kept(self, picture: str, what: str) -> str:
         """The id of a picture: `picture` itself if there is one with this id, else that of the picture in base64."""
@@ -114,12 +118,8 @@ class Tools:
 
     async def _made(self, asked: dict[str, object]) -> list[Image | str]:
         job: Job = await to_thread.run_sync(self._studio.submit, asked, _CLIENT)
-        try:
-            async for _ in job.feed.follow():
-                pass
-        finally:
-            if not job.ended.is_set():  # the agent has given up
-                self._studio.cancel(job.id)
+        async for _ in of_client(job, self._studio):
+            pass
         if job.state is not State.DONE:
             raise ToolError(job.error or "the job was cancelled")
         row = job.pictures[0]

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from zimage_ref.errors import BackendError, ZImageError
-from zimage_serve.refusals import BusyError, ClosingError, ConflictError, UnknownError
+from zimage_serve.refusals import BUG, BusyError, ClosingError, ConflictError, UnknownError
 
 log = logging.getLogger("zimage.serve")
 _STATUS: dict[type[Exception], int] = {
@@ -71,4 +71,4 @@ def _invalid(request: Request, error: Exception) -> Response:
 
 def _bug(request: Request, error: Exception) -> Response:
     log.error("a request failed", exc_info=error)
-    return refusal(500, "the server made a mistake: its log says more")
+    return refusal(500, BUG)

@@ -17,7 +17,7 @@ from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.pictures.received import reencoded
 from zimage_serve.refusals import RefusedError
 from zimage_serve.work.jobs import Job, State
-from zimage_serve.work.orders import option_names
+from zimage_serve.work.orders import FIELDS
 from zimage_serve.work.studio import Studio
 
 from .bodies import json_object, picture_format, to_base64
@@ -26,7 +26,7 @@ from .given import PICTURE_BODY, GivenStudio
 from .streams import client_of, event_text, finished, of_client, stream
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
-_OURS = {*option_names()} - {"count"}
+_OURS = {*FIELDS} - {"count"}
 _TAKEN = {
     "prompt", "model", "n", "size", "response_format", "output_format", "stream", "partial_images", "image", "mask",
 }  # fmt: skip
@@ -161,7 +161,7 @@ async def _answer(asked: Asked, studio: Studio, request: Request) -> Response:
 
 
 def _results(asked: Asked, job: Job, studio: Studio, base: str) -> JsonObject:
-    rows = sorted(job.pictures, key=lambda row: int(row["place"]))
+    rows = job.pictures
     name = (asked.fields.get("output_format") or "png").lower()
     data = [
         {"url": f"{base}api/pictures/{row['id']}/file?format={name}"}
@@ -189,7 +189,7 @@ async def _events(asked: Asked, job: Job, studio: Studio) -> AsyncGenerator[str,
         message = job.error or "the job was cancelled"
         yield event_text("error", {"error": {"message": message, "type": "server_error", "param": None, "code": None}})
         return
-    for row in sorted(job.pictures, key=lambda row: int(row["place"])):
+    for row in job.pictures:
         data = await run_in_threadpool(studio.store.picture_bytes, row["id"], asked.format)
         kind = f"{asked.event}.completed"
         size = f"{row['width']}x{row['height']}"

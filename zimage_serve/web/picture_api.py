@@ -46,7 +46,7 @@ async def make(request: Request, studio: GivenStudio) -> JSONResponse:
 @router.get("/jobs", tags=["jobs"])
 def jobs(studio: GivenStudio, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 50) -> list[dict[str, object]]:
     """The last jobs, the newest first."""
-    return [studio.job_facts(row["id"]) for row in studio.store.database.jobs(limit)]
+    return studio.last_jobs(limit)
 
 
 @router.get("/jobs/{id}", tags=["jobs"])

@@ -118,7 +118,7 @@ def _order(asked: JsonObject, start: Mapping[str, object], studio: Studio) -> tu
 
 
 def _results(asked: JsonObject, job: Job, studio: Studio, notes: list[str]) -> JsonObject:
-    rows = sorted(job.pictures, key=lambda row: int(row["place"]))
+    rows = job.pictures
     records = [row["record"] for row in rows]
     images = [to_base64(studio.store.picture_bytes(row["id"], "PNG")) for row in rows]
     texts = [parameters(record) for record in records]

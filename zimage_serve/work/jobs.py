@@ -34,7 +34,7 @@ class Job:
     created: float = field(default_factory=time.time)
     state: State = State.QUEUED
     error: str | None = None
-    pictures: list[Row] = field(default_factory=list)  # rows of the database
+    pictures: list[Row] = field(default_factory=list)  # rows of the database, by place
     feed: Feed = field(default_factory=Feed)
     cancelled: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)

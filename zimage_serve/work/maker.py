@@ -11,6 +11,7 @@ from zimage_ref.errors import ZImageError, reason
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.run import GenerationRun, MadePicture, RunSettings
 from zimage_ref.pictures.images import Picture, encoded
+from zimage_serve.refusals import BUG, INTERRUPTED
 from zimage_serve.settings import ServeSettings
 from zimage_serve.store.store import Store
 
@@ -18,7 +19,6 @@ from .jobs import Job, State
 
 log = logging.getLogger("zimage.serve")
 _GATHERED = 4  # pictures that share one loading of the networks, if only one network is in memory at a time
-_BUG = "the server made a mistake: its log says more"
 
 
 class _NobodyWaitsError(Exception):
@@ -79,12 +79,13 @@ class Maker:
             self._produce(jobs)
         except _NobodyWaitsError:
             for job in jobs:
-                stopped = None if job.cancelled.is_set() else "the server was stopped before this was done"
+                stopped = None if job.cancelled.is_set() else INTERRUPTED
                 self._end(job, State.FAILED if stopped else State.CANCELLED, stopped)
         except Exception as error:
             left = [job for job in jobs if not job.ended.is_set()]
             if len(jobs) > 1:
                 for job in left:
+                    self._drop(job)
                     self._attempt([job])
                 return
             if not isinstance(error, (ZImageError, OSError)):
@@ -130,10 +131,14 @@ class Maker:
         if job.ended.is_set():
             return
         if state is not State.DONE:
-            self._store.discard(job.pictures)
-            job.pictures.clear()
+            self._drop(job)
         self._store.database.end_job(job.id, state.value, error, job.pictures)
         job.end(state, error)
+
+    def _drop(self, job: Job) -> None:
+        """Forgets the pictures that were made for a job."""
+        self._store.discard(job.pictures)
+        job.pictures.clear()
 
     def _opened(self) -> GenerationRun:
         settings = RunSettings(batch_size=self._settings.batch_size, memory=self._settings.memory, keep_model=True)
@@ -147,7 +152,7 @@ def _said(error: Exception) -> str:
     """The line about an error that the client gets."""
     if isinstance(error, OSError):
         return f"the picture cannot be saved: {reason(error)}"  # without the path of a file of this machine
-    return str(error) if isinstance(error, ZImageError) else _BUG
+    return str(error) if isinstance(error, ZImageError) else BUG
 
 
 def _tell_all(jobs: Sequence[Job], kind: str, facts: dict[str, object]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
 from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.checkpoints.hub import BUILT_IN, TINY
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig, config_of
@@ -22,7 +23,8 @@ from zimage_serve.refusals import RefusedError
 from zimage_serve.settings import ServeSettings
 
 _PICTURES = ("init_image", "mask")
-OWN_FIELDS = ("count", "loras", "preview_steps")
+_HINTS = {name: hint for name, hint in get_type_hints(GenerateConfig).items() if name not in CONTROL_FIELDS}
+FIELDS = (*_HINTS, "count", "loras", "preview_steps")  # that a request for pictures may have
 _MOST_LORAS = 16
 LONGEST_PROMPT = 20_000  # characters
 
@@ -52,19 +54,18 @@ class OrderDesk:
     find_lora: Callable[[object], Path]  # name -> file
 
     def order(self, asked: Mapping[str, object]) -> PictureOrder:
-        """The order for the fields of GenerateConfig and OWN_FIELDS in `asked`. None means the default.
+        """The order for the fields in `asked`, some of FIELDS. None means the default.
 
         Raises RefusedError or UnknownError, ConfigError for options that do not fit, DatasetError for bad pictures.
         """
         given = {name: value for name, value in asked.items() if value is not None}
-        hints = {name: hint for name, hint in get_type_hints(GenerateConfig).items() if name not in CONTROL_FIELDS}
         for name in given:
-            if name not in hints and name not in OWN_FIELDS:
-                close = difflib.get_close_matches(name, [*hints, *OWN_FIELDS], 1)
+            if name not in FIELDS:
+                close = difflib.get_close_matches(name, FIELDS, 1)
                 raise RefusedError(f"`{name}` is not known" + (f": is `{close[0]}` meant?" if close else ""))
         options = {
-            name: typed(value, hints[name], f"`{name}`")
-            for name, value in given.items() if name in hints and name not in _PICTURES
+            name: typed(value, _HINTS[name], f"`{name}`")
+            for name, value in given.items() if name in _HINTS and name not in _PICTURES
         }  # fmt: skip
         options |= {name: self.find_picture(given[name], name) for name in _PICTURES if name in given}
         config = self._config(options)
@@ -121,17 +122,11 @@ class OrderDesk:
 def facts_of(model: ModelFolder) -> dict[str, object]:
     """What clients may know of the model."""
     return {
-        "name": model.path.name if model.path.name != "weights" else "tiny",
+        "name": TINY if model.path == BUILT_IN else model.path.name,
         "kind": "turbo" if is_turbo(model.scheduler) else "base",
         "size_multiple": model.size_multiple,
         "longest_side": model.size_multiple * min(model.transformer.axes_lens[1:]),
     }
-
-
-def option_names() -> list[str]:
-    """The fields that a request for pictures may have."""
-    names = (field.name for field in fields(GenerateConfig) if field.name not in CONTROL_FIELDS)
-    return [*names, *OWN_FIELDS]
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:

@@ -8,7 +8,6 @@ from statistics import fmean, median
 
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import DatasetError, listing
-from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import Mode, peak
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.dataset import Example
@@ -31,7 +30,7 @@ def plan_facts(config: TrainConfig, trainer: Trainer, rate: float | None) -> dic
     plan = checked_plan(config)
     mode = _LEAST.get(config.memory, "lean")
     stages = plan.memory(dtype, quantization, mode, trainer.footprint("lean" if mode == "fast" else mode))
-    step = _step_seconds(plan, dtype, quantization, rate)
+    step = _step_seconds(plan, precision_name(dtype, quantization), mode, rate)
     return {
         "pictures": len(plan.examples),
         "held_out": len(plan.held_out),
@@ -74,14 +73,13 @@ def pixel_seconds(lines: Sequence[StepLine], config: TrainConfig) -> float | Non
     return median(rates) if rates else None
 
 
-def _step_seconds(plan: TrainPlan, dtype: str, quantization: Quantization | None, rate: float | None) -> float | None:
+def _step_seconds(plan: TrainPlan, precision: str, mode: Mode, rate: float | None) -> float | None:
     """Seconds of a step: by an earlier run, else by `zimage doctor`. None if neither has been."""
     sizes = plan.batches.sizes()
     pixels = sum(n * width * height for (width, height), n in sizes.items()) / sum(sizes.values())
     if rate is None:
         figures = Figures.for_model(plan.model.transformer)
-        mode = _LEAST.get(plan.config.memory, "lean")
-        one = figures.step(precision_name(dtype, quantization), round(pixels), mode) if figures else None
+        one = figures.step(precision, round(pixels), mode) if figures else None
     else:
         one = rate * pixels
     return None if one is None else one * sum(sizes.values()) / plan.batches.steps_per_epoch

@@ -16,7 +16,7 @@ from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, 
 from zimage_ref.training.metrics_lines import line_of, read_lines, step_lines
 from zimage_ref.training.run_folder import RunFolder
 from zimage_serve.engines import Trainer
-from zimage_serve.refusals import ConflictError, RefusedError, UnknownError
+from zimage_serve.refusals import BUG, ConflictError, RefusedError, UnknownError
 from zimage_serve.store.database import Database, Row
 from zimage_serve.store.names import checked_name, new_id
 
@@ -217,7 +217,7 @@ class RunDesk:
             self._end(run, "failed", str(error))
         except Exception:
             log.exception("a training run failed")
-            self._end(run, "failed", "the server made a mistake: its log says more")
+            self._end(run, "failed", BUG)
 
     def _tell(self, run: Run, event: Event) -> None:
         """Passes an event of the trainer on to clients, and notes what must survive a restart."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Generic, TypeVar
 
 from zimage_ref.errors import DatasetError, ZImageError
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.files import atomic_write
+from zimage_ref.lora.alpha import sidecar
 from zimage_ref.lora.file import LoRAFile, read_lora
 from zimage_ref.lora.merge import module_groups
 from zimage_ref.model.config import TransformerConfig
@@ -24,6 +25,28 @@ from zimage_serve.store.store import MOST_RECEIVED
 _LORA = ".safetensors"
 _THUMBNAIL = 256  # pixels
 LONGEST_CAPTION = 10_000  # characters
+T = TypeVar("T")
+
+
+class _FileFacts(Generic[T]):
+    """What `read` says about files. A file is read again only after it has changed."""
+
+    def __init__(self, read: Callable[[Path], T]) -> None:
+        self._read = read
+        self._known: dict[Path, tuple[tuple[int, int], T]] = {}  # by file, with its stamp
+
+    def of(self, path: Path) -> T:
+        """The facts of the file `path`."""
+        stat = path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        known = self._known.get(path)
+        if known is None or known[0] != stamp:
+            known = self._known[path] = (stamp, self._read(path))
+        return known[1]
+
+    def forget(self, path: Path) -> None:
+        """The file `path` is gone."""
+        self._known.pop(path, None)
 
 
 class LoRAShelf:
@@ -32,7 +55,7 @@ class LoRAShelf:
     def __init__(self, folder: Path, transformer: TransformerConfig) -> None:
         """transformer: that of the model; only LoRAs that fit it are received."""
         self.folder, self._shapes = folder, transformer_parameters(transformer)
-        self._known: dict[Path, tuple[tuple[float, int], dict[str, object]]] = {}  # facts by file and its stamp
+        self._files = _FileFacts(self._read)
 
     def path(self, name: object) -> Path:
         """The file of the LoRA `name`, with or without its suffix. Raises UnknownError or RefusedError."""
@@ -47,15 +70,13 @@ class LoRAShelf:
 
     def facts(self, name: str) -> dict[str, object]:
         """Facts from the headers of a LoRA, or the reason why it cannot be used. Raises UnknownError."""
-        path = self.path(name)
-        stat = path.stat()
-        stamp = (stat.st_mtime, stat.st_size)
-        if path not in self._known or self._known[path][0] != stamp:
-            self._known[path] = (stamp, self._facts(path, stat.st_size, stat.st_mtime))
-        return self._known[path][1]
+        return self._files.of(self.path(name))
 
-    def _facts(self, path: Path, size: int, changed: float) -> dict[str, object]:
-        facts: dict[str, object] = {"name": path.name, "bytes": size, "changed": changed, "problem": None}
+    def _read(self, path: Path) -> dict[str, object]:
+        stat = path.stat()
+        facts: dict[str, object] = {
+            "name": path.name, "bytes": stat.st_size, "changed": stat.st_mtime, "problem": None
+        }  # fmt: skip
         try:
             file = read_lora(path, self._shapes)
             return facts | {"trigger": _trigger(path), **file.facts()}
@@ -75,9 +96,7 @@ class LoRAShelf:
         wanted = checked_name(name, "LoRA")
         if not wanted.endswith(_LORA):
             raise RefusedError(f"{wanted}: a LoRA is a {_LORA} file")
-        target = self.folder / wanted
-        if target.exists():
-            raise ConflictError(f"{wanted}: a LoRA with this name exists: delete it, or send another name")
+        target = self._free(wanted)
         incoming = self.folder / f".incoming-{wanted}"
         try:
             with atomic_write(incoming) as file:
@@ -97,29 +116,33 @@ class LoRAShelf:
         Raises UnknownError, RefusedError, or ConflictError if the other name is taken.
         """
         path = self.path(name)
-        target = self.folder / (checked_name(wanted, "LoRA").removesuffix(_LORA) + _LORA)
-        if target.exists():
-            raise ConflictError(f"{target.name}: a LoRA with this name exists: delete it, or send another name")
-        strength = path.with_suffix(".lora.json")
+        target = self._free(checked_name(wanted, "LoRA").removesuffix(_LORA) + _LORA)
         path.rename(target)
-        if strength.is_file():
-            strength.rename(target.with_suffix(".lora.json"))
-        self._known.pop(path, None)
+        if sidecar(path).is_file():
+            sidecar(path).rename(sidecar(target))
+        self._files.forget(path)
         return self.facts(target.name)
+
+    def _free(self, name: str) -> Path:
+        """The file for a new LoRA `name`. Raises ConflictError if the name is taken."""
+        target = self.folder / name
+        if target.exists():
+            raise ConflictError(f"{name}: a LoRA with this name exists: delete it, or send another name")
+        return target
 
     def delete(self, name: str) -> None:
         """Deletes a LoRA and the file with its strength beside it. Raises UnknownError."""
         path = self.path(name)
         path.unlink()
-        path.with_suffix(".lora.json").unlink(missing_ok=True)
-        self._known.pop(path, None)
+        sidecar(path).unlink(missing_ok=True)
+        self._files.forget(path)
 
 
 class DatasetShelf:
     """The datasets in one folder: each a folder of pictures with captions."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._sizes = folder, _FileFacts(lambda path: read_picture(path).size)
 
     def path(self, name: object) -> Path:
         """The folder of the dataset `name`. Raises UnknownError or RefusedError."""
@@ -152,8 +175,8 @@ class DatasetShelf:
         caption = path.with_suffix(".txt")
         text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
         try:
-            width, height = read_picture(path).size
-        except DatasetError:
+            width, height = self._sizes.of(path)
+        except (DatasetError, OSError):
             return {"name": path.name, "caption": text, "problem": "cannot be read as a picture"}
         return {"name": path.name, "caption": text, "width": width, "height": height, "problem": None}
 
@@ -197,6 +220,7 @@ class DatasetShelf:
         """Deletes a picture and its caption. Raises UnknownError."""
         path = self.picture(dataset, name)
         path.unlink()
+        self._sizes.forget(path)
         path.with_suffix(".txt").unlink(missing_ok=True)
 
     def delete(self, dataset: object) -> None:

@@ -10,8 +10,9 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ZImageError
 from zimage_ref.generation.presets import defaults_for
 from zimage_serve.engines import Engines
-from zimage_serve.refusals import UnknownError
+from zimage_serve.refusals import INTERRUPTED, UnknownError
 from zimage_serve.settings import ServeSettings
+from zimage_serve.store.database import Row
 from zimage_serve.store.names import checked_id, new_id
 from zimage_serve.store.store import Store
 
@@ -58,7 +59,7 @@ class Studio:
         if not self.closing.is_set():
             self.closing.set()
             for job in self._queue.close():
-                self._give_up(job, State.FAILED, "the server was stopped before this was done")
+                self._give_up(job, State.FAILED, INTERRUPTED)
             self._worker.stop()
 
     def join(self) -> None:
@@ -96,11 +97,19 @@ class Studio:
         """The facts of the job `id`. Raises UnknownError."""
         job = self.job(id)
         if job is not None:
-            return {**job.facts(), "position": self._queue.position(job)}
+            return self._facts(job)
         row = self.store.database.job(checked_id(id, "job"))
         if row is None:
             raise UnknownError("job: there is no job with this id")
-        return {name: row[name] for name in ("id", "state", "created", "asked", "pictures", "error")}
+        return _kept_facts(row)
+
+    def last_jobs(self, limit: int) -> list[dict[str, object]]:
+        """The facts of the last `limit` jobs, the newest first."""
+        rows = self.store.database.jobs(limit)
+        return [self._facts(job) if (job := self.job(row["id"])) else _kept_facts(row) for row in rows]
+
+    def _facts(self, job: Job) -> dict[str, object]:
+        return {**job.facts(), "position": self._queue.position(job)}
 
     def cancel(self, id: object) -> None:
         """Cancels the job `id`: at once if it waits, after the step if it runs. Raises UnknownError."""
@@ -148,7 +157,7 @@ class Studio:
         return {
             **facts_of(self.model),
             "backend": self.engines.backend,
-            "defaults": dict(self.engines.defaults),
+            "defaults": {"steps": self.usual_steps, "guidance": self.usual_guidance, **self.engines.defaults},
             "limits": {
                 "pixels": limits.max_pixels, "steps": limits.max_steps, "count": limits.max_count,
                 "upload_mb": limits.max_upload_mb, "lora_mb": limits.max_lora_mb, "queue": limits.queue_size,
@@ -159,3 +168,8 @@ class Studio:
         """Ends a job that did not begin."""
         self.store.database.end_job(job.id, state.value, error)
         job.end(state, error)
+
+
+def _kept_facts(row: Row) -> dict[str, object]:
+    """The facts of a job that is no longer in memory."""
+    return {name: row[name] for name in ("id", "state", "created", "asked", "pictures", "error")}
