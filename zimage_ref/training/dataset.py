@@ -131,7 +131,7 @@ def _set_masks_aside(files: DatasetFiles, used: bool) -> None:
         for path in sorted(masks):
             files.leave_out(path, "a mask: `mask` file uses it")
     else:
-        lone = orphans(files.found)
+        lone = orphans(files.found, masks)
         for path in lone:
             files.leave_out(path, "a mask without a picture")
         masks |= set(lone)
