@@ -27,7 +27,7 @@ from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS
 from zimage_ref.options import MEMORY, check_choices, option, required
 
-from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings
+from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings, check_resolution
 from .groups import TrainGroup
 from .learning_options import SHARED, LearningOptions
 from .optimizers import OPTIMIZERS
@@ -275,10 +275,7 @@ class TrainConfig(LearningOptions):
         check_bounds(self, TRAINING)
         if self.factor == 0:
             raise ConfigError("`factor` 0: give -1, or the largest side of the small matrix")
-        if not self.resolution:
-            raise ConfigError("`resolution` needs at least one side in pixels")
-        for side in self.resolution:
-            check_side("resolution", side)
+        check_resolution(self.resolution)
         if self.preview_size is not None:
             check_side("preview_size", self.preview_size)
             check_area(self.preview_size, self.preview_size)
