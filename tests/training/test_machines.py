@@ -17,6 +17,9 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 
 import mlx.core as mx
 
+from zimage_mlx.training import machines
+from zimage_mlx.training.machines import Machines
+from zimage_ref.errors import TrainingError
 from zimage_ref.options_file import dump_options
 from zimage_ref.training.run_folder import RunFolder
 
@@ -79,6 +82,23 @@ def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) ->
     assert ours is not None and theirs is not None
     for name, array in theirs.tensors["lora"].items():
         np.testing.assert_allclose(ours.tensors["lora"][name], array, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("fact", ["total", "batch", "dataset", "model", "adapter", "begins_with"])
+def test_machines_compare_every_fact_that_decides_the_result(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: Any = {
+        "config": {}, "total": 4, "batch": 2, "dataset": "d", "model": {"vae": "v"}, "adapter": None,
+        "begins_with": None, "environment": {},
+    }  # fmt: skip
+    machine, told = Machines(lambda: False), list[mx.array]()
+    machine.alone = False
+    monkeypatch.setattr(machines, "greatest", lambda array, group: told.append(array) or array)
+    machine.agree(facts)  # as the other machine: what it tells is noted
+    others = told * 2
+    monkeypatch.setattr(machines, "greatest", lambda array, group: mx.maximum(array, others.pop(0)))
+    machine.agree(facts)
+    with pytest.raises(TrainingError, match="the machines differ in pictures, model or options"):
+        machine.agree({**facts, fact: "another"})
 
 
 @pytest.mark.slow

@@ -122,15 +122,15 @@ def drawn_captions(plan: TrainPlan) -> list[str]:
     for epoch in range(epochs):
         for number, item in enumerate(plan.batches.items):
             example = plan.examples[item.example]
-            texts[variants.draw(example.caption, epoch, number)] = None
+            drawn = variants.draw(example.caption, epoch, number)
+            texts[drawn] = None
             if config.preserve and example.settings.trigger:
-                texts[preserving_caption(config, example, epoch, number)] = None
+                texts[preserving_caption(config, example, drawn)] = None
     return list(texts)
 
 
-def preserving_caption(config: TrainConfig, example: Example, epoch: int, item: int) -> str:
-    """The caption of `item` in `epoch`, with the words of `preserve` in place of the trigger."""
-    drawn = Variants(config).draw(example.caption, epoch, item)
+def preserving_caption(config: TrainConfig, example: Example, drawn: str) -> str:
+    """A caption that was drawn for `example`, with the words of `preserve` in place of the trigger."""
     return drawn.replace(example.settings.trigger, config.preserve)
 
 

@@ -70,10 +70,7 @@ class Feed:
         keep = [i for i, item in enumerate(items) if blank or self._example(item).settings.trigger]
         if not keep:
             return None
-        captions = [
-            "" if blank else preserving_caption(self._plan.config, self._example(items[i]), epoch, items[i])
-            for i in keep
-        ]
+        captions = ["" if blank else self._preserving_caption(epoch, items[i]) for i in keep]
         chosen = mx.array(keep)
         return NoisyBatch(
             x_0=batch.x_0[chosen],
@@ -98,6 +95,10 @@ class Feed:
 
     def _example(self, item: int) -> Example:
         return self._plan.examples[self._plan.batches.items[item].example]
+
+    def _preserving_caption(self, epoch: int, item: int) -> str:
+        example = self._example(item)
+        return preserving_caption(self._plan.config, example, self._variants.draw(example.caption, epoch, item))
 
     def _draw(self, epoch: int, item: int) -> _Drawn:
         """An item as it is in an epoch."""

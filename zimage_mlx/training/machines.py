@@ -15,10 +15,9 @@ import numpy as np
 from zimage_mlx.device import number
 from zimage_ref.errors import TrainingError
 from zimage_ref.formats.tensors import Array
-from zimage_ref.training.facts import RunFacts, deciding_options
+from zimage_ref.training.facts import DECIDING, RunFacts, deciding_options
 from zimage_ref.training.run_folder import SavedState
 
-_AGREED = ("total", "batch", "dataset", "model", "adapter")  # facts of a run, besides options
 # What mlx.launch and MPI's launchers set for the processes that they start
 _LAUNCHERS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 _BACKENDS = ("[ring]", "[mpi]", "[nccl]", "[jaccl]")  # that MLX's errors begin with
@@ -92,7 +91,7 @@ class Machines:
             return
         config = deciding_options(facts["config"])
         by_name = cast(Mapping[str, object], facts)
-        text = json.dumps([config, *(by_name[key] for key in _AGREED)], sort_keys=True)
+        text = json.dumps([config, facts["total"], *(by_name[key] for key in DECIDING)], sort_keys=True)
         own = mx.array(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32))
         if np.any(np.array(greatest(own, self.group)) != -np.array(greatest(-own, self.group))):
             raise TrainingError("the machines differ in pictures, model or options: give all of them the same")

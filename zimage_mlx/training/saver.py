@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from zimage_ref import __version__
+from zimage_ref.lora.alpha import sidecar
 from zimage_ref.lora.file import write_lora
 from zimage_ref.lora.trained import DEFAULT_KIND
 from zimage_ref.model.parameters import TARGETS
@@ -67,7 +68,7 @@ class Saver:
                 by_step[int(digits)] = path
         for old in sorted(by_step)[:-keep]:
             by_step[old].unlink()
-            by_step[old].with_suffix(".lora.json").unlink(missing_ok=True)
+            sidecar(by_step[old]).unlink(missing_ok=True)
 
     def _record(self, step: int) -> dict[str, object]:
         """What a LoRA file says about itself."""

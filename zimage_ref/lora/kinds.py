@@ -47,9 +47,7 @@ class Dense(Plain):
     @classmethod
     def of_parts(cls, parts: Parts) -> Dense:
         """Made from D, which has no alpha."""
-        if "alpha" in parts:
-            raise parts.error(f"{parts.key('alpha')} belongs to no low-rank matrices: a full difference has no alpha")
-        return cls(parts.array("D", ndim=None))
+        return cls(parts.stored_whole("D", cls.title))
 
     def tensors(self) -> dict[str, Array]:
         """D, multiplied by the scale."""

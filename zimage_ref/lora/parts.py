@@ -60,6 +60,12 @@ class Parts:
             )
         return values
 
+    def stored_whole(self, part: str, title: str) -> Array:
+        """The part, of any shape, for a kind without products. Raises WeightError if there is an alpha beside it."""
+        if "alpha" in self:
+            raise self.error(f"{self.key('alpha')} belongs to no low-rank matrices: a {title} has no alpha")
+        return self.array(part, ndim=None)
+
     def factors(self, left: str, right: str) -> tuple[Array, Array]:
         """Two parts (rows, rank) and (rank, columns). Raises WeightError if they do not multiply."""
         one, other = self.array(left), self.array(right)

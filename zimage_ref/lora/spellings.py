@@ -134,6 +134,11 @@ def lora_namings() -> tuple[str, ...]:
     return tuple(spelling.naming for spelling in SPELLINGS.values() if spelling.naming)
 
 
+def namings_of_every_kind() -> list[str]:
+    """The namings that have keys for every kind of update."""
+    return [naming for naming in lora_namings() if not spelling_of(naming).low_rank_only]
+
+
 def spelling_of(naming: str) -> Spelling:
     """The spelling with the name `naming`. Raises ConfigError if there is none."""
     for spelling in SPELLINGS.values():
@@ -146,6 +151,6 @@ def spelled(lora: LoRA, spelling: Spelling) -> Spelled:
     """`lora` as the tensors of a file. Raises WeightError if the spelling has no keys for an update."""
     others = [f"{name} ({update.title})" for name, update in lora.items() if update.low_rank is None]
     if others and spelling.low_rank_only:
-        able = " or ".join(s.naming for s in SPELLINGS.values() if s.naming and not s.low_rank_only)
+        able = " or ".join(namings_of_every_kind())
         raise WeightError(f"the {spelling.naming} naming has low-rank updates only, not {listing(others)}: use {able}")
     return spelling.write(lora, spelling)

@@ -123,7 +123,7 @@ def _low_rank_update(factors: Factors, scale: float) -> Plain:
 
 
 def _hadamard_update(factors: Factors, scale: float) -> Hadamard:
-    return Hadamard(*(factors[name] for name in _hadamard(0, 0, UpdateSize(1, 1.0))), scale=scale)
+    return Hadamard(*(factors[s[1:]] for s in Hadamard.suffixes), scale=scale)
 
 
 def _dora_update(factors: Factors, scale: float) -> DoRA:

@@ -34,9 +34,7 @@ class Whole(Update):
     @classmethod
     def of_parts(cls, parts: Parts) -> Whole:
         """Made from the parameter, which has no alpha."""
-        if "alpha" in parts:
-            raise parts.error(f"{parts.key('alpha')} belongs to no low-rank matrices: a whole parameter has no alpha")
-        return cls(parts.array("whole", ndim=None))
+        return cls(parts.stored_whole("whole", cls.title))
 
     def tensors(self) -> dict[str, Array]:
         """The parameter."""

@@ -62,6 +62,11 @@ def is_caption(path: Path) -> bool:
     return path.suffix.lower() == _SUFFIX
 
 
+def lines_of(caption: str) -> list[str]:
+    """The lines of `caption` that are not empty, without space around them."""
+    return [line.strip() for line in caption.splitlines() if line.strip()]
+
+
 def _beside(pictures: Sequence[Path], texts: Sequence[Path]) -> list[Path]:
     """The caption file of each picture, whether it exists or not."""
     alike = {_composed(path.with_suffix("")): path for path in texts}

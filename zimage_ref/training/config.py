@@ -21,13 +21,13 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.generation.presets import by_model
 from zimage_ref.generation.sizes import check_area, check_side
-from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings, spelling_of
+from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings, namings_of_every_kind
 from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, UpdateSize
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS
 from zimage_ref.options import MEMORY, check_choices, option, required
 
-from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings
+from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings, check_resolution
 from .groups import TrainGroup
 from .learning_options import SHARED, LearningOptions
 from .optimizers import OPTIMIZERS
@@ -275,10 +275,7 @@ class TrainConfig(LearningOptions):
         check_bounds(self, TRAINING)
         if self.factor == 0:
             raise ConfigError("`factor` 0: give -1, or the largest side of the small matrix")
-        if not self.resolution:
-            raise ConfigError("`resolution` needs at least one side in pixels")
-        for side in self.resolution:
-            check_side("resolution", side)
+        check_resolution(self.resolution)
         if self.preview_size is not None:
             check_side("preview_size", self.preview_size)
             check_area(self.preview_size, self.preview_size)
@@ -288,8 +285,7 @@ class TrainConfig(LearningOptions):
         TimestepSampling.parse(self.timesteps)
         if self.output.suffix != ".safetensors":
             raise ConfigError(f"`output` {self.output}: a LoRA is written as .safetensors")
-        if self.kind != DEFAULT_KIND and spelling_of(self.lora_format).low_rank_only:
-            able = [name for name in lora_namings() if not spelling_of(name).low_rank_only]
+        if self.kind != DEFAULT_KIND and self.lora_format not in (able := namings_of_every_kind()):
             raise ConfigError(f"`lora_format` {self.lora_format} has no {self.kind}: use {' or '.join(able)}")
         for name, needed in (("factor", -1), ("decompose_both", False)):
             if self.kind != "lokr" and getattr(self, name) != needed:

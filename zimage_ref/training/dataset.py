@@ -18,7 +18,7 @@ from zimage_ref.pictures.formats import PICTURE_SUFFIXES, format_of
 from zimage_ref.pictures.images import alpha, brightness, cover, flat, mirror, picture_bytes, to_array
 from zimage_ref.pictures.reading import decode
 
-from .captions import is_caption, is_list, read_captions
+from .captions import is_caption, is_list, lines_of, read_captions
 from .dataset_files import DatasetFiles, find_files
 from .dataset_options import DatasetSettings
 from .masks import check_alpha, check_mask, latent_mask, mask_file, masks_among, orphans
@@ -120,8 +120,7 @@ def list_dataset(
 
 def _with_trigger_in_each(caption: str, trigger: str) -> str:
     """`caption` with `trigger` in each line that is not empty."""
-    lines = [line.strip() for line in caption.splitlines() if line.strip()]
-    return "\n".join(with_trigger(line, trigger) for line in lines) or trigger
+    return "\n".join(with_trigger(line, trigger) for line in lines_of(caption)) or trigger
 
 
 def _set_masks_aside(files: DatasetFiles, used: bool) -> None:
@@ -131,7 +130,7 @@ def _set_masks_aside(files: DatasetFiles, used: bool) -> None:
         for path in sorted(masks):
             files.leave_out(path, "a mask: `mask` file uses it")
     else:
-        lone = orphans(files.found)
+        lone = orphans(files.found, masks)
         for path in lone:
             files.leave_out(path, "a mask without a picture")
         masks |= set(lone)

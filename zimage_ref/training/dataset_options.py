@@ -43,12 +43,18 @@ class DatasetOptions:
         if self.mask is not None:
             one_of("mask", self.mask, MASKS)
         check_bounds(self, DATASET)
-        for side in self.resolution or ():
-            check_side("resolution", side)
-        if self.resolution == ():
-            raise ConfigError("`resolution` needs at least one side in pixels")
+        if self.resolution is not None:
+            check_resolution(self.resolution)
         if self.kind == REGULARIZATION and self.trigger:
             raise ConfigError(f"{self.folder}: a dataset of the kind regularization has no `trigger`")
+
+
+def check_resolution(sides: Sequence[int]) -> None:
+    """Raises ConfigError if there are no `sides`, or if one is not possible."""
+    if not sides:
+        raise ConfigError("`resolution` needs at least one side in pixels")
+    for side in sides:
+        check_side("resolution", side)
 
 
 @dataclass(frozen=True)

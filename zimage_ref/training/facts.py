@@ -44,7 +44,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "kept_bytes": (float, int, type(None)),
 }  # fmt: skip
 _NEWER = {"kept_bytes", "begins_with"}  # facts that an older version did not save
-_DIFFERENCES = {
+DECIDING = {  # a fact that decides the result, besides options and the number of steps -> its name for people
     "dataset": "the pictures, captions or masks",
     "model": "the model's weights or tokenizer",
     "adapter": "the training adapter",
@@ -73,7 +73,7 @@ def changes(then: RunFacts, now: RunFacts) -> list[str]:
         if before != value:
             found.append(f"`{name}` {_in_words(name, before)} -> {_in_words(name, value)}")
     old, new = cast(Mapping[str, object], then), cast(Mapping[str, object], now)
-    return found + [text for key, text in _DIFFERENCES.items() if old.get(key) != new.get(key)]
+    return found + [text for key, text in DECIDING.items() if old.get(key) != new.get(key)]
 
 
 def deciding_options(options: Mapping[str, object]) -> dict[str, object]:

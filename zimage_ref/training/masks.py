@@ -7,6 +7,7 @@ alpha of the picture itself. The loss weighs each latent by the mean of the mask
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ def masks_among(files: Sequence[Path]) -> set[Path]:
     return pictures & set(files)
 
 
-def orphans(files: Sequence[Path]) -> list[Path]:
-    """Those of `files` that are named as masks, without a picture beside them."""
-    return [path for path in files if path.name.lower().endswith(_SUFFIX) and path not in masks_among(files)]
+def orphans(files: Sequence[Path], masks: AbstractSet[Path]) -> list[Path]:
+    """Those of `files` that are named as masks and are not among `masks`: they have no picture beside them."""
+    return [path for path in files if path.name.lower().endswith(_SUFFIX) and path not in masks]
 
 
 def check_mask(path: Path, size: tuple[int, int]) -> bytes:

@@ -224,28 +224,18 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
         for size in _sizes(config, model, example)
     ]
     batches = BatchOrder(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
-    layers = _layers(config, model)
+    layers = chosen_layers(model.transformer, config.targets, config.size)
     shapes = transformer_parameters(model.transformer)
     adapter, begins_with = (
         read_lora(file, shapes).updates if file else None for file in (config.training_adapter, config.init_lora)
     )
     long = _long_texts(config, model, [*examples, *held_out])
     notices = [*dataset.notices, *long, *_readers(config), *_unused(config)]
-    return TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with)
-
-
-def _layers(config: TrainConfig, model: ModelFolder) -> dict[str, UpdateSize]:
-    """The layers that train. Raises ConfigError if `rank_dropout` has nothing to drop in any of them."""
-    layers, shapes = (
-        chosen_layers(model.transformer, config.targets, config.size),
-        transformer_parameters(model.transformer),
-    )
+    plan = TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with)
     by_rank = TRAINED[config.kind].by_rank
-    if config.rank_dropout and not any(
-        by_rank in layer_matrices(shapes[f"{layer}.weight"], config.kind, size) for layer, size in layers.items()
-    ):
+    if config.rank_dropout and not any(by_rank in each for each in plan.matrices.values()):
         raise ConfigError("`rank_dropout` needs matrices with a rank: with this `rank` those of lokr are whole")
-    return layers
+    return plan
 
 
 def _readers(config: TrainConfig) -> list[str]:

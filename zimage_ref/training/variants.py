@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from .batches import CAPTION, TAGS, rng_for
+from .captions import lines_of
 from .config import TrainConfig
 
 ORDERS = 16  # orders of tags that are drawn
@@ -59,8 +60,7 @@ class Variants:
         return found
 
     def _lines(self, caption: str) -> list[str]:
-        lines = [line.strip() for line in caption.splitlines() if line.strip()] if self._config.caption_lines else []
-        return lines or [caption]
+        return (lines_of(caption) if self._config.caption_lines else []) or [caption]
 
     def _chosen(self, text: str, rng: np.random.Generator | None) -> str:
         """`text` with one of each choice; the first ones without a generator."""
