@@ -21,7 +21,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import Json, JsonObject
 
 from .config import OFFICIAL_TRANSFORMER, TransformerConfig
-from .config_reader import Reader, check_values
+from .config_reader import Reader, block_facts, check_values
 from .parameters import Shapes, block_parameters
 
 PLAIN, SHARED, OWN = "", "control_layers", "control_noise_refiner"  # values of `refiner`; "" is null in JSON
@@ -83,14 +83,9 @@ class ControlNetConfig:
     def from_json(cls, data: Json, source: str) -> ControlNetConfig:
         """Reads diffusers' `controlnet/config.json`. Raises ConfigError naming `source`."""
         read = Reader(data, source)
-        read.require("qk_norm", True)
-        read.require("n_kv_heads", read.value("n_heads"))
-        read.require("all_f_patch_size", [1])
-        patches = read.value("all_patch_size")
-        if len(patches) != 1:
-            raise ConfigError(f"{source}: all_patch_size {patches} must name one size")
+        patch_size = read.patch_size()
         return cls(
-            patch_size=patches[0],
+            patch_size=patch_size,
             control_layers_places=tuple(read.value("control_layers_places")),
             control_refiner_layers_places=tuple(read.value("control_refiner_layers_places") or ()),
             refiner=read.value("add_control_noise_refiner") or PLAIN,
@@ -102,10 +97,7 @@ class ControlNetConfig:
         return {
             "_class_name": "ZImageControlNetModel",
             **{key: getattr(self, key) for key in _KEYS},
-            "all_patch_size": [self.patch_size],
-            "all_f_patch_size": [1],
-            "n_kv_heads": self.n_heads,
-            "qk_norm": True,
+            **block_facts(self.n_heads, self.patch_size),
             "control_layers_places": list(self.control_layers_places),
             "control_refiner_layers_places": list(self.control_refiner_layers_places),
             "add_control_noise_refiner": self.refiner or None,
