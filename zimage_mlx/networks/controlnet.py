@@ -64,7 +64,7 @@ class ControlNet(nn.Module):
     def embed(self, context: mx.array, transformer: Transformer) -> mx.array:
         """The control picture, (B, control_in_dim, h, w), as tokens (B, L, D), filled up as those of the picture."""
         check_maps("control", context.shape, self.config.control_in_dim, self.config.patch_size)
-        return transformer.embed_patches(context, self.control_all_x_embedder[f"{self.config.patch_size}-1"])
+        return transformer.embed_patches(context, self.control_all_x_embedder[transformer.config.patch_key])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from zimage_ref.formats.json_file import Json, JsonObject
 
 from .config import OFFICIAL_TRANSFORMER, TransformerConfig
 from .config_reader import Reader, block_facts, check_values
-from .parameters import Shapes, block_parameters
+from .parameters import Shapes, block_parameters, linear
 
 PLAIN, SHARED, OWN = "", "control_layers", "control_noise_refiner"  # values of `refiner`; "" is null in JSON
 _FEW_LAYERS = 6  # with at most so many control blocks at OWN, a variant is called lite
@@ -119,14 +119,13 @@ CONTROLNET_2_1 = replace(
 def controlnet_parameters(config: ControlNetConfig) -> Shapes:
     """Every parameter of a ControlNet, with those of `controlnet_unused`."""
     dim, block = config.dim, block_parameters(config.blocks, modulated=True)
-    embedder = f"control_all_x_embedder.{config.patch_size}-1"
-    shapes: Shapes = {f"{embedder}.weight": (dim, config.patch_dim), f"{embedder}.bias": (dim,)}
+    shapes = linear(f"control_all_x_embedder.{config.blocks.patch_key}", config.patch_dim, dim)
     for name in _blocks(config):
         shapes.update({f"{name}.{part}": shape for part, shape in block.items()})
         if config.refiner == PLAIN and name.startswith(OWN):
             continue
         for projection in ("before_proj", "after_proj")[not name.endswith(".0") :]:
-            shapes.update({f"{name}.{projection}.weight": (dim, dim), f"{name}.{projection}.bias": (dim,)})
+            shapes.update(linear(f"{name}.{projection}", dim, dim))
     return shapes
 
 
