@@ -37,7 +37,7 @@ TABLE = Path(__file__).with_name("mutants.toml")
 ENOUGH = 0.97  # the share that must be noticed
 PATIENCE = 1800  # seconds; a test that takes longer has noticed, too
 _MOMENTS = count(1_000_000_000)  # seconds since 1970
-COPIED = ("cli", "docs", "examples", "tests", "zimage_mlx", "zimage_ref", ".ci", ".github")
+COPIED = ("cli", "docs", "examples", "tests", "zimage_mlx", "zimage_ref", "zimage_serve", ".ci", ".github")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         self._adapt_to(self.mode)
         self._adapters: Adapters | None = None  # of the transformer in memory
         self._control_stamp: object = None  # of the file of the ControlNet in memory
-        self._control_run: RunBlock = self._run(RESIDENT)  # runs its blocks
 
     @classmethod
     def default_dtype(cls) -> str:
@@ -186,12 +185,11 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         """As `Engine`. The network stays until the transformer is freed, or another is used."""
         if "controlnet" not in self._networks or self._control_stamp != file.stamp:
             self._networks.pop("controlnet", None)
-            network = ControlNet(file.config)
+            network = ControlNet(file.config, self._run(RESIDENT))
             load(network, file.tensors, self.dtype, self.quantization, self.unpack)
             self._networks["controlnet"], self._control_stamp = network, file.stamp
-            self._control_run = self._run(RESIDENT)
         own = cast(ControlNet, self._networks["controlnet"])
-        return replace(conditioning, control=Control(own, context, scale, self._control_run))
+        return replace(conditioning, control=Control(own, context, scale))
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
         """As `Engine`: (copies * B, C, h, w) float32."""

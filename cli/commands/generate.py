@@ -26,6 +26,7 @@ from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
 from zimage_ref.generation.samplers import TWICE
 from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.generation.steering import predictions_of
+from zimage_ref.memory import Mode
 from zimage_ref.options import MEMORY, path_and_scale
 
 from ..terminal import blas
@@ -240,7 +241,7 @@ def _prompts(path: Path) -> list[str]:
 
 def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | None, console: Console) -> None:
     """Shows a panel for each LoRA, and one for the pictures to make."""
-    first, config, loras = requests[0], requests[0].config, run.read_loras()
+    first, config, loras, memory = requests[0], requests[0].config, run.read_loras(), run.memory(requests)
     for lora in loras:
         console.facts(str(lora.content.file.path), {**lora.content.file.facts(), "used at": f"{lora.scale:g}"})
     facts = {
@@ -261,21 +262,21 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "follows": config.control_image and f"{config.control_image}, {config.control_kind}",
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
-        "memory": run.memory(requests).sentence(run.pipeline.folder),
-        "time": _time(run, requests),
+        "memory": memory.sentence(run.pipeline.folder),
+        "time": _time(run, first, memory.mode),
     }
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
 
 
-def _time(run: GenerationRun, requests: Sequence[Request]) -> str | None:
-    """The time of the first picture by the doctor's figures, None if there are none for it."""
-    pipe, first = run.pipeline, requests[0]
+def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
+    """The time of the picture `first` by the doctor's figures, None if there are none for it."""
+    pipe = run.pipeline
     figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
     steps = len(first.sigmas) - 1
     calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
     predictions = round(calls * predictions_of(first))
-    precision, mode = precision_name(pipe.precision, pipe.quantization), run.memory(requests).mode
+    precision = precision_name(pipe.precision, pipe.quantization)
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
     return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

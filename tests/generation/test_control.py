@@ -16,6 +16,7 @@ from zimage_cli.app import main
 from zimage_ref import BackendError, ConfigError, GenerateConfig
 from zimage_ref.generation.control import Control
 from zimage_ref.generation.jobs import Request
+from zimage_ref.generation.starts import starts_of
 from zimage_ref.memory import FAST, LoadedModel, generation_stages
 from zimage_ref.model.flow import starting_noise
 from zimage_ref.pictures.images import read_picture
@@ -97,6 +98,21 @@ def test_a_batch_is_its_pictures(backend: str, model_dir: Path, nets: dict[str, 
     together = pipe(prompts, guidance=1.5, seed=4, **options)
     for i, prompt in enumerate(prompts):
         assert_parity(together[i], pipe(prompt, guidance=1.5, seed=4 + i, **options)[0], "picture")
+
+
+def test_a_picture_is_encoded_once_for_pictures_that_follow_it_in_other_steps(
+    model_dir: Path, nets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MAP.save(tmp_path / "map.png")
+    pipe, encoded = pipeline("numpy", model_dir), []
+    encode = pipe.encode
+    monkeypatch.setattr(pipe, "encode", lambda pixels: encoded.append(pixels.shape) or encode(pixels))
+    given: dict[str, Any] = {"width": 64, "height": 48, "steps": 2, "control": str(nets["1.0"])}
+    changes = ({}, {"control_end": 0.5}, {"control_start": 0.5}, {"control_kind": "gray"}, {"init_image": PHOTO})
+    configs = [GenerateConfig(PROMPT, control_image=str(tmp_path / "map.png"), **given | change) for change in changes]
+    starts = starts_of(pipe, pipe.plan(configs))
+    assert starts[0] is starts[1] is starts[2] and len(encoded) == 1 + 1 + 2
+    assert starts[3] is not starts[2] and starts[4].latents is not None
 
 
 @mlx_only

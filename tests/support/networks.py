@@ -60,10 +60,8 @@ def network(backend: str, component: str, config: Any, weights: Mapping[str, np.
 
 def control(backend: str, network: Any, context: np.ndarray, scale: float) -> Any:
     """The ControlNet `network` at work: with a control picture (1, control_in_dim, h, w) and a scale."""
-    if backend == "numpy":
-        return zimage_ref.networks.controlnet.Control(network, context, scale)
-    run = zimage_mlx.networks.transformer.Block.__call__
-    return zimage_mlx.networks.controlnet.Control(network, native(backend, context), scale, run)
+    package = zimage_ref if backend == "numpy" else zimage_mlx
+    return package.networks.controlnet.Control(network, native(backend, context), scale)
 
 
 def native(backend: str, array: np.ndarray) -> Any:

@@ -46,8 +46,10 @@ class ControlBlock(Block):
 class ControlNet(nn.Module):
     """The whole ControlNet, of any variant."""
 
-    def __init__(self, config: ControlNetConfig) -> None:
+    def __init__(self, config: ControlNetConfig, run: RunBlock = Block.__call__) -> None:
+        """run: how its blocks are run. They are in memory, whatever becomes of those of the transformer."""
         super().__init__()
+        self.run = run
         self.config, blocks, refiners = config, config.blocks, range(config.n_refiner_layers)
         self.control_all_x_embedder = {blocks.patch_key: nn.Linear(config.patch_dim, config.dim)}
         self.control_layers = [ControlBlock(blocks, first=not place) for place in config.control_layers_places]
@@ -64,7 +66,7 @@ class ControlNet(nn.Module):
     def embed(self, context: mx.array, transformer: Transformer) -> mx.array:
         """The control picture, (B, control_in_dim, h, w), as tokens (B, L, D), filled up as those of the picture."""
         check_maps("control", context.shape, self.config.control_in_dim, self.config.patch_size)
-        return transformer.embed_patches(context, self.control_all_x_embedder[f"{self.config.patch_size}-1"])
+        return transformer.embed_patches(context, self.control_all_x_embedder[transformer.config.patch_key])
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class Control:
     network: ControlNet
     context: mx.array  # (1, control_in_dim, h, w)
     scale: float
-    run: RunBlock  # its blocks are in memory, whatever becomes of those of the transformer
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ class Control:
         c = mx.concatenate([c, caption], axis=1)  # (B, S, D)
         x = mx.concatenate([x, caption], axis=1)
         for i, block in enumerate(self.network.control_layers):
-            c = self.run(block, c if i else block.enter(c, x), layout.rotation, layout.mask, adaln)
+            c = self.network.run(block, c if i else block.enter(c, x), layout.rotation, layout.mask, adaln)
             yield block.hint(c) * self.scale
 
     def _refine(
@@ -100,7 +101,7 @@ class Control:
         adaln: mx.array,
     ) -> tuple[mx.array, mx.array]:  # fmt: skip
         """The first tokens of the control picture, and those of the picture as the ControlNet sees them, (B, L, D)."""
-        run, rotation, places = self.run, conditioning.layout.image_rotation, self.network.config
+        run, rotation, places = self.network.run, conditioning.layout.image_rotation, self.network.config
         if places.refiner == PLAIN:
             for plain in self.network.control_noise_refiner:
                 c = run(plain, c, rotation, None, adaln)

@@ -80,11 +80,7 @@ def query_chunks(shape: Sequence[int]) -> list[slice]:
     There, a picture of 2048 x 2048 would be one kernel of 4e12 operations, 8e12 with guidance: seconds on an M1.
     """
     B, H, S, K = shape
-    count = math.ceil(4 * B * H * S * S * K / _LONGEST_KERNEL) if device.on_metal() else 1
-    if count == 1:
-        return [slice(None)]
-    rows = -(-S // count)
-    return [slice(start, start + rows) for start in range(0, S, rows)]
+    return _row_chunks(S, 4 * B * H * S * S * K)
 
 
 def in_rows(layer: Callable[[mx.array], mx.array], x: mx.array, outputs: int) -> mx.array:
@@ -93,11 +89,17 @@ def in_rows(layer: Callable[[mx.array], mx.array], x: mx.array, outputs: int) ->
     There, the feed-forward of two pictures of 2048 x 2048 would be one kernel of 2.6e12 operations.
     """
     B, S, D = x.shape
-    count = math.ceil(2 * B * S * D * outputs / _LONGEST_KERNEL) if device.on_metal() else 1
+    chunks = _row_chunks(S, 2 * B * S * D * outputs)
+    return layer(x) if len(chunks) == 1 else mx.concatenate([layer(x[:, chunk]) for chunk in chunks], axis=1)
+
+
+def _row_chunks(rows: int, operations: int) -> list[slice]:
+    """All `rows` of a kernel of this many operations, or as many parts as it needs to be short enough on Metal."""
+    count = math.ceil(operations / _LONGEST_KERNEL) if device.on_metal() else 1
     if count == 1:
-        return layer(x)
-    rows = -(-S // count)
-    return mx.concatenate([layer(x[:, start : start + rows]) for start in range(0, S, rows)], axis=1)
+        return [slice(None)]
+    size = -(-rows // count)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def attention_gradient(

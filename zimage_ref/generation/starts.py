@@ -29,15 +29,24 @@ class Start(Generic[ArrayT]):
 def starts_of(engine: Engine[ArrayT, ConditioningT], requests: Sequence[Request]) -> list[Start[ArrayT]]:
     """The start of each request. A picture is encoded once for requests that follow each other."""
     starts: list[Start[ArrayT]] = []
-    before: Request | None = None
+    before: tuple[object, ...] | None = None
     for request in requests:
-        # a grid reads a file anew for each value of an axis, so equal pictures are the same
-        if before is not None and request.picture == before.picture and request.control is before.control:
-            starts.append(starts[-1])
-        else:
-            starts.append(_start(engine, request))
-        before = request
+        given = _given(request)
+        starts.append(starts[-1] if given == before else _start(engine, request))
+        before = given
     return starts
+
+
+def _given(request: Request) -> tuple[object, ...]:
+    """The things that the start of `request` depends on.
+
+    They are compared by value, because a grid reads a file anew for each value of an axis.
+    """
+    control = request.control
+    if control is None or not control.scale:
+        return (request.picture,)
+    mask = None if request.mask is None else request.mask.tobytes()  # its sides are those of the pictures
+    return request.picture, control.picture, control.file.stamp, mask
 
 
 def _start(engine: Engine[ArrayT, ConditioningT], request: Request) -> Start[ArrayT]:

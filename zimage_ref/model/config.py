@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import Json, JsonObject
 
-from .config_reader import Reader, check_values
+from .config_reader import Reader, block_facts, check_values
 
 ADALN_DIM = 256  # the largest width of the time embedding; official transformer_z_image.py, ADALN_EMBED_DIM
 TIME_HIDDEN_DIM = 1024  # inner width of t_embedder; the same file, mid_size
@@ -79,15 +79,10 @@ class TransformerConfig:
     def from_json(cls, data: Json, source: str) -> TransformerConfig:
         """Reads diffusers' `transformer/config.json`. Raises ConfigError naming `source`."""
         read = Reader(data, source)
-        read.require("qk_norm", True)
-        read.require("n_kv_heads", read.value("n_heads"))
-        read.require("all_f_patch_size", [1])
+        patch_size = read.patch_size()
         read.require_if_there("siglip_feat_dim", None)
-        patches = read.value("all_patch_size")
-        if len(patches) != 1:
-            raise ConfigError(f"{source}: all_patch_size {patches} must name one size")
         return cls(
-            patch_size=patches[0],
+            patch_size=patch_size,
             axes_dims=tuple(read.value("axes_dims")),
             axes_lens=tuple(read.value("axes_lens")),
             **{key: read.value(key) for key in _TRANSFORMER_KEYS},
@@ -98,10 +93,7 @@ class TransformerConfig:
         return {
             "_class_name": "ZImageTransformer2DModel",
             **{key: getattr(self, key) for key in _TRANSFORMER_KEYS},
-            "all_patch_size": [self.patch_size],
-            "all_f_patch_size": [1],
-            "n_kv_heads": self.n_heads,
-            "qk_norm": True,
+            **block_facts(self.n_heads, self.patch_size),
             "axes_dims": list(self.axes_dims),
             "axes_lens": list(self.axes_lens),
         }

@@ -65,7 +65,22 @@ class Reader:
         if actual != supported and (actual or supported):  # null, false and 0 all mean: not used
             raise ConfigError(f"{self.source}: {key} = {actual!r} is not supported, only {supported!r}")
 
+    def patch_size(self) -> int:
+        """The patch size of a config with the blocks of the transformer. See `block_facts`."""
+        self.require("qk_norm", True)
+        self.require("n_kv_heads", self.value("n_heads"))
+        self.require("all_f_patch_size", [1])
+        sizes: list[int] = self.value("all_patch_size")
+        if len(sizes) != 1:
+            raise ConfigError(f"{self.source}: all_patch_size {sizes} must name one size")
+        return sizes[0]
+
     def require_if_there(self, key: str, supported: object) -> None:
         """As `require`, for an optional key. A missing key means `supported`."""
         if key in self.data:
             self.require(key, supported)
+
+
+def block_facts(n_heads: int, patch_size: int) -> JsonObject:
+    """The keys of JSON that every config with the blocks of the transformer has. `Reader.patch_size` requires them."""
+    return {"all_patch_size": [patch_size], "all_f_patch_size": [1], "n_kv_heads": n_heads, "qk_norm": True}

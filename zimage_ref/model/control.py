@@ -21,8 +21,8 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import Json, JsonObject
 
 from .config import OFFICIAL_TRANSFORMER, TransformerConfig
-from .config_reader import Reader, check_values
-from .parameters import Shapes, block_parameters
+from .config_reader import Reader, block_facts, check_values
+from .parameters import Shapes, block_parameters, linear
 
 PLAIN, SHARED, OWN = "", "control_layers", "control_noise_refiner"  # values of `refiner`; "" is null in JSON
 _FEW_LAYERS = 6  # with at most so many control blocks at OWN, a variant is called lite
@@ -83,14 +83,9 @@ class ControlNetConfig:
     def from_json(cls, data: Json, source: str) -> ControlNetConfig:
         """Reads diffusers' `controlnet/config.json`. Raises ConfigError naming `source`."""
         read = Reader(data, source)
-        read.require("qk_norm", True)
-        read.require("n_kv_heads", read.value("n_heads"))
-        read.require("all_f_patch_size", [1])
-        patches = read.value("all_patch_size")
-        if len(patches) != 1:
-            raise ConfigError(f"{source}: all_patch_size {patches} must name one size")
+        patch_size = read.patch_size()
         return cls(
-            patch_size=patches[0],
+            patch_size=patch_size,
             control_layers_places=tuple(read.value("control_layers_places")),
             control_refiner_layers_places=tuple(read.value("control_refiner_layers_places") or ()),
             refiner=read.value("add_control_noise_refiner") or PLAIN,
@@ -102,10 +97,7 @@ class ControlNetConfig:
         return {
             "_class_name": "ZImageControlNetModel",
             **{key: getattr(self, key) for key in _KEYS},
-            "all_patch_size": [self.patch_size],
-            "all_f_patch_size": [1],
-            "n_kv_heads": self.n_heads,
-            "qk_norm": True,
+            **block_facts(self.n_heads, self.patch_size),
             "control_layers_places": list(self.control_layers_places),
             "control_refiner_layers_places": list(self.control_refiner_layers_places),
             "add_control_noise_refiner": self.refiner or None,
@@ -127,14 +119,13 @@ CONTROLNET_2_1 = replace(
 def controlnet_parameters(config: ControlNetConfig) -> Shapes:
     """Every parameter of a ControlNet, with those of `controlnet_unused`."""
     dim, block = config.dim, block_parameters(config.blocks, modulated=True)
-    embedder = f"control_all_x_embedder.{config.patch_size}-1"
-    shapes: Shapes = {f"{embedder}.weight": (dim, config.patch_dim), f"{embedder}.bias": (dim,)}
+    shapes = linear(f"control_all_x_embedder.{config.blocks.patch_key}", config.patch_dim, dim)
     for name in _blocks(config):
         shapes.update({f"{name}.{part}": shape for part, shape in block.items()})
         if config.refiner == PLAIN and name.startswith(OWN):
             continue
         for projection in ("before_proj", "after_proj")[not name.endswith(".0") :]:
-            shapes.update({f"{name}.{projection}.weight": (dim, dim), f"{name}.{projection}.bias": (dim,)})
+            shapes.update(linear(f"{name}.{projection}", dim, dim))
     return shapes
 
 

@@ -39,13 +39,13 @@ def transformer_parameters(config: TransformerConfig) -> Shapes:
     shapes: Shapes = {
         "x_pad_token": (1, dim),
         "cap_pad_token": (1, dim),
-        **_linear(f"all_x_embedder.{key}", config.patch_dim, dim),
-        **_linear(f"all_final_layer.{key}.linear", dim, config.patch_dim),
-        **_linear(f"all_final_layer.{key}.adaLN_modulation.1", adaln, dim),
-        **_linear("t_embedder.mlp.0", TIME_FREQUENCIES, TIME_HIDDEN_DIM),
-        **_linear("t_embedder.mlp.2", TIME_HIDDEN_DIM, adaln),
+        **linear(f"all_x_embedder.{key}", config.patch_dim, dim),
+        **linear(f"all_final_layer.{key}.linear", dim, config.patch_dim),
+        **linear(f"all_final_layer.{key}.adaLN_modulation.1", adaln, dim),
+        **linear("t_embedder.mlp.0", TIME_FREQUENCIES, TIME_HIDDEN_DIM),
+        **linear("t_embedder.mlp.2", TIME_HIDDEN_DIM, adaln),
         "cap_embedder.0.weight": (config.cap_feat_dim,),
-        **_linear("cap_embedder.1", config.cap_feat_dim, dim),
+        **linear("cap_embedder.1", config.cap_feat_dim, dim),
     }
     for block in transformer_blocks(config):
         modulated = not block.startswith("context_refiner")
@@ -92,7 +92,7 @@ def block_parameters(config: TransformerConfig, modulated: bool) -> Shapes:
         f"{w1}.weight": (ffn, dim),
         f"{w2}.weight": (dim, ffn),
         f"{w3}.weight": (ffn, dim),
-        **(_linear(_ADALN, config.adaln_dim, 4 * dim) if modulated else {}),
+        **(linear(_ADALN, config.adaln_dim, 4 * dim) if modulated else {}),
     }
 
 
@@ -191,7 +191,8 @@ def lora_modules(config: TransformerConfig, targets: Sequence[str]) -> list[str]
     return [name for name in names if f"{name}.weight" in known_layers]
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+def linear(name: str, inputs: int, outputs: int) -> Shapes:
+    """The parameters of the Linear layer `name`, which has a bias."""
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
@@ -221,7 +222,7 @@ def _mid(name: str, width: int) -> Shapes:
         **{
             k: v
             for p in ("to_q", "to_k", "to_v", "to_out.0")
-            for k, v in _linear(f"{attention}.{p}", width, width).items()
+            for k, v in linear(f"{attention}.{p}", width, width).items()
         },
         **_resnet(f"{name}.resnets.1", width, width),
     }

@@ -56,7 +56,7 @@ class ControlNet:
     def embed(self, context: Array, transformer: Transformer) -> Array:
         """The control picture, (B, control_in_dim, h, w), as tokens (B, L, D), filled up as those of the picture."""
         check_maps("control", context.shape, self.config.control_in_dim, self.config.patch_size)
-        embedder = self.w.at(f"control_all_x_embedder.{self.config.patch_size}-1")
+        embedder = self.w.at(f"control_all_x_embedder.{transformer.config.patch_key}")
         return transformer.embed_patches(context.astype(self.w.dtype), embedder)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import QK_NORM_EPS
 
-from .ops import attention, linear, rms_norm, silu, softmax
+from .ops import attention, linear, silu, softmax
 from .transformer import Block, rotate
 
 LinearGradients = dict[str, tuple[Array, Array]]  # by layer: its input (B, S, in), the gradient of its output
@@ -65,16 +65,8 @@ def _attended(block: Block, x: Array, rotation: Array, scale: Array) -> tuple[Ar
         linear(scaled, block.w[f"attention.to_{part}.weight"]).reshape(B, S, block.attention.heads, -1)
         for part in "qkv"
     ]
-    ready = _ready(block, projected, rotation)
+    ready = block.attention.norm_and_rotate(projected, rotation)
     return scaled, projected, attention(*ready).transpose(0, 2, 1, 3).reshape(B, S, D)
-
-
-def _ready(block: Block, projected: list[Array], rotation: Array) -> list[Array]:
-    """Queries and keys normed and rotated, and values, (B, H, S, K)."""
-    q, k, v = projected
-    q = rotate(rms_norm(q, block.w["attention.norm_q.weight"], QK_NORM_EPS), rotation)
-    k = rotate(rms_norm(k, block.w["attention.norm_k.weight"], QK_NORM_EPS), rotation)
-    return [a.transpose(0, 2, 1, 3) for a in (q, k, v)]
 
 
 def _attention_back(
@@ -82,9 +74,8 @@ def _attention_back(
 ) -> list[Array]:
     """Gradients (B, S, D) of the projections, of that of what the queries attend to (B, S, D)."""
     B, S, D = d_attended.shape
-    ready = _ready(block, list(projected), rotation)
     d_heads = d_attended.reshape(B, S, block.attention.heads, -1).transpose(0, 2, 1, 3)
-    q, k, v = ready
+    q, k, v = block.attention.norm_and_rotate(projected, rotation)
     dq, dk, dv = (a.transpose(0, 2, 1, 3) for a in attention_gradient(q, k, v, d_heads))  # (B, S, H, K)
     back = np.conj(rotation)  # a rotation's transpose turns the other way
     for_norm = [

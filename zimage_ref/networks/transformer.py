@@ -75,12 +75,15 @@ class Attention:
 
     def _attend(self, qkv: Sequence[Array], rotation: Array, mask: Array | None) -> Array:
         """Projected queries, keys and values (B, S, H, K) -> what the queries attend to, (B, S, D)."""
+        y = attention(*self.norm_and_rotate(qkv, rotation), mask).transpose(0, 2, 1, 3)  # (B, S, H, K)
+        return y.reshape(*y.shape[:2], -1)
+
+    def norm_and_rotate(self, qkv: Sequence[Array], rotation: Array) -> tuple[Array, Array, Array]:
+        """Projected queries, keys and values (B, S, H, K) -> the same as (B, H, S, K), q and k normed and rotated."""
         q, k, v = qkv
         q = rotate(rms_norm(q, self.w["norm_q.weight"], QK_NORM_EPS), rotation)
         k = rotate(rms_norm(k, self.w["norm_k.weight"], QK_NORM_EPS), rotation)
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # (B, H, S, K)
-        y = attention(q, k, v, mask).transpose(0, 2, 1, 3)  # (B, S, H, K)
-        return y.reshape(*y.shape[:2], -1)
+        return q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
 
 class FeedForward:

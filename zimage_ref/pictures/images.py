@@ -107,7 +107,7 @@ def black_and_white(picture: Picture) -> Picture:
 
     Transparent parts are black: a mask painted on an empty layer shows only what was painted.
     """
-    return flat(picture, behind="black").convert("L").point(lambda value: 255 * (value > 127))
+    return brightness(picture).point(lambda value: 255 * (value > 127))
 
 
 def fit_mask(mask: Picture, width: int, height: int, how: str) -> Array:

@@ -10,7 +10,7 @@ from PIL import ImageOps
 from zimage_ref.errors import DatasetError
 
 from .files import encoded, opened
-from .images import Picture, flat
+from .images import Picture, alpha, flat
 from .reading import decode
 
 
@@ -42,9 +42,9 @@ def check_pixels(data: bytes, what: str, most_pixels: int) -> None:
 
 
 def _hole(picture: Picture) -> Picture | None:
-    if not picture.has_transparency_data:
+    if (opaque := alpha(picture)) is None:
         return None
-    hole = picture.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha == 0))
+    hole = opaque.point(lambda value: 255 * (value == 0))
     return hole if hole.getbbox() else None
 
 
