@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import bench_speed
 from measure import Bench
 
 from zimage_mlx import diagnose
+from zimage_mlx.device import multiply_in_float32
 from zimage_ref.model import config
 
 WITHIN = 0.25
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="of `zimage doctor --json FILE`")
     parser.add_argument("--sides", default="512,1024", help="some of 512, 768, 1024")
     args = parser.parse_args()
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # as the command does, before MLX is first used
+    multiply_in_float32()
     found = json.loads(args.json.read_text()) if args.json else diagnose().to_json()
     print("| case | predicted ms | measured ms | ratio |\n|---|--:|--:|--:|")
     far = 0

@@ -24,11 +24,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from bench_totals import write_pictures
+import whole_runs
 
 from zimage_mlx import Step, TrainConfig, ZImagePipeline, train
 from zimage_mlx.networks.weights import to_stored
-from zimage_ref.checkpoints.hub import BUILT_IN
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.checkpoint import RECORD_KEY
 from zimage_ref.formats.quantize import Quantization
@@ -38,7 +37,6 @@ from zimage_ref.model.quantization import covers
 
 FOUR = Quantization(4)
 SPREAD = 0.02  # of the weights
-CAPTION = "a big red star left of a small blue ring on a yellow background " * 3
 KEYS = ("work", "side", "precision", "memory", "peak_gb", "resident_gb", "seconds_a_step", "seconds")
 
 
@@ -49,22 +47,16 @@ def write_model(folder: Path, precision: str, blocks: int, small: bool) -> None:
     if small:
         transformer = replace(transformer, dim=1280, n_heads=10, cap_feat_dim=640)
         text_encoder = replace(text_encoder, hidden_size=640, intermediate_size=2432, num_attention_heads=8)
-    for part in ("tokenizer", "scheduler"):
-        shutil.copytree(BUILT_IN / part, folder / part)
-    shutil.copy(BUILT_IN / "model_index.json", folder)
-    for part, stem, network, shapes in (
-        ("transformer", "diffusion_pytorch_model", transformer, parameters.transformer_parameters(transformer)),
-        ("text_encoder", "model", text_encoder, parameters.text_encoder_parameters(text_encoder)),
-        ("vae", "diffusion_pytorch_model", config.OFFICIAL_VAE, parameters.vae_parameters(config.OFFICIAL_VAE)),
-    ):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(network.to_json()))
+
+    def write(part: str, path: Path, shapes: parameters.Shapes) -> None:
         tensors: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             tensors |= random_tensors(name, shape, "bf16" if part == "vae" and precision == "4" else precision)
         packed = precision == "4" and part != "vae"
         record = {RECORD_KEY: json.dumps({"quantization": FOUR.to_json()})} if packed else None
-        safetensors.write(folder / part / f"{stem}.safetensors", tensors, record)
+        safetensors.write(path, tensors, record)
+
+    whole_runs.write_model(folder, transformer, text_encoder, write)
 
 
 def random_tensors(name: str, shape: tuple[int, ...], precision: str) -> dict[str, Tensor]:
@@ -95,13 +87,7 @@ def random_values(shape: tuple[int, ...], spread: float, near: float) -> Array:
 
 def measured(work: str, model: Path, side: int, memory: str, steps: int) -> dict[str, Any]:
     """Peak, resident memory and seconds of making a picture in `steps` steps, or of training for as many."""
-    peaks, times, reset = list[int](), list[float](), mx.reset_peak_memory
-
-    def remember() -> None:  # training starts its count anew when it comes to the steps
-        peaks.append(mx.get_peak_memory())
-        reset()
-
-    mx.reset_peak_memory = remember
+    times, peak = list[float](), whole_runs.follow_peak()
     start = time.perf_counter()
     if work == "generate":
         pipe = ZImagePipeline.from_pretrained(model, stream=memory == "stream", lean=True)
@@ -112,16 +98,16 @@ def measured(work: str, model: Path, side: int, memory: str, steps: int) -> dict
                 times.append(time.perf_counter() - clock[0])
             clock[0] = time.perf_counter()
 
-        pipe(CAPTION, width=side, height=side, steps=steps, progress=follow)
+        pipe(whole_runs.CAPTION, width=side, height=side, steps=steps, progress=follow)
     else:
-        data = write_pictures(model.parent / f"pictures{side}", side)
+        data = whole_runs.write_pictures(model.parent / f"pictures{side}", side)
         output = model.parent / f"{memory}{side}" / "lora.safetensors"
         options = {"resolution": (side,), "steps": steps, "memory": memory, "overwrite": True}
         for event in train(TrainConfig(model, data, output, force=True, **options)):
             if isinstance(event, Step):
                 times.append(event.seconds)
     return {
-        "peak_gb": round(max([*peaks, mx.get_peak_memory()]) / 1e9, 3),
+        "peak_gb": round(peak() / 1e9, 3),
         "resident_gb": round(most_resident() / 1e9, 3),
         "seconds_a_step": round(min(times[1:] or times), 3),
         "seconds": round(time.perf_counter() - start, 1),

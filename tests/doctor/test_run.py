@@ -47,9 +47,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "FULL", replace(run.FULL, rate=0.001, part=0.01, megabytes=1))
 
 
-def picture(dtype: str) -> Verdict:
-    """In place of the built-in model's picture, which the test of a quick run draws."""
-    return Verdict("picture of the built-in model", dtype, "128 x 128", 0.0, 1.0, 0.0, 1.0, 0.0)
+@pytest.fixture
+def cheap(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `small`, with three checks, and without the built-in model's picture, which the test of a quick run draws."""
+
+    def picture(dtype: str) -> Verdict:
+        return Verdict("picture of the built-in model", dtype, "128 x 128", 0.0, 1.0, 0.0, 1.0, 0.0)
+
+    names = ("product", "rotation", "gradient of a block")
+    chosen = [case for case in run.catalogue(packed=False) if case.name in names]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "catalogue", lambda packed: chosen)
+    monkeypatch.setattr(run, "built_in", picture)
 
 
 def ran(*argv: str) -> tuple[int, str, str]:
@@ -83,12 +92,8 @@ def test_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small")
-def test_a_full_run_checks_every_dtype_and_shows_every_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    cheap = [case for case in run.catalogue(packed=False) if case.name in ("rotation", "gradient of a block")]
-    monkeypatch.setattr(run, "catalogue", lambda packed: cheap)
-    monkeypatch.setattr(run, "built_in", picture)
+@pytest.mark.usefixtures("cheap")
+def test_a_full_run_checks_every_dtype_and_shows_every_step() -> None:
     said: list[tuple[str, int, int, str]] = []
     found = run.diagnose(quick=False, progress=lambda *words: said.append(words))
     assert found.healthy
@@ -102,12 +107,8 @@ def test_a_full_run_checks_every_dtype_and_shows_every_step(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small")
-def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    cheap = [case for case in run.catalogue(packed=False) if case.name in ("product", "gradient of a block")]
-    monkeypatch.setattr(run, "catalogue", lambda packed: cheap)
-    monkeypatch.setattr(run, "built_in", picture)
+@pytest.mark.usefixtures("cheap")
+def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul = mx.matmul
     monkeypatch.setattr(mx, "matmul", lambda a, b: matmul(a, b) * 1.01)
     code, out, err = ran("--quick")

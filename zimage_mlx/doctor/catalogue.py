@@ -47,19 +47,19 @@ def _convolution_flops(size: Size) -> float:
 
 
 def _block_flops(size: Size) -> float:
-    rows, _ = size
-    return work.block(BlockTrial(*size).config, rows**2 + 64, 2).flops
+    trial = BlockTrial(*size)
+    return work.block(trial.config, trial.tokens, 2).flops
 
 
 def _gradient_flops(size: Size) -> float:
-    rows, _ = size
-    config, tokens = BlockTrial(*size).config, rows**2 + 64
-    return 1.3 * (work.block(config, tokens, 2).flops + work.block_backward(config, tokens, 2).flops)
+    trial = BlockTrial(*size)
+    forward = work.block(trial.config, trial.tokens, 2)
+    return 1.3 * (forward.flops + work.block_backward(trial.config, trial.tokens, 2).flops)
 
 
 def _block_sums(size: Size) -> int:
-    config = BlockTrial(*size).config
-    return 4 * config.dim + config.ffn_dim + size[0] ** 2 + 64
+    trial = BlockTrial(*size)
+    return 4 * trial.config.dim + trial.config.ffn_dim + trial.tokens
 
 
 def _encoder_flops(size: Size) -> float:

@@ -18,6 +18,7 @@ from zimage_mlx.networks.ops import rotation_tables
 from zimage_mlx.networks.running import BlockRunner
 from zimage_mlx.networks.tree import place
 from zimage_mlx.training.gradient import BlockContext, backward, forward
+from zimage_ref.doctor.work import RANK
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model import parameters
 from zimage_ref.model.config import OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, TextEncoderConfig, TransformerConfig
@@ -29,9 +30,8 @@ from zimage_ref.networks.gradient import block_gradient
 from .cases import Size, Trial
 from .numbers import DTYPES, Numbers, filled, for_numpy, on_device
 
-RANK = 16
 _CAPTION = 64
-_LAYERS = [name for names in parameters.LORA_TARGETS.values() for name in names]
+LORA_LAYERS = [name for names in parameters.LORA_TARGETS.values() for name in names]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class BlockTrial:
         """The official one at this width."""
         return replace(OFFICIAL_TRANSFORMER, dim=128 * self.heads, n_heads=self.heads)
 
+    @property
+    def tokens(self) -> int:
+        """Of picture and caption."""
+        return self.rows**2 + _CAPTION
+
     @cached_property
     def weights(self) -> dict[str, Array]:
         """Of the block, without LoRAs."""
@@ -57,7 +62,7 @@ class BlockTrial:
     def loras(self) -> dict[str, tuple[Array, Array]]:
         """A (rank, in) and B (out, rank) of each layer, that make a tenth of what the layer makes."""
         numbers, found = Numbers.seeded(9), {}
-        for name in _LAYERS:
+        for name in LORA_LAYERS:
             outputs, inputs = self.weights[f"{name}.weight"].shape
             found[name] = numbers(RANK, inputs, scale=inputs**-0.5), numbers(outputs, RANK, scale=0.1 * RANK**-0.5)
         return found
@@ -65,8 +70,7 @@ class BlockTrial:
     @cached_property
     def inputs(self) -> tuple[Array, Array, Array]:
         """x (1, S, D), adaln (1, adaln) and the gradient of the output (1, S, D)."""
-        numbers, S = Numbers.seeded(10), self.rows**2 + _CAPTION
-        D = self.config.dim
+        numbers, S, D = Numbers.seeded(10), self.tokens, self.config.dim
         return numbers(1, S, D), numbers(1, self.config.adaln_dim, scale=0.5), numbers(1, S, D)
 
     @cached_property
@@ -86,7 +90,7 @@ class BlockTrial:
         """The block of the device, with LoRAs beside its layers, what it takes beside x, and its inputs."""
         block = filled(transformer.Block(self.config), self.weights, dtype)
         assert isinstance(block, transformer.Block)
-        add_trainable_loras(block, _LAYERS, RANK, float(RANK), np.random.default_rng(0))
+        add_trainable_loras(block, LORA_LAYERS, RANK, float(RANK), np.random.default_rng(0))
         place(block, {
             f"{name}.lora_{letter}": mx.array(factor)
             for name, pair in self.loras.items() for letter, factor in zip("AB", pair, strict=True)

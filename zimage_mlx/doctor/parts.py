@@ -36,15 +36,14 @@ from zimage_ref.doctor.work import Tokens
 from zimage_ref.formats.quantize import GROUP_SIZE
 from zimage_ref.memory import FAST, LEAN, Mode, kept_values
 from zimage_ref.model.config import OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
-from zimage_ref.model.parameters import LORA_TARGETS
 
+from .layers import LORA_LAYERS
 from .numbers import DTYPES
 from .rates import median
 
 Network = TypeVar("Network", bound=nn.Module)
 
 _CAPTION = 64
-_LAYERS = [name for names in LORA_TARGETS.values() for name in names]
 _FEWEST = 2  # blocks
 _KEPT = 0.25  # of the memory limit: for what blocks keep of a step in the fast mode
 
@@ -112,12 +111,10 @@ class Measurer:
         if count > _FEWEST:
             network.resize(count)
             seconds = median(run, 0.3 * self.share)
-        of = work.forward if case == "forward" else None
-        amount = (
-            of(OFFICIAL_TRANSFORMER, tokens, itemsize, count)
-            if of
-            else work.step(OFFICIAL_TRANSFORMER, tokens, itemsize, lean, count)
-        )
+        if case == "forward":
+            amount = work.forward(OFFICIAL_TRANSFORMER, tokens, itemsize, count)
+        else:
+            amount = work.step(OFFICIAL_TRANSFORMER, tokens, itemsize, lean, count)
         return Part(case, precision, side, amount, seconds)
 
     def _decode(self, case: str, precision: str, side: int) -> Part:
@@ -163,7 +160,7 @@ class RepeatedTransformer:
         self.model.freeze()
         if trains:
             for block in (self.block, self.plain):
-                add_trainable_loras(block, _LAYERS, work.RANK, float(work.RANK), np.random.default_rng(0))
+                add_trainable_loras(block, LORA_LAYERS, work.RANK, float(work.RANK), np.random.default_rng(0))
         mx.eval(self.model.parameters())
 
     def resize(self, layers: int) -> None:
@@ -210,7 +207,7 @@ def _random(module: Network, dtype: str) -> Network:
 
 
 def _quantize(block: Block, bits: int) -> None:
-    for name in _LAYERS:
+    for name in LORA_LAYERS:
         layer = QuantizedLinear.from_linear(find(block, name), GROUP_SIZE, bits)
         mx.eval(layer.parameters())
         put(block, [(name, layer)])

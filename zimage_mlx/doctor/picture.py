@@ -11,6 +11,7 @@ import numpy as np
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.checkpoints.hub import TINY
 from zimage_ref.doctor.findings import Verdict
+from zimage_ref.doctor.prediction import NAMES
 from zimage_ref.formats.tensors import Array
 from zimage_ref.pictures.images import read_picture
 
@@ -21,7 +22,6 @@ from .limits import EPS, Errors, as_float32
 
 STORED = Path(__file__).parent / "picture.png"  # made by `draw` with the pipeline of zimage_ref, in float32
 PROMPT, SIDE, SEED = "a big red star on a blue background", 128, 7
-_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _GRAY = 128.0
 # A value of the stored picture is rounded to 1/255. A prediction is rounded about as a block is, 40 times in a row;
 # guidance of 3 takes one prediction four times; what eight steps add to the error is no more than that of one
@@ -40,7 +40,7 @@ def built_in(dtype: str) -> Verdict:
     """The device's picture in `dtype` against the stored one."""
     start = time.perf_counter()
     expected = np.asarray(read_picture(STORED), np.float32) - _GRAY
-    errors = Errors.of(draw(ZImagePipeline.from_pretrained(TINY, _NAMES[dtype])), expected)
+    errors = Errors.of(draw(ZImagePipeline.from_pretrained(TINY, NAMES[dtype])), expected)
     limit = _STORED_ROUNDING + 0.2123 * EPS[dtype] * _ROUNDINGS
     return Verdict(
         "picture of the built-in model", dtype, f"{SIDE} x {SIDE}", errors.error, limit, errors.worst, 10 * limit,

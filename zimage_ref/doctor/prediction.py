@@ -146,8 +146,7 @@ class TimeModel:
 
     def step_bytes(self, precision: str, side: int, mode: Mode) -> int:
         """Memory of training LoRAs of rank 16 on all blocks, with AdamW."""
-        blocks = OFFICIAL_TRANSFORMER.n_layers + 2 * OFFICIAL_TRANSFORMER.n_refiner_layers
-        lora = lora_bytes(blocks * work.lora_values(OFFICIAL_TRANSFORMER), slots=2)
+        lora = lora_bytes(work.trained_values(OFFICIAL_TRANSFORMER), slots=2)
         model = _loaded(precision, self._compute)
         footprint = footprint_of_mlx("lean" if mode == "fast" else mode, on_apple_silicon())
         return peak(training_stages(model, Tokens.of(side).image, lora, 1, mode != "fast", footprint)).total

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zimage_ref.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from zimage_ref.model.parameters import LORA_TARGETS, text_encoder_parameters, text_encoder_unused
+from zimage_ref.model.parameters import LORA_TARGETS, text_encoder_parameters, text_encoder_unused, transformer_blocks
 
 # Passes over arrays in a block's elementwise parts, forward, counted in zimage_mlx.networks.transformer: norms before
 # and after each half with scale, gate and residual 14; norm and rotation of q and k 14, in widths of the stream;
@@ -97,6 +97,11 @@ def lora_values(config: TransformerConfig) -> int:
     return RANK * (attention * 2 * config.dim + feed_forward * (config.dim + config.ffn_dim))
 
 
+def trained_values(config: TransformerConfig) -> int:
+    """Values of the LoRAs on all blocks."""
+    return len(list(transformer_blocks(config))) * lora_values(config)
+
+
 def forward(config: TransformerConfig, tokens: Tokens, itemsize: int, layers: int | None = None) -> Work:
     """The transformer for one picture, as in each step of sampling. layers: how many there are, the config's if None.
 
@@ -110,16 +115,13 @@ def forward(config: TransformerConfig, tokens: Tokens, itemsize: int, layers: in
 def step(config: TransformerConfig, tokens: Tokens, itemsize: int, lean: bool, layers: int | None = None) -> Work:
     """The gradient of LoRAs on all blocks. lean: blocks run twice, since they keep only their input."""
     depth, passes = config.n_layers if layers is None else layers, 2 if lean else 1
-    total = Work()
-    for count, length in ((depth, tokens.both), (config.n_refiner_layers, tokens.image + tokens.caption)):
-        total += (block(config, length, itemsize) * passes + block_backward(config, length, itemsize)) * count
-    return total
+    each = block(config, tokens.both, itemsize) * passes + block_backward(config, tokens.both, itemsize)
+    return each * (depth + config.n_refiner_layers)  # two refiners, of picture and caption, count as one block
 
 
 def optimizer(config: TransformerConfig) -> Work:
     """AdamW on the LoRAs of all blocks, in float32."""
-    blocks = config.n_layers + 2 * config.n_refiner_layers
-    return Work(moved=4 * _OPTIMIZER_PASSES * blocks * lora_values(config))
+    return Work(moved=4 * _OPTIMIZER_PASSES * trained_values(config))
 
 
 def encode_text(config: TextEncoderConfig, tokens: int, itemsize: int) -> Work:

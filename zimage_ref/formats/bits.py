@@ -22,9 +22,9 @@ def packed_bits(q: Array, bits: int) -> Array:
 
 def unpacked_bits(words: Array, bits: int) -> Array:
     """The way back: words (rows, n * bits / 32) uint32 -> (rows, n) uint8."""
-    q = np.ascontiguousarray(words).view(np.uint8)
     if bits == 4:
-        return np.stack([q & 0xF, q >> 4], axis=-1).reshape(len(q), -1)
+        return nibbles(words)
+    q = np.ascontiguousarray(words).view(np.uint8)
     if bits != 8:
         single = np.unpackbits(q, axis=-1, bitorder="little").reshape(len(q), -1, bits)
         return np.packbits(single, axis=-1, bitorder="little")[..., 0]

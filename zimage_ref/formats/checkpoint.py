@@ -37,7 +37,7 @@ class Checkpoint:
 
     path: Path
     container: str  # "npz", "safetensors", "burnpack" or "gguf"
-    tensors: dict[str, Tensor]  # a quantized layer is one tensor, see `layouts`
+    tensors: dict[str, Tensor]  # a quantized layer is one tensor, see `folding`
     metadata: Json  # as stored: the npz record, safetensors' __metadata__, ...
     record: Json = field(default_factory=dict)  # written by this program: model_type, config, quantization, source
 

@@ -85,9 +85,8 @@ def _decoded(layer: Layer, path: Path) -> Tensor:
     said = layer.options.get("format")
     if said is None and layer.parts.keys() <= {"weight", *HINTS}:
         return layer.parts["weight"]
-    found = ", ".join(f"{part} {kind_of(t)} {t.shape}" for part, t in layer.parts.items() if part not in HINTS)
     raise FormatError(
-        f"{path}: {layer.name} is quantized as {said or 'nothing that this program knows'} ({found}): "
+        f"{path}: {layer.name} is quantized as {said or 'nothing that this program knows'} ({layer.described}): "
         f"known are {', '.join(layout.name for layout in LAYOUTS)}"
     )
 

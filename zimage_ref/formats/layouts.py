@@ -1,4 +1,4 @@
-"""The quantized layouts that are read, one entry each in LAYOUTS, and `fold`, which makes one tensor of each layer.
+"""The quantized layouts that are read, one entry each in LAYOUTS. `folding.fold` makes one tensor of each layer.
 
 A quantized layer X is several tensors of a file: X.weight, and others beside it such as X.scales or X.weight_scale.
 An entry says which tensors these are, how to know the layout, and how to make a Tensor of the weights. MLX's affine
@@ -32,6 +32,11 @@ class Layer:
     parts: Mapping[str, Tensor]  # by the last part of their names
     options: Json = field(default_factory=dict)  # what the file says about the layer
 
+    @property
+    def described(self) -> str:
+        """The type and shape of each tensor, for people."""
+        return ", ".join(f"{part} {kind_of(t)} {t.shape}" for part, t in self.parts.items() if part not in HINTS)
+
     def fits(self, kinds: Mapping[str, str]) -> bool:
         """Whether the layer has these parts in these types; kinds are separated by spaces."""
         return all(part in self.parts and kind_of(self.parts[part]) in kinds[part].split() for part in kinds)
@@ -57,19 +62,19 @@ class Layout:
 
     def tensor(self, layer: Layer, path: Path) -> Tensor:
         """The weights of `layer`. Raises FormatError if its tensors do not fit each other."""
-        shape = self.shape(layer)
-        if not layer.fits(self.parts) or 0 in shape or not self.check(layer, shape):
-            found = ", ".join(f"{part} {kind_of(t)} {t.shape}" for part, t in layer.parts.items() if part not in HINTS)
-            raise FormatError(f"{path}: {layer.name} has {found}, which are not a layer of {self.name}")
-        return PackedTensor.of_values(shape, self.name, partial(self.decode, layer), layer.parts, padded=self.padded)
+        if not self._fits(layer):
+            raise FormatError(f"{path}: {layer.name} has {layer.described}, which are not a layer of {self.name}")
+        return PackedTensor.of_values(
+            self.shape(layer), self.name, partial(self.decode, layer), layer.parts, padded=self.padded
+        )
 
     def accepts(self, layer: Layer) -> bool:
         """Whether the tensors of `layer` are what this layout stores, all of them."""
-        known = {*self.parts, *self.more, *HINTS}
-        if not layer.parts.keys() <= known or not layer.fits(self.parts):
-            return False
+        return layer.parts.keys() <= {*self.parts, *self.more, *HINTS} and self._fits(layer)
+
+    def _fits(self, layer: Layer) -> bool:
         shape = self.shape(layer)
-        return 0 not in shape and self.check(layer, shape)
+        return layer.fits(self.parts) and 0 not in shape and self.check(layer, shape)
 
     def shape(self, layer: Layer) -> tuple[int, ...]:
         """The shape of the weights; it holds 0 if X.weight cannot be of this layout."""
