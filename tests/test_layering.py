@@ -36,7 +36,7 @@ ROOMS = {
         f"{_BASE} bounds version options options_file pictures lora checkpoints memory streaming",
     "zimage_ref.pipeline": "formats model checkpoints lora networks memory generation",
     "zimage_ref.training":
-        f"{_BASE} bounds options options_file pictures lora checkpoints memory streaming generation",
+        f"{_BASE} bounds extras options options_file pictures lora checkpoints memory streaming generation",
     "zimage_ref.doctor": "errors formats model version checkpoints memory",
     "zimage_ref.inspection": "errors formats checkpoints",
     "zimage_ref.requirements": "formats model checkpoints memory streaming training",
@@ -227,7 +227,7 @@ def test_tests_are_skipped_for_libraries_only() -> None:
     }
     libraries = {
         "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft",
-        "playwright", "prodigyopt", "schedulefree", "scipy", "torch", "transformers",
+        "playwright", "prodigyopt", "schedulefree", "scipy", "tensorboard", "torch", "transformers", "wandb",
     }  # fmt: skip
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
     for top, *below in (name.split(".") for name in names):

@@ -37,7 +37,7 @@ OTHER: dict[str, Any] = {
     "shuffle_tags": True, "keep_tags": 2, "module_dropout": 0.25, "min_sigma": 0.1, "max_sigma": 0.9,
     "noise_offset": 0.05, "loss": "huber", "huber_delta": 0.2, "loss_weight": "flow-weighted",
     "differential_guidance": 3.0, "preserve": "dog", "preserve_blank": True, "preserve_every": 2,
-    "preserve_weight": 0.5,
+    "preserve_weight": 0.5, "log": ("tensorboard", "wandb"),
 }  # fmt: skip
 # A value that no run has beside the kind of OTHER
 BESIDE_LORA: dict[str, Any] = {"model_dir": Path("m"), "dataset": Path("d é"), "dropout": 0.15}

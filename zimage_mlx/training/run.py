@@ -29,6 +29,7 @@ from zimage_ref.training.checked_dataset import CheckedDataset
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
+from zimage_ref.training.logs import opened_logs
 from zimage_ref.training.metrics import recorded
 from zimage_ref.training.plan import TURBO_WARNING, plan_for
 from zimage_ref.training.run_folder import RunFolder
@@ -91,11 +92,13 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     if machines.first and not config.resume:
         run.clear()
     data = EncodedDataset(plan, pipeline)
-    for encoded in data.build(machines.rank, machines.size):
-        yield encoded
-        if machines.asked_to_stop():
-            yield Stopped(saved.step if saved else 0)
-            return
-
-    loop = Loop(plan, pipeline, data, machines, facts, saved)
-    yield from recorded(loop.events(), run, facts, loop.done) if machines.first else loop.events()
+    done = saved.step if saved else 0
+    with opened_logs(run, config.log if machines.first else (), facts, done) as logs:
+        yield from map(Notice, logs.notices)
+        for encoded in data.build(machines.rank, machines.size):
+            yield encoded
+            if machines.asked_to_stop():
+                yield Stopped(done)
+                return
+        loop = Loop(plan, pipeline, data, machines, facts, saved)
+        yield from recorded(loop.events(), run, facts, loop.done, logs) if machines.first else loop.events()

@@ -19,14 +19,13 @@ from zimage_ref.bounds import TRAINING, check_bounds
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
-from zimage_ref.generation.presets import by_model
-from zimage_ref.generation.sizes import check_area, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings, namings_of_every_kind
 from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, UpdateSize
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
 from zimage_ref.model.parameters import LORA_TARGETS
 from zimage_ref.options import MEMORY, check_choices, option, required
 
+from .check_options import CheckOptions
 from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings, check_resolution
 from .groups import TrainGroup
 from .learning_options import SHARED, LearningOptions
@@ -47,11 +46,11 @@ PRECISIONS = (  # of the frozen base; 4/32 is 4 bits in groups of 32
 )  # fmt: skip
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
-MODEL, DATA, LORA, PACE, NOISE, _, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
+MODEL, DATA, LORA, PACE, NOISE, _, _, SAVING, MEMORY_USE, _ = TrainGroup
 
 
 @dataclass(frozen=True)
-class TrainConfig(LearningOptions):
+class TrainConfig(LearningOptions, CheckOptions):
     """The options of a LoRA training run. Raises ConfigError for values out of bounds.
 
     You may give paths as text. You may give options of several values as one value or as a list.
@@ -126,15 +125,6 @@ class TrainConfig(LearningOptions):
         free=True,
         auto=True,
     )
-    validation: str = option(
-        "",
-        "Pictures to test on, not to learn: a folder, or a share such as 0.1.",
-        CHECKS,
-        value="FOLDER|SHARE",
-        essential=True,
-    )
-    validation_every: int = option(50, "Steps between two measurements of the held-out loss.", CHECKS, free=True)
-
     lora_format: str = option(
         DEFAULT_NAMING, "Spelling of the keys in the LoRA file.", SAVING, choices=lora_namings, free=True
     )
@@ -193,25 +183,6 @@ class TrainConfig(LearningOptions):
         100, "Save the state that `resume` needs every N steps, and with each saved LoRA.", SAVING, free=True
     )
     keep_last: int = option(0, "Number of LoRAs of earlier steps to keep. 0 keeps all.", SAVING, free=True)
-    preview_prompt: tuple[str, ...] = option(
-        (),
-        "Prompt to draw during training. You can repeat this option.",
-        CHECKS,
-        value="TEXT",
-        essential=True,
-        free=True,
-        repeatable=True,
-    )
-    preview_every: int = option(250, "Steps between two previews.", CHECKS, free=True)
-    preview_size: int | None = option(
-        None, "Side of a preview in pixels. With auto, the largest `resolution`.", CHECKS, free=True, auto=True
-    )
-    preview_steps: int | None = option(
-        None, f"Denoising steps of a preview. With auto, {by_model('preview_steps')}.", CHECKS, free=True, auto=True
-    )
-    preview_guidance: float | None = option(
-        None, f"Guidance of a preview. 0 is none. With auto, {by_model('guidance')}.", CHECKS, free=True, auto=True
-    )
     resume: bool = option(False, "Continue the run to `output` that was stopped.", SAVING, essential=True, free=True)
     resume_anyway: bool = option(False, "Resume although dataset, model or options have changed.", SAVING, free=True)
     overwrite: bool = option(False, "Replace `output`, and an unfinished run that writes to it.", SAVING, free=True)
@@ -221,7 +192,7 @@ class TrainConfig(LearningOptions):
         for name in ("model_dir", "dataset", "output", "cache", "training_adapter", "init_lora", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("resolution", "targets", "preview_prompt"):
+        for name in ("resolution", "targets", "preview_prompt", "log"):
             object.__setattr__(self, name, _several(getattr(self, name)))
         object.__setattr__(self, "targets", normalized(self.targets))
         for name in _FORMER_AUTO:
@@ -276,9 +247,7 @@ class TrainConfig(LearningOptions):
         if self.factor == 0:
             raise ConfigError("`factor` 0: give -1, or the largest side of the small matrix")
         check_resolution(self.resolution)
-        if self.preview_size is not None:
-            check_side("preview_size", self.preview_size)
-            check_area(self.preview_size, self.preview_size)
+        self.check_previews()
 
     def _check_names(self) -> None:
         check_choices(self)

@@ -1,4 +1,4 @@
-"""Writes the measurements of a run while it runs: metrics.jsonl, and report.html, which shows them."""
+"""Writes the measurements of a run while it runs: metrics.jsonl, report.html, which shows them, and other logs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import suppress
 
 from zimage_ref.formats.files import atomic_write, sync
 
-from .events import Checkpointed, Event, Previewed, Saved
+from .events import Checkpointed, Event, Notice, Previewed, Saved
 from .facts import RunFacts
+from .logs import Logs
 from .metrics_lines import line_of, read_lines
 from .report import page
 from .run_folder import RunFolder
@@ -19,25 +20,27 @@ _REFRESH = 20.0  # seconds between two updates of the page
 
 
 class Metrics:
-    """The metrics.jsonl and the report.html of a run."""
+    """The metrics.jsonl and the report.html of a run, and its logs for other programs."""
 
-    def __init__(self, run: RunFolder, facts: RunFacts, step: int) -> None:
+    def __init__(self, run: RunFolder, facts: RunFacts, step: int, logs: Logs) -> None:
         """Continues after `step`. Lines of later steps are deleted, because these steps are made again."""
-        self._run, self._facts = run, facts
+        self._run, self._facts, self._logs = run, facts, logs
         lines = [line for line in read_lines(run) if line["step"] <= step]
         with atomic_write(run.metrics) as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self._file = run.metrics.open("a", encoding="utf-8")
         self._refreshed = time.monotonic()
 
-    def write(self, event: Event) -> None:
-        """Records the measurement of `event`, if it has one."""
+    def write(self, event: Event) -> list[str]:
+        """Records the measurement of `event`, if it has one. Returns what there is to say about other logs."""
         line = line_of(event, self._run)
-        if line:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        if line and time.monotonic() - self._refreshed > _REFRESH:
+        if line is None:
+            return []
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if time.monotonic() - self._refreshed > _REFRESH:
             self.refresh()
+        return self._logs.write(line)
 
     def refresh(self) -> None:
         """Writes the page again."""
@@ -54,13 +57,13 @@ class Metrics:
             self.refresh()
 
 
-def recorded(events: Iterable[Event], run: RunFolder, facts: RunFacts, done: int) -> Iterator[Event]:
-    """Yields the `events` of a run that has made `done` steps. Each is written to metrics and report first."""
+def recorded(events: Iterable[Event], run: RunFolder, facts: RunFacts, done: int, logs: Logs) -> Iterator[Event]:
+    """Yields the `events` of a run that has made `done` steps. Each is written to metrics, report and `logs` first."""
     with run.room_for(0):
-        metrics = Metrics(run, facts, done)
+        metrics = Metrics(run, facts, done, logs)
         try:
             for event in events:
-                metrics.write(event)
+                yield from map(Notice, metrics.write(event))
                 if isinstance(event, Saved | Previewed | Checkpointed):
                     metrics.refresh()
                 yield event

@@ -105,6 +105,17 @@ def _fits(value: object, hint: object) -> bool:
     return isinstance(value, str if hint is str else bool)
 
 
+def figures(line: MetricsLine) -> dict[str, float]:
+    """The finite numbers of a line by name, without the step itself. The held-out loss has a name for each sigma."""
+    if "validation" in line:
+        each = {f"held_out/{sigma}": loss for sigma, loss in line["validation"].items() if loss is not None}
+        return {**each, "held_out/mean": sum(each.values()) / len(each)} if each else {}
+    if "preview" in line:
+        return {}
+    found = {name: value for name, value in line.items() if name not in ("step", "total")}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
 def step_lines(lines: Iterable[MetricsLine]) -> list[StepLine]:
     """The lines of steps."""
     return [line for line in lines if "loss" in line]

@@ -40,6 +40,7 @@ from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out
 from .dataset_options import TRAIN
 from .facts import RunFacts
+from .logs import require_logs
 from .optimizers import OPTIMIZERS
 from .start import Start, going_on, layer_matrices, new_matrices, with_magnitudes
 from .targets import chosen_layers
@@ -216,6 +217,7 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
         taught, held_out = hold_out(taught, fraction, config.seed)
         examples = [*taught, *(example for example in examples if example.settings.kind != TRAIN)]
     _check_sides(config, model)
+    require_logs(config.log)
     items = [
         Item(index, size, repeat)
         for repeat in range(max(example.settings.repeats for example in examples))

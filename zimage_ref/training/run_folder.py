@@ -5,6 +5,7 @@ resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with the
 metrics.jsonl            one line for each step, measurement or preview
 report.html              the same for people
 previews/                pictures
+tensorboard/, wandb/     the same as metrics.jsonl for these programs, if `log` names them
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class RunFolder:
         self.path = output.with_suffix(RUN_SUFFIX)
         self.metrics, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.previews, self._resume = self.path / "previews", self.path / "resume"
+        self.tensorboard, self.wandb = self.path / "tensorboard", self.path / "wandb"
 
     def lora(self, step: int) -> Path:
         """The file of the LoRA that is saved after `step`, before the end."""
@@ -137,9 +139,9 @@ class RunFolder:
         return self.output.is_file() and self.output.stat().st_mtime_ns >= state.stat().st_mtime_ns
 
     def clear(self) -> None:
-        """Deletes the state, metrics and previews of an earlier run."""
-        remove_folder(self._resume)
-        remove_folder(self.previews)
+        """Deletes the state, metrics, logs and previews of an earlier run."""
+        for folder in (self._resume, self.previews, self.tensorboard, self.wandb):
+            remove_folder(folder)
         for file in (self.metrics, self.report):
             file.unlink(missing_ok=True)
 

@@ -30,6 +30,7 @@ ENDED = ("done", "failed", "stopped")
 NOT_ASKED = {
     "model_dir", "dataset", "datasets", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer",
     "training_adapter", "init_lora", "resume", "resume_anyway", "overwrite", "force",
+    "log",  # it may send pictures to another server
 }  # fmt: skip
 BY_NAME = ("training_adapter", "init_lora")  # of these, clients give the name of a LoRA
 
