@@ -91,6 +91,9 @@ TRAINING = {  # fields of TrainConfig
     "differential_guidance": Bounds(0, 1e4, above=True), "huber_delta": Bounds(0, 1e4, above=True),
     "preserve_every": _EVERY, "preserve_weight": Bounds(0, 1e4),
 }  # fmt: skip
+PREVIEW = {  # fields of PreviewPrompt
+    name: PICTURE[name] for name in ("width", "height", "steps", "guidance", "seed")
+}
 DATASET = {  # fields of DatasetOptions
     "weight": Bounds(0, 1e4), "repeats": TRAINING["repeats"], "resolution": _SIDE,
     "caption_dropout": TRAINING["caption_dropout"],

@@ -121,7 +121,9 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
-        "report": RunFolder(config.output).report, **_time(config),
+        "report": RunFolder(config.output).report,
+        **({"previews": RunFolder(config.output).sheet} if config.preview_prompt else {}),
+        **_time(config),
     })  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def _info(field: Field[Any], hint: Any) -> OptionInfo:
 def _settings(field: Field[Any], hint: Any) -> dict[str, Any]:
     """The settings of argparse for a field."""
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if field.default is True else "store_true"}
     several = get_origin(hint) is tuple
     commas = several and not field.metadata.get("repeatable")
     settings: dict[str, Any] = {"type": _parser(hint, commas), "metavar": _value(field, hint, commas)}

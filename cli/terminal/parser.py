@@ -170,6 +170,8 @@ def shown_default(value: object) -> str:
     """A default as a user types it. "" for an option that is off or empty by default."""
     if value is None or value is False or value in (argparse.SUPPRESS, "", ()) or value == []:
         return ""
+    if value is True:
+        return "on"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -37,7 +37,7 @@ OTHER: dict[str, Any] = {
     "shuffle_tags": True, "keep_tags": 2, "module_dropout": 0.25, "min_sigma": 0.1, "max_sigma": 0.9,
     "noise_offset": 0.05, "loss": "huber", "huber_delta": 0.2, "loss_weight": "flow-weighted",
     "differential_guidance": 3.0, "preserve": "dog", "preserve_blank": True, "preserve_every": 2,
-    "preserve_weight": 0.5, "log": ("tensorboard", "wandb"),
+    "preserve_weight": 0.5, "log": ("tensorboard", "wandb"), "preview_first": False,
 }  # fmt: skip
 # A value that no run has beside the kind of OTHER
 BESIDE_LORA: dict[str, Any] = {"model_dir": Path("m"), "dataset": Path("d é"), "dropout": 0.15}
@@ -115,6 +115,8 @@ def test_every_option_goes_through_toml_json_and_the_command_line(
             argv += [part for prompt in value for part in (flag, prompt)]
         elif value is True:
             argv.append(flag)
+        elif value is False:
+            argv.append(flag.replace("--", "--no-", 1))
         else:
             argv += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     assert main(argv) == 0

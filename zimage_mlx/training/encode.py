@@ -84,9 +84,9 @@ class EncodedDataset:
     def _caption_work(self) -> list[_Work]:
         plan, config = self._plan, self._plan.config
         texts = [*drawn_captions(plan), *(Variants(config).first(example.caption) for example in plan.held_out)]
-        texts += config.preview_prompt
+        texts += [text for preview in plan.previews for text in preview.texts]
         dropped = any(example.settings.caption_dropout for example in plan.examples)
-        if dropped or config.preview_prompt or config.preserve_blank:
+        if dropped or config.preserve_blank:
             texts.append("")
         return [(self._cache.caption(text), partial(self._encode_caption, text)) for text in dict.fromkeys(texts)]
 

@@ -92,6 +92,17 @@ class Learner:
         self._use(self._average or self._optimizer.result(self._vectors))
         yield self._model
 
+    @property
+    def can_rest(self) -> bool:
+        """Whether `resting` shows another model than `result` of a new LoRA, and the base itself."""
+        return self._plan.begins_with is not None and self._plan.config.kind != "dora"  # its lengths are not the base's
+
+    @contextmanager
+    def resting(self) -> Iterator[Transformer]:
+        """The transformer as if there were no LoRA."""
+        self._use({factor: mx.zeros_like(vector) for factor, vector in self._vectors.items()})
+        yield self._model
+
     def factors(self) -> LoRA:
         """The LoRA as it would be saved."""
         with self.result() as model:

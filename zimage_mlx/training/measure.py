@@ -27,7 +27,7 @@ class Measurer:
         config = self._plan.config
         if self._plan.held_out and self._is_due(step, config.validation_every):
             yield Validated(step, self._held_out_loss())
-        if self._previewer and self._is_due(step, config.preview_every):
+        if self._previewer and (step or config.preview_first) and self._is_due(step, config.preview_every):
             yield from self._previewer.draw(step)
 
     def _is_due(self, step: int, every: int) -> bool:

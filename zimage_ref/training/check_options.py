@@ -12,6 +12,7 @@ from zimage_ref.generation.sizes import check_area, check_side
 from zimage_ref.options import option
 
 from .groups import TrainGroup
+from .preview_prompts import PreviewPrompt
 
 LOG_NAMES = ("tensorboard", "wandb")  # each is also its extra; `logs` writes them
 _CHECKS = TrainGroup.CHECKS
@@ -31,7 +32,7 @@ class CheckOptions:
     validation_every: int = option(50, "Steps between two measurements of the held-out loss.", _CHECKS, free=True)
     preview_prompt: tuple[str, ...] = option(
         (),
-        "Prompt to draw during training. You can repeat this option.",
+        "Prompt to draw during training. Settings of its own may follow, such as --seed 7. You can repeat this option.",
         _CHECKS,
         value="TEXT",
         essential=True,
@@ -39,6 +40,9 @@ class CheckOptions:
         repeatable=True,
     )
     preview_every: int = option(250, "Steps between two previews.", _CHECKS, free=True)
+    preview_first: bool = option(
+        True, "Draw previews before the first step, too: what the model makes without the LoRA.", _CHECKS, free=True
+    )
     preview_size: int | None = option(
         None, "Side of a preview in pixels. With auto, the largest `resolution`.", _CHECKS, free=True, auto=True
     )
@@ -57,7 +61,9 @@ class CheckOptions:
     )
 
     def check_previews(self) -> None:
-        """Raises ConfigError for sizes that no picture has."""
+        """Raises ConfigError for sizes that no picture has, and for prompts with wrong settings."""
+        for text in self.preview_prompt:
+            PreviewPrompt.parse(text)
         if self.preview_size is not None:
             check_side("preview_size", self.preview_size)
             check_area(self.preview_size, self.preview_size)

@@ -1,4 +1,4 @@
-"""Writes the measurements of a run while it runs: metrics.jsonl, report.html, which shows them, and other logs."""
+"""Writes the measurements of a run while it runs: metrics.jsonl, report.html, previews.png and other logs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import cast
 
 from zimage_ref.formats.files import atomic_write, sync
 
@@ -13,6 +14,7 @@ from .events import Checkpointed, Event, Notice, Previewed, Saved
 from .facts import RunFacts
 from .logs import Logs
 from .metrics_lines import line_of, read_lines
+from .preview_sheet import write_sheet
 from .report import page
 from .run_folder import RunFolder
 
@@ -49,6 +51,10 @@ class Metrics:
             file.write(text.encode())
         self._refreshed = time.monotonic()
 
+    def draw_sheet(self) -> None:
+        """Writes previews.png again."""
+        write_sheet(self._run, read_lines(self._run))
+
     def close(self) -> None:
         """Writes everything to disk, and the page a last time if the disk has room."""
         with self._file:
@@ -59,6 +65,7 @@ class Metrics:
 
 def recorded(events: Iterable[Event], run: RunFolder, facts: RunFacts, done: int, logs: Logs) -> Iterator[Event]:
     """Yields the `events` of a run that has made `done` steps. Each is written to metrics, report and `logs` first."""
+    last = len(cast(list[str], facts["config"]["preview_prompt"])) - 1
     with run.room_for(0):
         metrics = Metrics(run, facts, done, logs)
         try:
@@ -66,6 +73,8 @@ def recorded(events: Iterable[Event], run: RunFolder, facts: RunFacts, done: int
                 yield from map(Notice, metrics.write(event))
                 if isinstance(event, Saved | Previewed | Checkpointed):
                     metrics.refresh()
+                if isinstance(event, Previewed) and event.index == last:
+                    metrics.draw_sheet()
                 yield event
         finally:
             metrics.close()

@@ -12,6 +12,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.files import sha256
 from zimage_ref.formats.quantize import Quantization, QuantizedTensor
+from zimage_ref.generation.presets import defaults_for
 from zimage_ref.lora.clients import losses_of
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, Matrices, UpdateSize
@@ -42,6 +43,7 @@ from .dataset_options import TRAIN
 from .facts import RunFacts
 from .logs import require_logs
 from .optimizers import OPTIMIZERS
+from .preview_prompts import Preview, PreviewPrompt
 from .start import Start, going_on, layer_matrices, new_matrices, with_magnitudes
 from .targets import chosen_layers
 from .variants import Variants
@@ -66,6 +68,7 @@ class TrainPlan:
     adapter: LoRA  # the training adapter, merged into the base while training; empty if there is none
     notices: Sequence[str] = ()  # what the user should know before the run
     begins_with: LoRA | None = None  # the LoRA that the run goes on from
+    previews: Sequence[Preview] = ()  # the pictures to draw, in the order of `preview_prompt`
 
     @cached_property
     def total(self) -> int:
@@ -216,7 +219,8 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
         taught = [example for example in examples if example.settings.kind == TRAIN]
         taught, held_out = hold_out(taught, fraction, config.seed)
         examples = [*taught, *(example for example in examples if example.settings.kind != TRAIN)]
-    _check_sides(config, model)
+    previews = _previews(config, model)
+    _check_sides(config, model, previews)
     require_logs(config.log)
     items = [
         Item(index, size, repeat)
@@ -231,9 +235,9 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
     adapter, begins_with = (
         read_lora(file, shapes).updates if file else None for file in (config.training_adapter, config.init_lora)
     )
-    long = _long_texts(config, model, [*examples, *held_out])
-    notices = [*dataset.notices, *long, *_readers(config), *_unused(config)]
-    plan = TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with)
+    long = _long_texts(config, model, [*examples, *held_out], previews)
+    notices = [*dataset.notices, *long, *_readers(config), *_unused(config, previews)]
+    plan = TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with, previews)
     by_rank = TRAINED[config.kind].by_rank
     if config.rank_dropout and not any(by_rank in each for each in plan.matrices.values()):
         raise ConfigError("`rank_dropout` needs matrices with a rank: with this `rank` those of lokr are whole")
@@ -248,12 +252,26 @@ def _readers(config: TrainConfig) -> list[str]:
     return [*losses_of([title], config.lora_format), f"{title}: mflux refuses a file that holds it"]
 
 
-def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Example]) -> Iterator[str]:
+def _previews(config: TrainConfig, model: ModelFolder) -> list[Preview]:
+    """The pictures to draw. Each has another seed, unless its prompt gives one."""
+    side = max(config.resolution) if config.preview_size is None else config.preview_size
+    usual = defaults_for(model.scheduler)
+    return [
+        PreviewPrompt.parse(text).decided(
+            side, config.preview_steps, config.preview_guidance, config.seed + index, usual
+        )
+        for index, text in enumerate(config.preview_prompt)
+    ]
+
+
+def _long_texts(
+    config: TrainConfig, model: ModelFolder, examples: Sequence[Example], previews: Sequence[Preview]
+) -> Iterator[str]:
     """Notices of captions and of prompts of previews that are longer than the model reads."""
     tokenizer, variants = Tokenizer(model.tokenizer), Variants(config)
     texts = {
         "captions": {str(e.picture): max(variants.all_of(e.caption), key=len) for e in examples},
-        "prompts": {p: p for p in config.preview_prompt},
+        "prompts": {text: text for each in previews for text in each.texts},
     }
     for what, named in texts.items():
         counts = {name[:_SHOWN]: count for name, text in named.items() if (count := tokenizer.count(text)) > MAX_TOKENS}
@@ -262,19 +280,25 @@ def _long_texts(config: TrainConfig, model: ModelFolder, examples: Sequence[Exam
             yield f"{what} longer than {MAX_TOKENS} tokens are cut off ({len(counts)}): {found}"
 
 
-def _unused(config: TrainConfig) -> Iterator[str]:
+def _unused(config: TrainConfig, previews: Sequence[Preview]) -> Iterator[str]:
     """Notices of options that have no effect beside others."""
     if OPTIMIZERS[config.optimizer].averages and config.schedule != "constant":
         yield (
             f"`optimizer` {config.optimizer} keeps the learning rate after the warmup: "
             f"`schedule` {config.schedule} is not used"
         )
+    for each in previews:
+        if each.negative_prompt and not each.guidance:
+            yield f"`preview_prompt` {each.text!r}: its negative prompt is not used without guidance"
 
 
-def _check_sides(config: TrainConfig, model: ModelFolder) -> None:
-    previews = [] if config.preview_size is None else [config.preview_size]
-    shown = [side for number in range(len(config.sets)) for side in config.settings(number).resolution]
-    for name, sides in (("resolution", [*config.resolution, *shown]), ("preview_size", previews)):
+def _check_sides(config: TrainConfig, model: ModelFolder, previews: Sequence[Preview]) -> None:
+    trained = [side for number in range(len(config.sets)) for side in config.settings(number).resolution]
+    drawn = [side for each in previews for side in (each.width, each.height)]
+    size = [] if config.preview_size is None else [config.preview_size]
+    for name, sides in (
+        ("resolution", [*config.resolution, *trained]), ("preview_size", size), ("preview_prompt", drawn)
+    ):  # fmt: skip
         for side in sides:
             if side % model.size_multiple:
                 raise ConfigError(f"`{name}` {side} must be a multiple of {model.size_multiple} for {model.path}")

@@ -16,16 +16,14 @@ from .metrics_lines import (
     Finite,
     HeldOutLine,
     MetricsLine,
-    PreviewLine,
     StepLine,
     held_out_lines,
-    preview_lines,
     step_lines,
 )
+from .preview_sheet import Row, preview_rows
 from .run_folder import RunFolder
 
 _THUMBNAIL = 192  # pixels
-_COLUMNS = 12  # the most previews shown for a prompt
 _AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reloads the page every 30 s during the run
 
 
@@ -42,7 +40,7 @@ def page(
         f'<meta name=viewport content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head><body>'
         f"<h1>{title}</h1>{_tiles(steps, held_out_lines(lines))}"
         f"<div class=charts>{_charts(steps, held_out_lines(lines), last)}</div>"
-        f"{_previews(run.path, preview_lines(lines))}"
+        f"{_previews(preview_rows(run, lines))}"
         f"<div class=tables>{_table('Options', config)}{_table('Environment', environment)}</div></body></html>\n"
     )
 
@@ -94,33 +92,22 @@ def _points(values: Iterable[tuple[int, Finite]]) -> list[Point]:
     return [(step, value) for step, value in values if value is not None]
 
 
-def _previews(folder: Path, lines: Sequence[PreviewLine]) -> str:
-    by_prompt: dict[tuple[int, str], list[PreviewLine]] = {}
-    for line in lines:
-        if (folder / line["preview"]).is_file():
-            by_prompt.setdefault((line["index"], line["prompt"]), []).append(line)
+def _previews(rows: Sequence[Row]) -> str:
     strips = []
-    for (_, prompt), drawn in sorted(by_prompt.items()):
-        figures = "".join(_shot(line["step"], folder / line["preview"]) for line in _spread(drawn))
-        strips.append(f"<h3>{escape(prompt)}</h3><div class=strip>{figures}</div>")
+    for row in rows:
+        figures = "".join(_shot(label, path) for label, path in row.pictures.items())
+        strips.append(f"<h3>{escape(row.prompt)}</h3><div class=strip>{figures}</div>")
     return f"<h2>Previews</h2>{''.join(strips)}" if strips else ""
 
 
-def _spread(drawn: list[PreviewLine]) -> list[PreviewLine]:
-    """At most _COLUMNS previews: the first, the last, and others at even distances between them."""
-    if len(drawn) <= _COLUMNS:
-        return drawn
-    return [drawn[round(i * (len(drawn) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
-
-
-def _shot(step: int, path: Path) -> str:
-    """The preview of a step. A damaged file has a caption only: it must not end the run."""
+def _shot(label: str, path: Path) -> str:
+    """A preview. A damaged file has a caption only: it must not end the run."""
     try:
         data = base64.b64encode(thumbnail(path, _THUMBNAIL)).decode()
     except ZImageError:
         data = ""
-    shown = f'<img alt="step {step}" src="data:image/jpeg;base64,{data}">' if data else ""
-    return f"<figure class=shot>{shown}<figcaption>step {step:,}</figcaption></figure>"
+    shown = f'<img alt="{label}" src="data:image/jpeg;base64,{data}">' if data else ""
+    return f"<figure class=shot>{shown}<figcaption>{label}</figcaption></figure>"
 
 
 def _table(title: str, facts: Mapping[str, object]) -> str:

@@ -4,7 +4,8 @@ lock                     locked while a run is active
 resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with their checksums and the run's facts
 metrics.jsonl            one line for each step, measurement or preview
 report.html              the same for people
-previews/                pictures
+previews/                pictures: step<N>-<prompt>.png, and without-<prompt>.png of a run with `init_lora`
+previews.png             prompts by steps on one sheet
 tensorboard/, wandb/     the same as metrics.jsonl for these programs, if `log` names them
 """
 
@@ -55,15 +56,24 @@ class RunFolder:
         self.path = output.with_suffix(RUN_SUFFIX)
         self.metrics, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.previews, self._resume = self.path / "previews", self.path / "resume"
+        self.sheet = self.path / "previews.png"
         self.tensorboard, self.wandb = self.path / "tensorboard", self.path / "wandb"
 
     def lora(self, step: int) -> Path:
         """The file of the LoRA that is saved after `step`, before the end."""
         return self.output.with_suffix(f".step{step}.safetensors")
 
+    def preview(self, step: int, index: int) -> Path:
+        """The file of the preview of prompt `index` after `step`."""
+        return self.previews / f"step{step}-{index}.png"
+
+    def preview_without(self, index: int) -> Path:
+        """The file of the preview of prompt `index` without the LoRA, of a run that goes on from another."""
+        return self.previews / f"without-{index}.png"
+
     def names(self, total: int) -> list[Path]:
         """The longest names that a run of `total` steps writes into this folder."""
-        return [self._resume / f"step{total}" / "optimizer.safetensors", self.previews / f"step{total}-0.png"]
+        return [self._resume / f"step{total}" / "optimizer.safetensors", self.preview(total, 0)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -142,7 +152,7 @@ class RunFolder:
         """Deletes the state, metrics, logs and previews of an earlier run."""
         for folder in (self._resume, self.previews, self.tensorboard, self.wandb):
             remove_folder(folder)
-        for file in (self.metrics, self.report):
+        for file in (self.metrics, self.report, self.sheet):
             file.unlink(missing_ok=True)
 
     @contextmanager
