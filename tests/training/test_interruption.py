@@ -16,7 +16,13 @@ from support.training_runs import EVERYTHING, Workshop, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
+from zimage_ref import TrainConfig
+from zimage_ref.lora.trained import TRAINED
+from zimage_ref.model.flow import TIMESTEP_SAMPLINGS
 from zimage_ref.options_file import dump_options
+from zimage_ref.training.dataset_options import DatasetOptions
+from zimage_ref.training.learning_options import LOSS_WEIGHTS, LOSSES
+from zimage_ref.training.optimizers import OPTIMIZERS
 from zimage_ref.training.run_folder import RunFolder
 
 
@@ -108,3 +114,69 @@ def test_kill_9_at_20_random_moments_and_resuming_changes_no_bit(shop: Workshop)
         assert not list(cache.rglob(".*"))
     print(kills)
     assert kills["cache"] == 7 and kills["save"] >= 6 and kills["any"] >= 5  # a moment may come too late
+
+
+CAPTIONS = [
+    "a {red|green} fox, in snow, at night\nfoxes, two, small",
+    "an {old|young} owl, gray\nowl, on a {tree|roof}",
+]
+# What is drawn, one line for each run of the test below, which also goes through kinds and optimizers
+DRAWS: list[dict[str, Any]] = [
+    {"caption_lines": True, "caption_choices": True, "caption_dropout": 0.3},
+    {"shuffle_tags": True, "keep_tags": 1, "timesteps": "uniform"},
+    {"rank_dropout": 0.4, "timesteps": "logit-normal"},
+    {"module_dropout": 0.4, "timesteps": "sigmoid"},
+    {"dropout": 0.4, "timesteps": "weighted"},
+    {"noise_offset": 0.2, "min_sigma": 0.2, "max_sigma": 0.9, "timesteps": "content"},
+    {"trigger": "fox", "preserve": "owl", "preserve_blank": True, "preserve_every": 2, "timesteps": "style"},
+    {"loss": "huber", "loss_weight": "flow-weighted", "timesteps": "beta"},
+    {"dropout": 0.3, "module_dropout": 0.3, "rank_dropout": 0.3, "loss": "mae", "timesteps": "shift=3"},
+    {"ema": 0.8, "flip": True, "resolution": (32, 48), "batch_size": 2},
+    {"regularization": True, "repeats": 2},
+    {"differential_guidance": 3.0, "grad_accumulation": 2, "schedule": "linear", "warmup": 3},
+    {"base_precision": "4/32", "repeats": 3},
+]
+KINDS = ("lora", "lokr", "loha", "dora", "dora")  # the place of a kind decides which draws go with it
+CASES = [
+    {"optimizer": optimizer, "kind": KINDS[i % len(KINDS)], **draws}
+    for i, (optimizer, draws) in enumerate(zip(OPTIMIZERS, DRAWS, strict=True))
+]
+
+
+def test_the_cases_below_name_every_kind_optimizer_and_draw() -> None:
+    for option, every in (
+        ("kind", TRAINED),
+        ("optimizer", OPTIMIZERS),
+        ("loss", LOSSES),
+        ("loss_weight", LOSS_WEIGHTS),
+    ):
+        default = getattr(TrainConfig("m", "d"), option)
+        assert {case.get(option, default) for case in CASES} == set(every), option
+    assert {str(case.get("timesteps", "auto")).partition("=")[0] for case in CASES} == {*TIMESTEP_SAMPLINGS, "shift"}
+
+
+@pytest.fixture(scope="module")
+def told(shop: Workshop) -> Workshop:
+    """Pictures with captions of which parts are drawn, and others for a regularization set."""
+    pictures(shop.folder / "told", (40, 40), (44, 40), captions=CAPTIONS)
+    return Workshop(shop.folder, shop.model, shop.folder / "told")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['kind']}-{case['optimizer']}")
+def test_kill_9_and_resuming_changes_no_bit_with_any_kind_optimizer_and_draw(
+    told: Workshop, case: dict[str, Any]
+) -> None:
+    options = {"steps": 24, "resume_every": 2, "lr": 1e-3, "rank": 4, **case}
+    if options.pop("regularization", False):
+        beside = DatasetOptions(folder=told.folder / "shapes", kind="regularization", weight=0.5)
+        options |= {"dataset": None, "datasets": (DatasetOptions(folder=told.data), beside)}
+    name = f"{case['kind']}-{case['optimizer']}"
+    assert not _killed(told, f"{name}-whole", [], lambda: False, **options)  # in a process: it has the same BLAS
+    saved = told.folder / f"{name}.run" / "resume" / f"step{random.Random(name).choice((4, 6, 8))}"
+    assert _killed(told, name, [], saved.exists, **options)
+    found, _ = RunFolder(told.folder / f"{name}.safetensors").latest()
+    assert found is not None and 4 <= found.step < 24
+    assert not _killed(told, name, ["--resume"], lambda: False, **options)
+    results = [(told.folder / f"{stem}.safetensors").read_bytes() for stem in (name, f"{name}-whole")]
+    assert results[0] == results[1]
