@@ -15,7 +15,7 @@ import numpy as np
 from zimage_mlx.device import number
 from zimage_ref.errors import TrainingError
 from zimage_ref.formats.tensors import Array
-from zimage_ref.training.facts import DECIDING, RunFacts, deciding_options
+from zimage_ref.training.facts import DECIDING, RunFacts, SavedFacts, deciding_options
 from zimage_ref.training.run_folder import SavedState
 
 # What mlx.launch and MPI's launchers set for the processes that they start
@@ -119,8 +119,11 @@ class Machines:
         }
         if not self.first:
             smoothed, failures = told_smoothed, int(told_failures)
-        kept = saved.facts.get("kept_bytes") if saved else None
-        return SavedState(int(step), {**facts, "smoothed": smoothed, "failures": failures, "kept_bytes": kept}, tensors)
+        kept, unpacks = (saved.facts.get("kept_bytes"), saved.facts.get("unpacks")) if saved else (None, None)
+        own: SavedFacts = {
+            **facts, "smoothed": smoothed, "failures": failures, "kept_bytes": kept, "unpacks": unpacks
+        }  # fmt: skip
+        return SavedState(int(step), own, tensors)
 
     def _told(self, array: Array) -> Array:
         """The sum over machines. All except the first give zeros."""
