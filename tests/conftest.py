@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so; tests send this signal
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if _number and signal.getsignal(_number) is signal.SIG_IGN:  # of a background job, of nohup; tests send these
+        signal.signal(_number, _usual)
 
 
 def pytest_report_header() -> str:
