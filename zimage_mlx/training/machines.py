@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -45,6 +45,15 @@ def summed(array: mx.array, group: mx.distributed.Group) -> mx.array:
     total: mx.array = mx.distributed.all_sum(array, group=group)
     mx.eval(total)
     return total
+
+
+def summed_together(arrays: Sequence[mx.array], group: mx.distributed.Group) -> list[mx.array]:
+    """`summed` of each, float32, in one message: each message costs the time of a way there and back."""
+    shapes = [array.shape for array in arrays]
+    ends = np.cumsum([array.size for array in arrays]).tolist()
+    total = summed(mx.concatenate([array.reshape(-1) for array in arrays]), group)
+    parts = mx.split(total, ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def greatest(array: mx.array, group: mx.distributed.Group) -> mx.array:
