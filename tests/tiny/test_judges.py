@@ -1,0 +1,98 @@
+"""What the options of training do to a model that knows something: masks, preservation, and every kind of LoRA.
+
+The judge of the drawings reads what a LoRA has learned, and what the model has kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
+
+from zimage_cli.commands import demo
+from zimage_mlx import Step, TrainConfig, ZImagePipeline, train
+from zimage_ref.checkpoints.hub import TINY
+from zimage_ref.pictures.images import Picture, save_picture
+from zimage_ref.tiny import drawings
+from zimage_ref.tiny.data import GUIDANCE, STEPS
+from zimage_ref.tiny.drawings import SIDE, SIZES, Scene, Thing
+from zimage_ref.tiny.judge import look, shows
+from zimage_ref.training.plan import make_plan
+
+pytestmark = pytest.mark.slow
+KNOWN = drawings.take(60, seed=77, held_out=True)  # scenes of words that the model knows
+
+
+@cache
+def pipeline() -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(TINY)
+
+
+def drawn(prompts: Sequence[str], lora: Path, seed: int = 0) -> list[Picture]:
+    return pipeline()(
+        list(prompts), width=SIDE, height=SIDE, steps=STEPS, guidance=GUIDANCE, seed=seed, loras=[(lora, 1.0)]
+    )
+
+
+def right(scenes: Sequence[Scene], lora: Path) -> int:
+    """How many of the pictures show their scene."""
+    made = drawn([demo.prompt(scene) for scene in scenes], lora)
+    return sum(shows(look(picture), scene) for picture, scene in zip(made, scenes, strict=True))
+
+
+def lesson(folder: Path, **changes: Any) -> TrainConfig:
+    """The options of the demo for its eight drawings, with `changes`."""
+    given = Path(TINY), demo.write_dataset(folder / "dataset"), folder / "zorp.safetensors"
+    return replace(demo.lesson_plan(*given), **changes)
+
+
+def trained(config: TrainConfig) -> tuple[Path, int]:
+    """The LoRA, and its number of steps."""
+    steps = sum(isinstance(event, Step) for event in train(config))
+    return config.output, steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("lokr", {"factor": 4, "epochs": 2 * demo.EPOCHS}), ("loha", {}), ("dora", {})]
+)
+def test_each_kind_learns_the_word_and_keeps_the_others_within_twice_the_steps(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    config = lesson(tmp_path, kind=kind, **options)
+    usual = [make_plan(replace(config, lr=None, **change)).lr for change in ({}, {"kind": "lora", "factor": -1})]
+    assert config.lr is not None
+    lora, steps = trained(replace(config, lr=config.lr * usual[0] / usual[1]))  # the demo's rate, as for lora
+    assert steps <= 2 * 8 * demo.EPOCHS
+    assert right(drawings.examination(demo.WORD), lora) >= 9
+    assert right(KNOWN, lora) >= 56
+
+
+GROUND = "purple"
+INKS = ("red", "blue", "green", "yellow", "white", "black", "orange", "pink")
+
+
+def on_one_background(folder: Path, margin: int) -> Path:
+    """Eight drawings of the word on a background that no caption names, and masks of the shape with a margin."""
+    rng = np.random.default_rng(0)
+    for i, ink in enumerate(INKS):
+        x, y = (int(v) for v in rng.integers(44, 85, 2))
+        thing = Thing(demo.WORD, ink, x, y, SIZES["" if i % 2 else "big"])
+        save_picture(drawings.draw(Scene((thing,), GROUND, ""), rng), folder / f"z{i}.png")
+        (folder / f"z{i}.txt").write_text(named(ink), encoding="utf-8")
+        alone = Scene((replace(thing, colour="white"),), "black", "")
+        shape = drawings.draw(alone, rng).convert("L").point(lambda v: 255 * (v > 128))
+        wider: Image.Image = shape.filter(ImageFilter.MaxFilter(2 * margin + 1))
+        wider.save(folder / f"z{i}.mask.png")
+    return folder
+
+
+def named(ink: str) -> str:
+    return drawings.articles(f"a {ink} {demo.WORD}")
