@@ -283,3 +283,36 @@ def test_merging_a_trained_file_gives_the_weight_that_the_layer_has(tmp_path: Pa
         merged = merge_loras({f"{LAYER}.weight": Tensor.of(weight)}, [(lora, 1.0)])[f"{LAYER}.weight"].read()
         wide = weight.astype(np.float64)
         np.testing.assert_allclose(merged, wide + update(name, wide).added(wide, F64), atol=2e-5, err_msg=name)
+
+
+def first_step(kind: str, size: UpdateSize, out: int, inputs: int) -> float:
+    """How far a first step of Adam goes: the sum, over the matrix that is zero, of the changes that a 1 there makes."""
+    known, total, seeds = TRAINED[kind], 0.0, range(4)
+    shapes = known.matrices(out, inputs, size)
+    (zero,) = (name for name in shapes if name in known.last)
+    for seed in seeds:
+        factors = known.initial(shapes, np.random.default_rng(seed))
+        for place in np.ndindex(*shapes[zero]):
+            factors[zero][place] = 1.0
+            total += known.update(factors, 1.0).norm()
+            factors[zero][place] = 0.0
+    return total / len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("lokr", UpdateSize(3, 3.0)), ("lokr", UpdateSize(3, 3.0, decompose_both=True)),
+        ("lokr", UpdateSize(64, 1.0, factor=4)), ("loha", UpdateSize(16, 1.0)),
+    ],
+)  # fmt: skip
+def test_the_rate_of_a_kind_makes_its_first_step_as_long_as_that_of_a_lora(kind: str, size: UpdateSize) -> None:
+    out, inputs = 56, 42
+    expected = first_step("lora", UpdateSize(16, 16.0), out, inputs)
+    rate = TRAINED[kind].rate(TRAINED[kind].matrices(out, inputs, size))
+    assert rate * first_step(kind, size, out, inputs) == pytest.approx(expected, rel=0.1)
+
+
+def test_lora_and_dora_have_one_rate_whatever_their_rank() -> None:
+    for kind, rank in (("lora", 1), ("lora", 64), ("dora", 8)):
+        assert TRAINED[kind].rate(TRAINED[kind].matrices(20, 30, UpdateSize(rank, 1.0))) == 1

@@ -3,7 +3,11 @@
 Each adds nothing at first, because one of its matrices is zero. DoRA begins with the lengths that the rows of
 the weight have. To train another kind, list it in TRAINED, and give it a layer in `zimage_mlx.lora.trained`.
 
-Sources of the first values: peft, tuners/lora/layer.py; LyCORIS, modules/lokr.py and modules/loha.py.
+Sources of the first values: peft, tuners/lora/layer.py; LyCORIS, modules/lokr.py. Those of LoHa are our own.
+
+Rates are relative to lora, so that the first step goes as far with each kind. Adam moves every element of the zero
+matrix by the rate, whatever its gradient. So the step goes as far as the rate times the sum of the gradients' sizes.
+An element's gradient is as large, on average over inputs, as the change of W that a 1 in its place would make.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ class TrainedKind:
     draws: Mapping[str, Draw]  # first values of matrices; those without an entry are zero
     by_rank: str  # the matrix whose columns are the ranks; rank dropout lets columns rest
     last: tuple[str, ...]  # the matrices that begin with zeros, which LoRA+ lets learn faster
-    rate: float = 1.0  # of the learning rate of lora, the default of this kind
+    rate: Callable[[Matrices], float] = lambda shapes: 1.0  # of the default learning rate of lora
     passing: int = 0  # float32 matrices of the size of a weight that its gradient makes and drops again
 
     def scale(self, shapes: Matrices, size: UpdateSize) -> float:
@@ -63,6 +67,7 @@ class TrainedKind:
 
 
 MAGNITUDE = "magnitude"
+_USUAL_RANK = 16  # of lora
 
 
 def split(dimension: int, factor: int) -> tuple[int, int]:
@@ -109,8 +114,32 @@ def _uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-def _normal(deviation: float) -> Draw:
-    return lambda rng, shape: (deviation * rng.standard_normal(shape)).astype(np.float32)
+def _about_one(rank: int) -> Draw:
+    """Values whose products over the ranks have the mean 1. rank: the axis of the ranks."""
+    return lambda rng, shape: ((1 + rng.standard_normal(shape)) / math.sqrt(shape[rank])).astype(np.float32)
+
+
+def _kronecker_rate(shapes: Matrices) -> float:
+    """As far as a lora of rank 16, whatever the rank: that of whole matrices says nothing of their size."""
+    (out1, _), (out2, in2) = (_sides(shapes, name) for name in ("lokr_w1", "lokr_w2"))
+    left = 1 / math.sqrt(3) if "lokr_w1" in shapes else 1 / 3  # the size of W1 x, if x has the size 1
+    if "lokr_w2" in shapes:
+        reach = out2 * in2 * math.sqrt(out1) * left
+    else:
+        reach = in2 * math.sqrt(out1 * out2 * shapes["lokr_w2_b"][0] / 3) * left
+    return _USUAL_RANK * out1 * out2 / math.sqrt(3) / reach
+
+
+def _sides(shapes: Matrices, name: str) -> tuple[int, int]:
+    """Rows and columns of a matrix that may be a product of two."""
+    if name in shapes:
+        return shapes[name][0], shapes[name][1]
+    return shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]
+
+
+def _hadamard_rate(shapes: Matrices) -> float:
+    """A1 B1 has the mean square 1 + 3 / rank; with 1 it would be a lora of the same rank."""
+    return 1 / math.sqrt(1 + 3 / shapes["hada_w1_b"][0])
 
 
 def _kronecker_update(factors: Factors, scale: float) -> Kronecker:
@@ -137,12 +166,14 @@ TRAINED = {
     "lokr": TrainedKind(
         Kronecker.title, _kronecker, _kronecker_update,
         dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a"), _uniform),
-        by_rank="lokr_w2_a", last=("lokr_w2", "lokr_w2_b"), rate=4.0,
+        by_rank="lokr_w2_a", last=("lokr_w2", "lokr_w2_b"), rate=_kronecker_rate,
     ),
     "loha": TrainedKind(
         Hadamard.title, _hadamard, _hadamard_update,
-        {"hada_w1_a": _normal(0.1), "hada_w1_b": _normal(1.0), "hada_w2_b": _normal(1.0)},
-        by_rank="hada_w1_a", last=("hada_w2_a",), rate=0.2, passing=4,
+        # A1 B1 is about 1, so at first A2 B2 learns as a lora does. LyCORIS begins with larger values: then a step is
+        # so long that only a low rate is possible, and a low rate hardly changes the three matrices that are not zero
+        {"hada_w1_a": _about_one(1), "hada_w1_b": _about_one(0), "hada_w2_b": _uniform},
+        by_rank="hada_w1_a", last=("hada_w2_a",), rate=_hadamard_rate, passing=4,
     ),
     "dora": TrainedKind(
         DoRA.title, _dora, _dora_update, {"lora_A": _uniform}, by_rank="lora_B", last=("lora_B",), passing=2,

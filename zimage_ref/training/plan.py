@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 
 from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
@@ -75,11 +76,11 @@ class TrainPlan:
         """The number of optimizer steps."""
         return self.config.steps or self.config.epochs * self.batches.steps_per_epoch
 
-    @property
+    @cached_property
     def lr(self) -> float:
         """The highest learning rate: `lr` if it is given, else LR * sqrt(width of Z-Image / width of this model).
 
-        A kind other than lora has its own share of that; see `TrainedKind`.
+        A kind other than lora has its own share of that, the mean over its layers; see `zimage_ref.lora.trained`.
 
         The square root is a choice made on the tiny model, which is 27 times narrower than Z-Image. At Z-Image's own
         rate it learns too little in the default number of steps; at 27 times that rate it forgets what it knew.
@@ -89,7 +90,7 @@ class TrainPlan:
         if (own := OPTIMIZERS[self.config.optimizer].lr) is not None:
             return own
         width = OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim
-        return LR * math.sqrt(width) * TRAINED[self.config.kind].rate
+        return LR * math.sqrt(width) * fmean(map(TRAINED[self.config.kind].rate, self.matrices.values()))
 
     @property
     def turbo(self) -> bool:

@@ -30,7 +30,7 @@ class Row:
 def preview_rows(run: RunFolder, lines: Sequence[MetricsLine]) -> list[Row]:
     """The previews whose files are there, at most COLUMNS a prompt. The first and the last are among them.
 
-    What a new LoRA draws before its first step is labelled as without it: it changes nothing yet.
+    A new LoRA changes nothing before its first step, so its pictures of that time are those without it.
     """
     by_prompt: dict[tuple[int, str], dict[int, Path]] = {}
     for line in preview_lines(lines):
