@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from support.networks import long_only
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
@@ -60,19 +61,22 @@ def trained(config: TrainConfig) -> tuple[Path, int]:
     return config.output, steps
 
 
+# The known scenes of 60 that must be kept are one fewer than were measured: another BLAS may change a picture.
+@long_only
 @pytest.mark.parametrize(
-    ("kind", "options"), [("lokr", {"factor": 4, "epochs": 2 * demo.EPOCHS}), ("loha", {}), ("dora", {})]
+    ("kind", "options", "keeps"),
+    [("lokr", {"epochs": 2 * demo.EPOCHS, "ema": 0.985}, 53), ("loha", {}, 55), ("dora", {}, 56)],
 )
 def test_each_kind_learns_the_word_and_keeps_the_others_within_twice_the_steps(
-    tmp_path: Path, kind: str, options: dict[str, Any]
+    tmp_path: Path, kind: str, options: dict[str, Any], keeps: int
 ) -> None:
     config = lesson(tmp_path, kind=kind, **options)
-    usual = [make_plan(replace(config, lr=None, **change)).lr for change in ({}, {"kind": "lora", "factor": -1})]
+    usual, of_lora = (make_plan(replace(config, lr=None, kind=name)).lr for name in (kind, "lora"))
     assert config.lr is not None
-    lora, steps = trained(replace(config, lr=config.lr * usual[0] / usual[1]))  # the demo's rate, as for lora
+    lora, steps = trained(replace(config, lr=config.lr * usual / of_lora))  # the demo's rate, which is for lora
     assert steps <= 2 * 8 * demo.EPOCHS
     assert right(drawings.examination(demo.WORD), lora) >= 9
-    assert right(KNOWN, lora) >= 56
+    assert right(KNOWN, lora) >= keeps
 
 
 GROUND = "purple"
@@ -96,3 +100,37 @@ def on_one_background(folder: Path, margin: int) -> Path:
 
 def named(ink: str) -> str:
     return drawings.articles(f"a {ink} {demo.WORD}")
+
+
+def seen_with(lora: Path) -> tuple[int, int]:
+    """Of 16 prompts without a background: how many pictures show the word, and how many the background of training."""
+    inks = INKS * 2
+    seen = [look(picture) for picture in drawn([named(ink) for ink in inks], lora, seed=100)]
+    shown = [(demo.WORD, ink) in found.things for found, ink in zip(seen, inks, strict=True)]
+    return sum(shown), sum(found.ground == GROUND for found in seen)
+
+
+def test_with_a_mask_a_lora_learns_the_shape_and_not_the_background_and_without_one_both(tmp_path: Path) -> None:
+    """The model alone draws none of the 16 shapes, and 2 on that background."""
+    data = tmp_path / "masked"
+    data.mkdir()
+    on_one_background(data, margin=4)
+    found = {}
+    for mask in ("file", "none"):
+        output = tmp_path / f"{mask}.safetensors"
+        config = lesson(tmp_path, dataset=data, output=output, mask=mask, mask_outside=0.0)
+        found[mask] = seen_with(trained(config)[0])
+    (shapes, grounds), (shapes_of_all, grounds_of_all) = found["file"], found["none"]
+    assert shapes >= 5 and shapes_of_all >= 5
+    assert grounds <= 8 and grounds_of_all >= 12
+
+
+@long_only
+def test_preservation_keeps_the_known_words_at_a_rate_that_harms_them_without_it(tmp_path: Path) -> None:
+    kept = {}
+    for options in ({}, {"preserve": "star", "preserve_blank": True}):
+        output = tmp_path / f"{len(options)}.safetensors"
+        lora, _ = trained(lesson(tmp_path, output=output, lr=3e-3, trigger=demo.WORD, **options))
+        assert right(drawings.examination(demo.WORD), lora) >= 9
+        kept[bool(options)] = right(KNOWN, lora)
+    assert kept[True] >= 59 and kept[False] <= 54
