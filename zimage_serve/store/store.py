@@ -4,6 +4,7 @@ studio.db      jobs, pictures, runs
 pictures/      results, ID.png
 uploads/       pictures that clients sent, by the hash of their pixels
 loras/         LoRAs, and the runs that trained them
+controls/      ControlNets that the user put there
 datasets/      NAME/: pictures and captions to train on
 """
 
@@ -32,11 +33,11 @@ _THUMBNAIL = 384  # pixels
 class Store:
     """The folder and the database of a server."""
 
-    def __init__(self, folder: Path, loras: Path) -> None:
+    def __init__(self, folder: Path, loras: Path, controls: Path) -> None:
         """Makes the folders that are missing. Raises ConfigError if they cannot be used, or if another server does."""
         self.folder, self.loras = folder, loras
         self.pictures, self.uploads, self.datasets = (folder / name for name in ("pictures", "uploads", "datasets"))
-        for each in (self.pictures, self.uploads, self.datasets, loras):
+        for each in (self.pictures, self.uploads, self.datasets, loras, controls):
             try:
                 each.mkdir(parents=True, exist_ok=True)
             except OSError as error:

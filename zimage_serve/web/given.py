@@ -10,7 +10,6 @@ from fastapi import Depends, Request
 
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig
-from zimage_ref.generation.control_options import CONTROL_FIELDS
 from zimage_ref.options import choices_of
 from zimage_ref.training.config import TrainConfig
 from zimage_serve.work.runs import NOT_ASKED
@@ -31,6 +30,9 @@ _ID = "the id of an upload or of a picture"
 PICTURE_FIELDS: dict[str, JsonObject] = {
     "init_image": {"type": "string", "description": f"Picture to start from: {_ID}."},
     "mask": {"type": "string", "description": f"White parts are painted anew: {_ID}."},
+    "control": {"type": "string", "description": "Name of a ControlNet of this server."},
+    "control_image": {"type": "string", "description": f"Picture to follow, if there is a `control`: {_ID}."},
+    "control_scale": {"type": "number", "description": "How strongly the ControlNet acts.", "default": 1.0},
     "count": {"type": "integer", "description": "Pictures to make. Their seeds are seed, seed + 1, ..."},
     "preview_steps": {"type": "integer", "description": "Steps from one preview to the next. 0 sends none."},
     "loras": {
@@ -51,7 +53,7 @@ def body(config: type[GenerateConfig] | type[TrainConfig], own: Mapping[str, Jso
     """The part of the OpenAPI page for a body with the fields of `config` and its `own`."""
     hints, properties = get_type_hints(config), dict(own)
     for each in fields(config):
-        if each.name in (*own, *CONTROL_FIELDS) or (config is TrainConfig and each.name in NOT_ASKED):
+        if each.name in own or (config is TrainConfig and each.name in NOT_ASKED):
             continue
         kind = next((t for t in (hints[each.name], *get_args(hints[each.name])) if t in _TYPES), str)
         schema: JsonObject = {"type": _TYPES.get(kind, "string"), "description": each.metadata["help"]}

@@ -1,4 +1,4 @@
-"""The server's own interface for LoRAs and datasets."""
+"""The server's own interface for LoRAs, ControlNets and datasets."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def download(name: str, studio: GivenStudio) -> FileResponse:
 def delete(name: str, studio: GivenStudio) -> None:
     """Deletes a LoRA."""
     studio.loras.delete(name)
+
+
+@router.get("/controls", tags=["ControlNets"])
+def controls(studio: GivenStudio) -> list[dict[str, object]]:
+    """All ControlNets. problem: why one cannot be used."""
+    return [studio.controls.facts(name) for name in studio.controls.names()]
 
 
 @router.get("/datasets", tags=["datasets"])

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
+from zimage_ref.bounds import CONTROL_SCALE
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.checkpoints.hub import BUILT_IN, TINY
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig, config_of
-from zimage_ref.generation.control_options import CONTROL_FIELDS
 from zimage_ref.generation.jobs import plan_requests
 from zimage_ref.generation.loras import with_scale
 from zimage_ref.generation.sizes import random_seed
@@ -22,9 +22,11 @@ from zimage_ref.options_file import typed
 from zimage_serve.refusals import RefusedError
 from zimage_serve.settings import ServeSettings
 
-_PICTURES = ("init_image", "mask")
-_HINTS = {name: hint for name, hint in get_type_hints(GenerateConfig).items() if name not in CONTROL_FIELDS}
-FIELDS = (*_HINTS, "count", "loras", "preview_steps")  # that a request for pictures may have
+PICTURES = ("init_image", "mask", "control_image")  # fields whose value is the id of a picture
+_HINTS = get_type_hints(GenerateConfig)
+_CONTROL, _CONTROL_SCALE = "control", "control_scale"
+_NAMED = (*PICTURES, _CONTROL)  # fields of GenerateConfig that are paths there, and names or ids here
+FIELDS = (*_HINTS, _CONTROL_SCALE, "count", "loras", "preview_steps")  # that a request for pictures may have
 _MOST_LORAS = 16
 LONGEST_PROMPT = 20_000  # characters
 
@@ -52,6 +54,7 @@ class OrderDesk:
     defaults: Mapping[str, object]  # fields of GenerateConfig to use if a client leaves them out
     find_picture: Callable[[object, str], Path]  # id and field -> file
     find_lora: Callable[[object], Path]  # name -> file
+    find_control: Callable[[object], Path]  # name -> file or folder
 
     def order(self, asked: Mapping[str, object]) -> PictureOrder:
         """The order for the fields in `asked`, some of FIELDS. None means the default.
@@ -65,9 +68,10 @@ class OrderDesk:
                 raise RefusedError(f"`{name}` is not known" + (f": is `{close[0]}` meant?" if close else ""))
         options = {
             name: typed(value, _HINTS[name], f"`{name}`")
-            for name, value in given.items() if name in _HINTS and name not in _PICTURES
+            for name, value in given.items() if name in _HINTS and name not in _NAMED
         }  # fmt: skip
-        options |= {name: self.find_picture(given[name], name) for name in _PICTURES if name in given}
+        options |= {name: self.find_picture(given[name], name) for name in PICTURES if name in given}
+        options |= self._control(given)
         config = self._config(options)
         if config.steps is not None and config.steps > self.settings.max_steps:  # before a schedule is made of them
             raise RefusedError(f"`steps` {config.steps} is more than the {self.settings.max_steps} allowed here")
@@ -89,9 +93,19 @@ class OrderDesk:
         if options.get("seed", -1) == -1:  # as other programs ask for any seed
             options["seed"] = random_seed()
         defaults = dict(self.defaults)
-        if "init_image" in options or {"width", "height"} & options.keys():
+        if {"init_image", "control_image", "width", "height"} & options.keys():
             defaults = {name: value for name, value in defaults.items() if name not in ("width", "height")}
         return config_of({**defaults, **options})
+
+    def _control(self, given: Mapping[str, object]) -> dict[str, object]:
+        """The ControlNet of a request as the field `control` of GenerateConfig."""
+        if _CONTROL not in given:
+            if _CONTROL_SCALE in given:
+                raise RefusedError(f"`{_CONTROL_SCALE}` needs `{_CONTROL}`")
+            return {}
+        scale = typed(given.get(_CONTROL_SCALE, 1.0), float, f"`{_CONTROL_SCALE}`")
+        CONTROL_SCALE.check(_CONTROL_SCALE, scale)
+        return {_CONTROL: f"{self.find_control(given[_CONTROL])}:{scale!r}"}
 
     def _check(self, order: PictureOrder) -> None:
         """Refuses what the model cannot draw or the limits do not allow. No weights are read."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import BinaryIO
 
 from zimage_ref.errors import DatasetError, ZImageError
 from zimage_ref.formats.checkpoint import Checkpoint
@@ -22,31 +22,11 @@ from zimage_serve.refusals import ConflictError, RefusedError, UnknownError
 from zimage_serve.store.names import checked_name, file_in, is_name
 from zimage_serve.store.store import MOST_RECEIVED
 
+from .file_facts import FileFacts, without_folder
+
 _LORA = ".safetensors"
 _THUMBNAIL = 256  # pixels
 LONGEST_CAPTION = 10_000  # characters
-T = TypeVar("T")
-
-
-class _FileFacts(Generic[T]):
-    """What `read` says about files. A file is read again only after it has changed."""
-
-    def __init__(self, read: Callable[[Path], T]) -> None:
-        self._read = read
-        self._known: dict[Path, tuple[tuple[int, int], T]] = {}  # by file, with its stamp
-
-    def of(self, path: Path) -> T:
-        """The facts of the file `path`."""
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        known = self._known.get(path)
-        if known is None or known[0] != stamp:
-            known = self._known[path] = (stamp, self._read(path))
-        return known[1]
-
-    def forget(self, path: Path) -> None:
-        """The file `path` is gone."""
-        self._known.pop(path, None)
 
 
 class LoRAShelf:
@@ -55,7 +35,7 @@ class LoRAShelf:
     def __init__(self, folder: Path, transformer: TransformerConfig) -> None:
         """transformer: that of the model; only LoRAs that fit it are received."""
         self.folder, self._shapes = folder, transformer_parameters(transformer)
-        self._files = _FileFacts(self._read)
+        self._files = FileFacts(self._read)
 
     def path(self, name: object) -> Path:
         """The file of the LoRA `name`, with or without its suffix. Raises UnknownError or RefusedError."""
@@ -81,7 +61,7 @@ class LoRAShelf:
             file = read_lora(path, self._shapes)
             return facts | {"trigger": _trigger(path), **file.facts()}
         except ZImageError as error:
-            return facts | {"problem": _without(self.folder, error)}
+            return facts | {"problem": without_folder(self.folder, error)}
 
     def inspect(self, name: str) -> dict[str, object]:
         """The facts, and how much the LoRA changes each module. Raises ZImageError if it cannot be read."""
@@ -104,7 +84,7 @@ class LoRAShelf:
             try:
                 read_lora(incoming, self._shapes)
             except ZImageError as error:
-                raise RefusedError(f"{wanted}: {_without(self.folder, error)}") from None
+                raise RefusedError(f"{wanted}: {without_folder(self.folder, error)}") from None
             incoming.rename(target)
         finally:
             incoming.unlink(missing_ok=True)
@@ -142,7 +122,7 @@ class DatasetShelf:
     """The datasets in one folder: each a folder of pictures with captions."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._sizes = folder, _FileFacts(lambda path: read_picture(path).size)
+        self.folder, self._sizes = folder, FileFacts(lambda path: read_picture(path).size)
 
     def path(self, name: object) -> Path:
         """The folder of the dataset `name`. Raises UnknownError or RefusedError."""
@@ -247,8 +227,3 @@ def _changes(file: LoRAFile) -> list[dict[str, object]]:
 def _trigger(path: Path) -> str:
     """The words that call up what the LoRA knows, if its file says so."""
     return str(Checkpoint.open(path).metadata.get("trigger", ""))
-
-
-def _without(folder: Path, error: ZImageError) -> str:
-    """The message of an error without the path of a file that the client knows by another name."""
-    return str(error).replace(f"{folder}/", "").replace(".incoming-", "")

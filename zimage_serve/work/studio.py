@@ -16,6 +16,7 @@ from zimage_serve.store.database import Row
 from zimage_serve.store.names import checked_id, new_id
 from zimage_serve.store.store import Store
 
+from .controls import ControlShelf
 from .jobs import Job, State
 from .maker import Maker
 from .orders import OrderDesk, facts_of
@@ -34,10 +35,13 @@ class Studio:
         """Opens the model's headers and the store. Raises ConfigError, FormatError or WeightError."""
         self.settings, self.engines = settings, engines
         self.model = ModelFolder.open(engines.model_dir, engines.parts)
-        self.store = Store(settings.folder, settings.loras)
+        self.store = Store(settings.folder, settings.loras, settings.controls)
         self.loras = LoRAShelf(settings.loras, self.model.transformer)
         self.datasets = DatasetShelf(self.store.datasets)
-        self.desk = OrderDesk(self.model, settings, engines.defaults, self.store.upload_path, self.loras.path)
+        self.controls = ControlShelf(settings.controls, self.model)
+        self.desk = OrderDesk(
+            self.model, settings, engines.defaults, self.store.upload_path, self.loras.path, self.controls.path
+        )
         self._queue = FairQueue(settings.queue_size)
         self._maker = Maker(engines.open, settings, self.store)
         sources = RunSources(
