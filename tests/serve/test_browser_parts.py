@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import chromium, make, open_tab
+from support.browser import chromium, fill_in, go, make, open_tab
 from support.errands import Errands
 from support.networks import mlx_only
 from support.serving import Served, serving
@@ -56,3 +56,46 @@ def test_a_picture_is_followed(browser: Any, served: Served, tmp_path: Path) -> 
     tab.see("#control-picture")
     assert tab.page.locator("#control-kind").input_value() == "gray"
     tab.clean()
+
+
+def test_a_lora_and_a_checkpoint_are_made_of_others(browser: Any, served: Served, tmp_path: Path) -> None:
+    folder = served.studio.loras.folder
+    Errands(tmp_path).lora(folder / "fox.safetensors")
+    Errands(tmp_path).lora(folder / "owl.safetensors", rank=3)
+    tab = open_tab(browser, served.url)
+    page = tab.page
+    go(tab, "library")
+    tab.see("#checkpoint-files h4", "The transformer of this server")
+    page.click("#loras li:has-text('fox') >> text=Convert or merge")
+    page.select_option("#convert-lora", "owl.safetensors")
+    page.click("#convert-add")
+    page.fill("#convert-loras li:nth-child(2) input", "0.5")
+    fill_in(page, convert_name="both", convert_rank=4)
+    page.click("#convert .primary")
+    tab.see("#said", "both.safetensors is there.")
+    card = tab.see("#loras li", "both.safetensors")
+    assert card.locator("dt:text-is('Rank') + dd").text_content() == "4"
+    page.click("#checkpoint-files li:first-child >> text=Convert or merge")
+    fill_in(page, convert_name="both")
+    page.select_option("#convert-lora", "both.safetensors")
+    page.click("#convert-add")
+    page.select_option("#convert-quantize", "8")
+    page.select_option("#convert-group_size", "32")
+    page.click("#convert .primary")
+    tab.see("#checkpoint-files h4", "both.safetensors")
+    assert len(served.client.get("/api/checkpoints").json()) == 2
+    page.click("#checkpoint-files li:nth-child(2) >> text=Details")
+    tab.see("#inspect-table td", "layers.0.attention.to_q.weight")
+    page.keyboard.press("Escape")
+    page.click("#checkpoint-files li:nth-child(2) button:has-text('Rename')")
+    page.fill("#checkpoint-files li:nth-child(2) form input", "small")
+    page.keyboard.press("Enter")
+    tab.see("#checkpoint-files h4", "small.safetensors")
+    for _ in range(2):
+        page.click("#checkpoint-files li:nth-child(2) .danger")
+    page.locator("#checkpoint-files li:nth-child(2)").wait_for(state="detached")
+    tab.clean()
+    page.click("#loras li:has-text('fox') >> text=Convert or merge")
+    fill_in(page, convert_name="owl")
+    page.click("#convert .primary")
+    tab.see("#convert-problem", "a LoRA with this name exists")

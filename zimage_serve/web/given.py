@@ -27,6 +27,11 @@ def studio_of(request: Request) -> Studio:
 GivenStudio: TypeAlias = Annotated[Studio, Depends(studio_of)]
 
 _ID = "the id of an upload or of a picture"
+LORAS_FIELD: JsonObject = {
+    "type": "array",
+    "description": "LoRAs by name.",
+    "items": {"type": "object", "properties": {"name": {"type": "string"}, "scale": {"type": "number"}}},
+}
 PICTURE_FIELDS: dict[str, JsonObject] = {
     "init_image": {"type": "string", "description": f"Picture to start from: {_ID}."},
     "mask": {"type": "string", "description": f"White parts are painted anew: {_ID}."},
@@ -35,11 +40,7 @@ PICTURE_FIELDS: dict[str, JsonObject] = {
     "control_scale": {"type": "number", "description": "How strongly the ControlNet acts.", "default": 1.0},
     "count": {"type": "integer", "description": "Pictures to make. Their seeds are seed, seed + 1, ..."},
     "preview_steps": {"type": "integer", "description": "Steps from one preview to the next. 0 sends none."},
-    "loras": {
-        "type": "array",
-        "description": "LoRAs by name.",
-        "items": {"type": "object", "properties": {"name": {"type": "string"}, "scale": {"type": "number"}}},
-    },
+    "loras": LORAS_FIELD,
 }
 RUN_FIELDS: dict[str, JsonObject] = {
     "name": {"type": "string", "description": "Name of the LoRA to make."},

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
-from zimage_ref.bounds import CONTROL_SCALE
+from zimage_ref.bounds import CONTROL_SCALE, LORA_SCALE
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.checkpoints.hub import BUILT_IN, TINY
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig, config_of
 from zimage_ref.generation.jobs import plan_requests
-from zimage_ref.generation.loras import with_scale
 from zimage_ref.generation.sizes import random_seed
 from zimage_ref.model.flow import is_turbo
 from zimage_ref.options_file import typed
@@ -78,7 +77,7 @@ class OrderDesk:
         count = _whole("count", given.get("count", 1), 1, self.settings.max_count)
         order = PictureOrder(
             tuple(replace(config, seed=config.seed + i) for i in range(count)),
-            self._loras(given.get("loras", [])),
+            scaled_loras(given.get("loras", []), self.find_lora),
             _whole("preview_steps", given.get("preview_steps", 0), 0, self.settings.max_steps),
         )
         self._check(order)
@@ -117,20 +116,20 @@ class OrderDesk:
                 f"{request.width} x {request.height} is more than the {limits.max_pixels:,} pixels allowed here"
             )
 
-    def _loras(self, asked: object) -> tuple[tuple[Path, float], ...]:
-        """The files and scales of [{"name": ..., "scale": ...}], or of names alone."""
-        if not isinstance(asked, Sequence) or isinstance(asked, str) or len(asked) > _MOST_LORAS:
-            raise RefusedError(f"`loras` is a list of at most {_MOST_LORAS} objects with `name` and `scale`")
-        found = []
-        for item in asked:
-            entry: JsonObject = dict(item) if isinstance(item, Mapping) else {"name": item}
-            if unknown := entry.keys() - {"name", "scale"}:
-                raise RefusedError(f"`loras`: {min(map(str, unknown))} is not known: give `name` and `scale`")
-            scale = typed(entry.get("scale", 1.0), float, "`scale` of a LoRA")
-            path = self.find_lora(entry.get("name"))
-            with_scale((path, scale))  # refuses what is not finite
-            found.append((path, scale))
-        return tuple(found)
+
+def scaled_loras(asked: object, find: Callable[[object], Path]) -> tuple[tuple[Path, float], ...]:
+    """The files and scales of [{"name": ..., "scale": ...}], or of names alone. find: name -> file."""
+    if not isinstance(asked, Sequence) or isinstance(asked, str) or len(asked) > _MOST_LORAS:
+        raise RefusedError(f"`loras` is a list of at most {_MOST_LORAS} objects with `name` and `scale`")
+    found = []
+    for item in asked:
+        entry: JsonObject = dict(item) if isinstance(item, Mapping) else {"name": item}
+        if unknown := entry.keys() - {"name", "scale"}:
+            raise RefusedError(f"`loras`: {min(map(str, unknown))} is not known: give `name` and `scale`")
+        scale = typed(entry.get("scale", 1.0), float, "`scale` of a LoRA")
+        LORA_SCALE.check("scale", scale)
+        found.append((find(entry.get("name")), scale))
+    return tuple(found)
 
 
 def facts_of(model: ModelFolder) -> dict[str, object]:

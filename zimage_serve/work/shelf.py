@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from zimage_ref.errors import DatasetError, ZImageError
-from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.files import atomic_write
 from zimage_ref.lora.alpha import sidecar
 from zimage_ref.lora.file import LoRAFile, read_lora
 from zimage_ref.lora.merge import module_groups
+from zimage_ref.lora.sums import trigger_of
 from zimage_ref.model.config import TransformerConfig
 from zimage_ref.model.parameters import transformer_parameters
 from zimage_ref.pictures.formats import PICTURE_SUFFIXES
@@ -23,99 +23,60 @@ from zimage_serve.store.names import checked_name, file_in, is_name
 from zimage_serve.store.store import MOST_RECEIVED
 
 from .file_facts import FileFacts, without_folder
+from .file_shelf import FileShelf
 
 _LORA = ".safetensors"
 _THUMBNAIL = 256  # pixels
 LONGEST_CAPTION = 10_000  # characters
 
 
-class LoRAShelf:
+class LoRAShelf(FileShelf):
     """The LoRAs in one folder."""
+
+    what = "LoRA"
+    suffixes = (_LORA,)
+    made = _LORA
 
     def __init__(self, folder: Path, transformer: TransformerConfig) -> None:
         """transformer: that of the model; only LoRAs that fit it are received."""
-        self.folder, self._shapes = folder, transformer_parameters(transformer)
-        self._files = FileFacts(self._read)
+        super().__init__(folder)
+        self._shapes = transformer_parameters(transformer)
 
-    def path(self, name: object) -> Path:
-        """The file of the LoRA `name`, with or without its suffix. Raises UnknownError or RefusedError."""
-        if isinstance(name, str) and not name.endswith(_LORA):
-            name += _LORA
-        return file_in(self.folder, name, "LoRA", (_LORA,))
-
-    def names(self) -> list[str]:
-        """The names of all LoRAs."""
-        found = (path for path in self.folder.glob(f"*{_LORA}") if path.is_file() and not path.is_symlink())
-        return sorted(path.name for path in found if is_name(path.name))
-
-    def facts(self, name: str) -> dict[str, object]:
-        """Facts from the headers of a LoRA, or the reason why it cannot be used. Raises UnknownError."""
-        return self._files.of(self.path(name))
+    def read(self, path: Path) -> LoRAFile:
+        """The LoRA in the file `path`. Raises the errors of `read_lora`."""
+        return read_lora(path, self._shapes)
 
     def _read(self, path: Path) -> dict[str, object]:
-        stat = path.stat()
-        facts: dict[str, object] = {
-            "name": path.name, "bytes": stat.st_size, "changed": stat.st_mtime, "problem": None
-        }  # fmt: skip
-        try:
-            file = read_lora(path, self._shapes)
-            return facts | {"trigger": _trigger(path), **file.facts()}
-        except ZImageError as error:
-            return facts | {"problem": without_folder(self.folder, error)}
+        return {"trigger": trigger_of(path), **self.read(path).facts()}
+
+    def _beside(self, path: Path) -> Iterable[Path]:
+        return (sidecar(path),)
 
     def inspect(self, name: str) -> dict[str, object]:
         """The facts, and how much the LoRA changes each module. Raises ZImageError if it cannot be read."""
-        file = read_lora(self.path(name))
-        return {**self.facts(name), "changes": _changes(file)}
+        return {**self.facts(name), "changes": _changes(read_lora(self.path(name)))}
 
     def receive(self, name: object, data: BinaryIO) -> dict[str, object]:
         """Keeps an uploaded LoRA.
 
         Raises ConflictError if the name is taken, RefusedError if it is no LoRA for this model.
         """
-        wanted = checked_name(name, "LoRA")
+        wanted = checked_name(name, self.what)
         if not wanted.endswith(_LORA):
             raise RefusedError(f"{wanted}: a LoRA is a {_LORA} file")
-        target = self._free(wanted)
+        target = self.free(wanted)
         incoming = self.folder / f".incoming-{wanted}"
         try:
             with atomic_write(incoming) as file:
                 shutil.copyfileobj(data, file, 2**20)
             try:
-                read_lora(incoming, self._shapes)
+                self.read(incoming)
             except ZImageError as error:
                 raise RefusedError(f"{wanted}: {without_folder(self.folder, error)}") from None
             incoming.rename(target)
         finally:
             incoming.unlink(missing_ok=True)
         return self.facts(wanted)
-
-    def rename(self, name: str, wanted: object) -> dict[str, object]:
-        """Gives the LoRA `name` another name, with or without its suffix. Returns its facts.
-
-        Raises UnknownError, RefusedError, or ConflictError if the other name is taken.
-        """
-        path = self.path(name)
-        target = self._free(checked_name(wanted, "LoRA").removesuffix(_LORA) + _LORA)
-        path.rename(target)
-        if sidecar(path).is_file():
-            sidecar(path).rename(sidecar(target))
-        self._files.forget(path)
-        return self.facts(target.name)
-
-    def _free(self, name: str) -> Path:
-        """The file for a new LoRA `name`. Raises ConflictError if the name is taken."""
-        target = self.folder / name
-        if target.exists():
-            raise ConflictError(f"{name}: a LoRA with this name exists: delete it, or send another name")
-        return target
-
-    def delete(self, name: str) -> None:
-        """Deletes a LoRA and the file with its strength beside it. Raises UnknownError."""
-        path = self.path(name)
-        path.unlink()
-        sidecar(path).unlink(missing_ok=True)
-        self._files.forget(path)
 
 
 class DatasetShelf:
@@ -222,8 +183,3 @@ def _changes(file: LoRAFile) -> list[dict[str, object]]:
         rows.append({"module": group, "blocks": len(updates), "ranks": ranks, "mean_norm": sum(norms) / len(norms),
                      "largest_norm": max(norms)})  # fmt: skip
     return rows
-
-
-def _trigger(path: Path) -> str:
-    """The words that call up what the LoRA knows, if its file says so."""
-    return str(Checkpoint.open(path).metadata.get("trigger", ""))
