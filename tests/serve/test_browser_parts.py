@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support.browser import chromium, fill_in, go, make, open_tab
 from support.errands import Errands
 from support.networks import mlx_only
 from support.serving import Served, serving
+
+from zimage_cli.commands.demo import write_dataset
 
 pytestmark = [pytest.mark.slow, mlx_only]
 
@@ -99,3 +102,34 @@ def test_a_lora_and_a_checkpoint_are_made_of_others(browser: Any, served: Served
     fill_in(page, convert_name="owl")
     page.click("#convert .primary")
     tab.see("#convert-problem", "a LoRA with this name exists")
+
+
+def test_a_mask_to_train_is_painted_and_a_kind_is_chosen(browser: Any, served: Served, tmp_path: Path) -> None:
+    tab = open_tab(browser, served.url)
+    page = tab.page
+    go(tab, "train")
+    (tmp_path / "drawings").mkdir()
+    files = sorted(write_dataset(tmp_path / "drawings").iterdir())
+    Image.new("L", (128, 128), 255).save(tmp_path / "zorp2.mask.png")
+    tab.drop("#pictures-drop", [tmp_path / "zorp2.mask.png", *files])
+    tab.see("#dataset-facts", "8 pictures")
+    tab.see("#pictures li[data-name='zorp2.png'] .shown", "with a mask")
+    assert page.locator("#train-mask").input_value() == "file"
+    page.select_option("#train-mask", "none")
+    page.click("#pictures li[data-name='zorp1.png'] >> text=Paint a mask")
+    tab.see("#paint-help", "White parts are learned.")
+    box = tab.see("#paint").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.click("#paint-done")
+    tab.see("#pictures li[data-name='zorp1.png'] .shown", "with a mask")
+    assert page.locator("#train-mask").input_value() == "file"
+    fill_in(page, run_name="fox", trigger="zorp", train_steps=2)
+    page.select_option("#kind", "lokr")
+    tab.see("#plan-warnings li", "pictures without a mask are learned whole")
+    page.click("#pictures li[data-name='zorp2.png'] .mask-remove")
+    page.locator("#pictures li[data-name='zorp2.png'] .mask-remove").wait_for(state="hidden")
+    page.click("#train-start")
+    tab.see("#run-state", "fox: done, step 2 of 2", 300)
+    options = served.client.get("/api/runs").json()[0]["options"]
+    assert (options["kind"], options["mask"], options["regularization"]) == ("lokr", "file", None)
+    tab.clean()

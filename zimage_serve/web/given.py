@@ -12,7 +12,7 @@ from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig
 from zimage_ref.options import choices_of
 from zimage_ref.training.config import TrainConfig
-from zimage_serve.work.runs import NOT_ASKED
+from zimage_serve.work.runs import MASKS_HERE, NOT_ASKED
 from zimage_serve.work.studio import Studio
 
 _TYPES = {int: "integer", float: "number", bool: "boolean"}
@@ -45,7 +45,17 @@ PICTURE_FIELDS: dict[str, JsonObject] = {
 RUN_FIELDS: dict[str, JsonObject] = {
     "name": {"type": "string", "description": "Name of the LoRA to make."},
     "dataset": {"type": "string", "description": "Name of a dataset of this server."},
+    "regularization": {
+        "type": "string",
+        "description": "Name of a dataset of ordinary pictures of the class; they get no trigger.",
+    },
     "training_adapter": {"type": "string", "description": "Name of a LoRA of this server; for Turbo."},
+    "mask": {
+        "type": "string",
+        "enum": list(MASKS_HERE),
+        "default": MASKS_HERE[0],
+        "description": "Part of a picture that is learned. file: the white of its mask.",
+    },
     "init_lora": {"type": "string", "description": "Name of a LoRA of this server to go on from."},
 }
 

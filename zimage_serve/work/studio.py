@@ -19,12 +19,13 @@ from zimage_serve.store.store import Store
 from .checkpoints import CheckpointShelf
 from .controls import ControlShelf
 from .conversions import ConversionDesk
+from .datasets import DatasetShelf
 from .jobs import Job, State
 from .maker import Maker
 from .orders import OrderDesk, facts_of
 from .queue import FairQueue
 from .runs import RunDesk, RunSources
-from .shelf import DatasetShelf, LoRAShelf
+from .shelf import LoRAShelf
 from .tasks import TaskDesk
 from .worker import GRACE, Worker
 
