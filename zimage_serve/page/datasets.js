@@ -57,7 +57,8 @@ function item(row) {
   const node = el("li", {},
     el("div", { className: "crop" }, el("img", { src: `${path()}/pictures/${part(row.name)}/thumbnail`, alt: row.name, loading: "lazy" })),
     el("div", {}, caption, el("p", { className: "help" }, `${row.name}, `, el("span", { className: "shown" })),
-      button("Paint a mask", paint), " ", button("Remove mask", unmask, "mask-remove"), " ", dangerous("Delete", remove)));
+      el("div", { className: "acts" },
+        button("Paint a mask", paint), button("Remove mask", unmask, "mask-remove"), dangerous("Delete", remove))));
   node.dataset.name = row.name;
   return node;
 }
