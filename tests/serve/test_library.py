@@ -104,6 +104,7 @@ def test_what_cannot_be_made_is_refused_at_once(served: Served, kind: str, field
 
 def test_the_servers_own_transformer_stays(served: Served) -> None:
     assert served.client.delete("/api/checkpoints/model").status_code == 400
+    assert served.client.get("/api/checkpoints/model/file").status_code == 400
     assert served.client.patch("/api/checkpoints/model", json={"name": "x"}).status_code == 400
     assert (BUILT_IN / "transformer").is_dir()
 

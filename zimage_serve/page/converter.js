@@ -1,14 +1,15 @@
 // New LoRAs and checkpoints made of others: the dialog that asks for one, and those in the making.
 
-import { ask, follow, get } from "./api.js";
+import { ask, get } from "./api.js";
 import { hear, tell } from "./bus.js";
 import { $, attempt, el, plain, say } from "./dom.js";
 import { bodyOf, field, values } from "./fields.js";
 
 const PLACED = ["name", "loras", "checkpoint"]; // have inputs of their own
 const ENDS = ["done", "failed", "cancelled"];
+const EVERY_MS = 700;
 const rows = new Map(); // id of a task -> its row
-let [kind, picked, known] = ["loras", [], []];
+let [kind, picked, known, timer] = ["loras", [], [], 0];
 
 function scaleRow(entry) {
   const scale = el("input", { type: "number", step: "0.05", value: String(entry.scale), "aria-label": `Scale of ${entry.name}`,
@@ -54,39 +55,47 @@ async function start(event) {
     const task = await ask("POST", `/api/${kind}/convert`, order);
     $("convert").close();
     show(task);
+    renew();
   } catch (error) {
     $("convert-problem").textContent = plain(error.message);
   }
 }
 
-function ended(task) {
-  rows.get(task.id)?.remove();
-  rows.delete(task.id);
-  $("tasks-section").hidden = rows.size === 0;
-  if (task.state === "done") say([`${task.name} is there.`, ...task.notes].join(" "), task.notes.length ? "bad" : "");
-  if (task.state === "failed") say(`${task.name}: ${plain(task.error)}`, "bad");
+function ended(id, task) {
+  rows.get(id).remove();
+  rows.delete(id);
+  if (task?.state === "done") say([`${task.name} is there.`, ...task.notes].join(" "), task.notes.length ? "bad" : "");
+  if (task?.state === "failed") say(`${task.name}: ${plain(task.error)}`, "bad");
   tell("file made");
 }
 
-/** Shows a task until it ends. */
-function show(task) {
-  if (rows.has(task.id)) return;
+function makeRow(task) {
   const bar = el("progress", { "aria-label": `Progress: ${task.name}` });
   const cancel = el("button", { type: "button", textContent: "Cancel", "aria-label": `Cancel: ${task.name}`,
     onclick: () => attempt(() => ask("DELETE", `/api/tasks/${task.id}`)) });
-  const row = el("li", { className: "job" }, el("div", { className: "about" }, el("p", { textContent: task.name }), bar), cancel);
-  rows.set(task.id, row);
-  $("tasks").append(row);
-  $("tasks-section").hidden = false;
-  follow(`/api/tasks/${task.id}/events`, ["progress"], ENDS, (event, facts) => {
-    if (ENDS.includes(event)) ended(facts);
-    else if (facts.total) [bar.max, bar.value] = [facts.total, facts.done];
-  });
+  return el("li", { className: "job" }, el("div", { className: "about" }, el("p", { textContent: task.name }), bar), cancel);
 }
 
-async function load() {
+function show(task) {
+  if (!rows.has(task.id)) {
+    rows.set(task.id, makeRow(task));
+    $("tasks").append(rows.get(task.id));
+  }
+  if (task.total) Object.assign(rows.get(task.id).querySelector("progress"), { max: task.total, value: task.done });
+  $("tasks-section").hidden = false;
+}
+
+/** Asks for the tasks again and again while there are some. A browser allows few streams, so they have none. */
+async function renew() {
+  clearTimeout(timer);
   const found = await attempt(() => get("/api/tasks"));
-  for (const task of found || []) if (!ENDS.includes(task.state)) show(task);
+  for (const task of found || []) if (rows.has(task.id) || !ENDS.includes(task.state)) show(task);
+  for (const id of found ? [...rows.keys()] : []) {
+    const task = found.find((each) => each.id === id);
+    if (!task || ENDS.includes(task.state)) ended(id, task); // a server that was started again has forgotten it
+  }
+  $("tasks-section").hidden = rows.size === 0;
+  if (rows.size) timer = setTimeout(renew, EVERY_MS);
 }
 
 /** Begins the dialog, and shows what is in the making after a reload. */
@@ -96,10 +105,5 @@ export function beginConverter() {
     picked.push({ name: $("convert-lora").value, scale: 1 });
     draw();
   });
-  hear("view", (name) => name === "library" && load());
-  hear("back", () => {
-    for (const row of rows.values()) row.remove(); // the server has forgotten them
-    rows.clear();
-    $("tasks-section").hidden = true;
-  });
+  hear("view", (name) => name === "library" && renew());
 }

@@ -41,7 +41,7 @@ async function loadLoras() {
   if (!found) return;
   $("loras").replaceChildren(...found.map((lora) => card(lora, "/api/loras", pairs(lora).slice(0, SHOWN), [
     ["Use", () => tell("use LoRA", lora)], ["Details", () => inspectLora(lora.name)],
-    ["Convert or merge", () => convert("loras", lora.name)],
+    ["Convert or merge", () => attempt(() => convert("loras", lora.name))],
   ], loadLoras)));
   $("loras-empty").hidden = found.length > 0;
   tell("loras", found);
@@ -51,7 +51,7 @@ async function loadCheckpoints() {
   const found = await attempt(() => get("/api/checkpoints"));
   if (!found) return;
   $("checkpoint-files").replaceChildren(...found.map((file) => card(file, "/api/checkpoints", pairs(file).slice(0, SHOWN), [
-    ["Convert or merge", () => convert("checkpoints", file.name)], ["Details", () => inspectCheckpoint(file.name)],
+    ["Convert or merge", () => attempt(() => convert("checkpoints", file.name))], ["Details", () => inspectCheckpoint(file.name)],
   ], loadCheckpoints, file.own)));
 }
 

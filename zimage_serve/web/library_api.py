@@ -69,7 +69,7 @@ def inspect(name: str, studio: GivenStudio) -> dict[str, object]:
 @router.get("/checkpoints/{name}/file", tags=["checkpoints"])
 def download(name: str, studio: GivenStudio) -> Response:
     """A checkpoint."""
-    path = studio.checkpoints.path(name)
+    path = studio.checkpoints.file(name)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 

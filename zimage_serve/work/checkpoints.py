@@ -46,12 +46,18 @@ class CheckpointShelf(FileShelf):
         return {
             "looks_like": found.looks_like, "model_type": found.model_type, "container": found.container,
             "written_by": found.written_by, "parameters": found.parameters, "precision": _precision(found),
+            "bytes": sum(summary["bytes"] for summary in found.dtypes.values()),  # a model may be in several files
         }  # fmt: skip
 
     def inspect(self, name: str) -> dict[str, object]:
         """The facts, and the tensors. Raises UnknownError, and FormatError if it cannot be read."""
         found = self._described.of(self.path(name)).to_json()
         return {**self.facts(name), "dtypes": found["dtypes"], "tensors": found["tensors"]}
+
+    def file(self, name: str) -> Path:
+        """The file of a checkpoint that clients may have. Raises UnknownError, and RefusedError for OWN."""
+        _check_not_own(name)
+        return self.path(name)
 
     def rename(self, name: str, wanted: object) -> dict[str, object]:
         """As `FileShelf.rename`. Raises RefusedError for OWN."""
