@@ -62,8 +62,8 @@ ROOMS = {
     "zimage_serve.engines": "formats memory generation training",
     "zimage_serve.store": "zimage_serve.refusals errors formats pictures",
     "zimage_serve.work":
-        "zimage_serve.refusals zimage_serve.settings zimage_serve.engines zimage_serve.store errors options_file "
-        "formats model pictures lora checkpoints memory generation training doctor",
+        "zimage_serve.refusals zimage_serve.settings zimage_serve.engines zimage_serve.store errors bounds "
+        "options options_file formats model pictures lora checkpoints memory generation training inspection doctor",
     "zimage_serve.web":
         "zimage_serve.refusals zimage_serve.settings zimage_serve.store zimage_serve.work version errors options "
         "formats pictures generation training",

@@ -71,7 +71,8 @@ def test_no_field_is_a_path(served: Served, path: str) -> None:
     quoted = httpx.URL("http://x/", params={"q": path}).query.decode().removeprefix("q=").replace("+", "%20")
     for place in (
         "jobs", "uploads", "pictures", "loras", "datasets", "runs", "pictures/{}/file", "loras/{}/file",
-        "datasets/good/pictures", "datasets/{}/pictures/x.png",
+        "datasets/good/pictures", "datasets/{}/pictures/x.png", "datasets/good/pictures/{}/mask", "checkpoints",
+        "checkpoints/{}/file", "tasks", "controls",
     ):  # fmt: skip
         url = f"/api/{place.format(quoted)}" if "{}" in place else f"/api/{place}/{quoted}"
         loaded.append(client.get(url))
@@ -86,8 +87,21 @@ def test_no_field_is_a_path(served: Served, path: str) -> None:
         client.post("/api/runs", json={"name": "x", "dataset": "good", "output": path}),
         client.post("/api/runs", json={"name": "x", "dataset": "good", "model_dir": path}),
         client.post("/api/runs", json={"name": "x", "dataset": "good", "validation": path}),
+        client.post("/api/runs/plan", json={"name": "x", "dataset": "good", "regularization": path}),
         client.patch("/api/datasets/good/captions", json={path: "caption"}),
-        *(client.post("/api/jobs", json={**SMALL, field: path}) for field in ("init_image", "mask", "model_dir")),
+        client.put(f"/api/datasets/good/pictures/{quoted}/mask", files={"file": ("m.png", png())}),
+        client.post("/api/datasets/good/pictures", files={"file": (f"{path}.mask.png", png())}),
+        client.post("/api/loras/convert", json={"name": path, "loras": ["good"]}),
+        client.post("/api/loras/convert", json={"name": "x", "loras": [path]}),
+        client.post("/api/checkpoints/convert", json={"name": f"/{path}"}),
+        client.post("/api/checkpoints/convert", json={"name": "x", "checkpoint": path or "."}),
+        client.post("/api/checkpoints/convert", json={"name": "x", "loras": [path]}),
+        client.patch(f"/api/checkpoints/{quoted}", json={"name": path}),
+        *(
+            client.post("/api/jobs", json={**SMALL, field: path})
+            for field in ("init_image", "mask", "model_dir", "control")
+        ),
+        client.post("/api/jobs", json={**SMALL, "control": "x", "control_image": path}),
         client.post("/api/jobs", json={**SMALL, "loras": [{"name": path}]}),
         client.post("/v1/images/generations", json={**SMALL, "init_image": path}),
         client.post("/v1/images/generations", json={**SMALL, "loras": [path]}),

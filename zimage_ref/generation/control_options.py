@@ -11,7 +11,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.options import path_and_scale
 from zimage_ref.pictures.maps import KINDS
 
-# fields of GenerateConfig. A server does not offer them: a client may not name files
+# fields of GenerateConfig
 CONTROL_FIELDS = ("control", "control_image", "control_kind", "control_start", "control_end")
 _GIVEN = ("depth", "pose", "hed", "mlsd", "scribble", "tile")  # maps that other programs make
 
