@@ -19,11 +19,11 @@ from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
+from zimage_ref.generation.passes import predictions_in
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.presets import PRESETS, misfit
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
-from zimage_ref.generation.samplers import TWICE
 from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.generation.steering import predictions_of
 from zimage_ref.memory import Mode
@@ -57,6 +57,11 @@ _EXAMPLES = (
         "Change a picture:",
         "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 "
         '--prompt "in watercolour" --output watercolour.png',
+    ),
+    (
+        "Enlarge a photo, and add details:",
+        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --upscale 2 "
+        '--prompt "a photo of a fox" --output large.png',
     ),
     (
         "Follow the edges of a picture with a ControlNet:",
@@ -146,6 +151,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
     grid = Grid.parse(args.grid, configs) if args.grid else None
     configs = list(grid.configs) if grid else configs
+    if args.save_control and any(each.control is not None and each.control_image is None for each in configs):
+        raise ConfigError("--save-control needs --control-image")
     loras = _loras(args, repeat)
     pipe = _open(args, repeat)
     if pipe.backend == "mlx" and (note := blas.advice()):
@@ -248,6 +255,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "model": run.pipeline.folder.path,
         "prompt": " | ".join(dict.fromkeys(request.config.prompt for request in requests)),
         "size": f"{first.width} x {first.height}",
+        "enlarged": _enlarged(first),
         "steps": len(first.sigmas) - 1,
         "guidance": f"{config.guidance:g}",
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
@@ -256,7 +264,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "NAG": config.nag,
         "variety": config.variety,
         "regions": " | ".join(config.region) or None,
-        "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
+        "picture": config.init_image and f"{config.init_image}, {_use(config)}",
         "mask": config.mask,
         "control": first.control and f"{config.control}, {first.control.file.config.variant}",
         "follows": config.control_image and f"{config.control_image}, {config.control_kind}",
@@ -268,15 +276,33 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
 
 
+def _use(config: GenerateConfig) -> str:
+    """What becomes of the picture to start from."""
+    return "only enlarged" if config.strength is None else f"strength {config.strength:g}"
+
+
+def _enlarged(first: Request) -> str | None:
+    """The second pass of the picture `first` in words, None if there is none."""
+    last, tiles = first.result, first.result.tiles
+    if last.tile is None:
+        return None
+    count, steps = len(tiles.places), len(last.sigmas) - 1
+    cut = f", {count} tiles of {last.width * tiles.columns // tiles.w} x {last.height * tiles.rows // tiles.h}"
+    return f"to {last.width} x {last.height}, {steps} step{'s' * (steps > 1)}{cut if count > 1 else ''}"
+
+
 def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
     """The time of the picture `first` by the doctor's figures, None if there are none for it."""
     pipe = run.pipeline
     figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
-    steps = len(first.sigmas) - 1
-    calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
-    predictions = round(calls * predictions_of(first))
-    precision = precision_name(pipe.precision, pipe.quantization)
-    seconds = figures.picture(precision, first.width * first.height, predictions, mode)
-    return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"
+    precision, seconds = precision_name(pipe.precision, pipe.quantization), 0.0
+    for each in first.passes:
+        width, height = each.tiles.pixels(pipe.folder.vae.factor)
+        predictions = round(predictions_in(each) * predictions_of(each))
+        one = figures.picture(precision, width * height, predictions, mode)
+        if one is None:
+            return None
+        seconds += one
+    return f"about {duration(seconds)} a picture, by `zimage doctor`"

@@ -188,8 +188,7 @@ class GenerationRun:
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
-                    first = requests[places.start]
-                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], first.width, first.height))
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1]))
 
         with pipe.turn():  # no other thread may change the mode before `generate` has read it
             pipe.set_mode(self.memory(requests).mode)

@@ -99,7 +99,7 @@ def prompts_of(config: GenerateConfig) -> list[str]:
 
 def predictions_of(request: Request) -> float:
     """How many plain predictions of the transformer one step of this picture takes, in memory and about in time."""
-    config, image = request.config, request.shape[1] * request.shape[2] // 4
+    config, image = request.config, request.tiles.rows * request.tiles.columns // 4
     nag, prompts = uses_nag(config), prompts_of(config)
     tokens = image + CAPTION_TOKENS * (len(prompts) + nag)
     pairs = tokens**2 if len(prompts) > 1 else 0
@@ -118,11 +118,18 @@ class Words(Generic[ArrayT]):
     steering: Steering[ArrayT] | None = None
 
     def conditioning(
-        self, engine: Engine[ArrayT, ConditioningT], size: tuple[int, int], is_guided: bool, is_early: bool
-    ) -> ConditioningT:
-        """The engine's conditioning for latents of `size` (h, w)."""
+        self, engine: Engine[ArrayT, ConditioningT], size: tuple[int, int], is_guided: bool, is_early: bool,
+        tile: Box | None = None,
+    ) -> ConditioningT:  # fmt: skip
+        """The engine's conditioning for latents of `size` (h, w), those of a part `tile` of the pictures."""
         captions = [*(self.varied if is_early else self.positive), *(self.negative if is_guided else ())]
-        return engine.condition(captions, *size, self.steering)
+        steering = self.steering.seen_from(tile) if self.steering and tile else self.steering
+        return engine.condition(captions, *size, steering)
+
+    @property
+    def depends_on_place(self) -> bool:
+        """Whether the conditioning of a tile depends on its place."""
+        return self.steering is not None and bool(self.steering.boxes)
 
     def is_early(self, sigma: float) -> bool:
         """Whether the features with noise are used at `sigma`."""
