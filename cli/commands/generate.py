@@ -54,14 +54,9 @@ _EXAMPLES = (
         '--prompt "a photo of sks dog" --output dog.png',
     ),
     (
-        "Change a picture:",
-        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 "
+        "Change a picture, and make it twice as large:",
+        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 --upscale 2 "
         '--prompt "in watercolour" --output watercolour.png',
-    ),
-    (
-        "Enlarge a photo, and add details:",
-        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --upscale 2 "
-        '--prompt "a photo of a fox" --output large.png',
     ),
     (
         "Follow the edges of a picture with a ControlNet:",
@@ -249,6 +244,7 @@ def _prompts(path: Path) -> list[str]:
 def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | None, console: Console) -> None:
     """Shows a panel for each LoRA, and one for the pictures to make."""
     first, config, loras, memory = requests[0], requests[0].config, run.read_loras(), run.memory(requests)
+    network = first.result.control
     for lora in loras:
         console.facts(str(lora.content.file.path), {**lora.content.file.facts(), "used at": f"{lora.scale:g}"})
     facts = {
@@ -266,8 +262,8 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, {_use(config)}",
         "mask": config.mask,
-        "control": first.control and f"{config.control}, {first.control.file.config.variant}",
-        "follows": config.control_image and f"{config.control_image}, {config.control_kind}",
+        "control": network and f"{config.control}, {network.file.config.variant}",
+        "follows": network and f"{config.control_image or 'the enlarged picture'}, {config.control_kind}",
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
         "memory": memory.sentence(run.pipeline.folder),

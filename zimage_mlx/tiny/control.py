@@ -1,7 +1,5 @@
 """The recipe of the small ControlNet: it makes the built-in model follow edge maps of drawings.
 
-    python -m zimage_mlx.tiny --control-for MODEL --output DIR
-
 The layout is that of 2.1: a control block for the noise refiner and one for the first layer. They begin as copies of
 the model's own blocks, and the layers behind them as zeros (ControlNet, arXiv 2302.05543). The model does not change.
 """
@@ -29,7 +27,7 @@ from zimage_ref.tiny.data import GUIDANCE, STEPS, TOKENS, tokenized
 from zimage_ref.tiny.drawings import SIDE, Scene, describe, draw, take
 from zimage_ref.tiny.files import write_component
 from zimage_ref.tiny.judge import share_in_place
-from zimage_ref.tiny.outlines import edge_map, name_colours
+from zimage_ref.tiny.outlines import edge_map, name_colours, outlined
 
 from .latents import in_batches
 from .losses import Denoiser, denoising_loss
@@ -154,11 +152,10 @@ def judge_control(model: Path, control: Path, count: int) -> Shares:
 def followed(model: Path, control: Path | None, count: int) -> tuple[list[Scene], list[Picture]]:
     """Held-out scenes, and the pictures that `model` makes of their colours and edge maps; without `control`, of
     their colours alone."""
-    rng, pipeline = np.random.default_rng(1), ZImagePipeline.from_pretrained(model)
+    pipeline = ZImagePipeline.from_pretrained(model)
     scenes = take(count, seed=1, held_out=True)
     pictures = []
-    for seed, scene in enumerate(scenes):
-        caption, edges = name_colours(scene, rng), edge_map(draw(scene, rng))
+    for seed, (edges, caption) in enumerate(outlined(scenes, seed=1)):
         pictures += pipeline(
             caption, seed=seed, width=SIDE, height=SIDE, steps=STEPS, guidance=GUIDANCE,
             control=control and str(control), control_image=control and edges,

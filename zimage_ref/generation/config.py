@@ -159,7 +159,6 @@ class GenerateConfig:
         "`init_image` without `strength` is enlarged as it is.",
         UPSCALE,
         value="X",
-        essential=True,
     )
     upscale_strength: float | None = option(
         None, f"How much the second pass changes, 0 to 1. With auto, {STRENGTH:g}.", UPSCALE, auto=True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from zimage_ref.pictures.images import Picture, to_picture
 
-from .drawings import Scene, describe
+from .drawings import Scene, describe, draw
 
 _EDGE = 40.0  # RGB levels from one pixel to the next, less than half of the way from any colour to another
 
@@ -29,3 +30,10 @@ def name_colours(scene: Scene, rng: np.random.Generator) -> str:
     """A caption of the scene that names its colours alone, such as "red and blue on a yellow background"."""
     colours = dict.fromkeys(thing.colour for thing in scene.things)
     return describe(replace(scene, subject=" and ".join(colours)), rng)
+
+
+def outlined(scenes: Iterable[Scene], seed: int) -> Iterator[tuple[Picture, str]]:
+    """The edge map of each scene, and a caption of its colours."""
+    rng = np.random.default_rng(seed)
+    for scene in scenes:
+        yield edge_map(draw(scene, rng)), name_colours(scene, rng)
