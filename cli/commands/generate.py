@@ -11,7 +11,6 @@ from pathlib import Path
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.bounds import COUNT
 from zimage_ref.checkpoints.registry import part_options
-from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
@@ -19,13 +18,11 @@ from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
-from zimage_ref.generation.passes import predictions_in
 from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.presets import PRESETS, misfit
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
 from zimage_ref.generation.sizes import parse_size, random_seed
-from zimage_ref.generation.steering import predictions_of
 from zimage_ref.memory import Mode
 from zimage_ref.options import MEMORY, path_and_scale
 
@@ -289,16 +286,5 @@ def _enlarged(first: Request) -> str | None:
 
 def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
     """The time of the picture `first` by the doctor's figures, None if there are none for it."""
-    pipe = run.pipeline
-    figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
-    if figures is None:
-        return None
-    precision, seconds = precision_name(pipe.precision, pipe.quantization), 0.0
-    for each in first.passes:
-        width, height = each.tiles.pixels(pipe.folder.vae.factor)
-        predictions = round(predictions_in(each) * predictions_of(each))
-        one = figures.picture(precision, width * height, predictions, mode)
-        if one is None:
-            return None
-        seconds += one
-    return f"about {duration(seconds)} a picture, by `zimage doctor`"
+    seconds = run.seconds(first, mode)
+    return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"

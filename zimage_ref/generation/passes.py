@@ -19,8 +19,8 @@ from zimage_ref.pictures.images import Picture, to_picture, to_unit
 from .denoising import DenoisingStep, denoised
 from .engine import ConditioningT, Engine, Terms
 from .jobs import Request
-from .samplers import TWICE
 from .starts import Start, start_of
+from .steering import predictions_in
 from .tiles import Tiles
 
 Output = Literal["pil", "array", "latents"]
@@ -87,12 +87,6 @@ def units_of(batch: Sequence[Request]) -> int:
     count = len(batch[0].sigmas) - 1 if batch[0].tiles.single else predictions_in(batch[0])
     second = batch[0].second
     return count + (len(batch) * units_of([second]) if second else 0)
-
-
-def predictions_in(request: Request) -> int:
-    """How often the transformer is asked in one pass: for each step of the sampler, and for each tile."""
-    steps = len(request.sigmas) - 1
-    return (2 * steps - 1 if request.config.sampler in TWICE else steps) * len(request.tiles.places)
 
 
 def in_turns(

@@ -34,7 +34,7 @@ from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
 from .previews import quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
-from .steering import prompts_of
+from .steering import passes_of, prompts_of
 
 _SHOWN = 60  # characters of a prompt in a notice
 Notify = Callable[[str], None]  # takes a line that the user should see
@@ -166,7 +166,24 @@ class GenerationRun:
         modes: list[Mode] = ["fast", "lean"] if self.settings.keep_model else ["lean"]  # else nothing is used twice
         if streams and can_stream(pipe.folder):
             modes.append("stream")
-        return choose(asked, {mode: self._memory(requests, mode) for mode in modes}, pipe.memory_limit())
+        first = requests[0]
+        return choose(
+            asked,
+            {mode: self._memory(requests, mode) for mode in modes},
+            pipe.memory_limit(),
+            lambda mode: self.seconds(first, mode),
+        )
+
+    def seconds(self, request: Request, mode: Mode) -> float | None:
+        """The seconds of a picture in `mode` by measurements of this machine. None if they are not known."""
+        total = 0.0
+        for each in request.passes:
+            width, height = each.tiles.pixels(self.pipeline.folder.vae.factor)
+            one = self.pipeline.measured_seconds(mode, width * height, passes_of(each))
+            if one is None:
+                return None
+            total += one
+        return total
 
     def make(
         self,
