@@ -29,6 +29,8 @@ class ControlConfig(Protocol):
     def control_start(self) -> float: ...
     @property
     def control_end(self) -> float: ...
+    @property
+    def upscale(self) -> float | None: ...
 
 
 def check_control(config: ControlConfig) -> None:
@@ -47,7 +49,7 @@ def check_control(config: ControlConfig) -> None:
             if needs:
                 raise ConfigError(f"`{name}` needs `control`")
         return
-    if config.control_image is None:
+    if config.control_image is None and config.upscale is None:
         raise ConfigError("`control` needs `control_image`")
     if config.control_start >= config.control_end:
         raise ConfigError(

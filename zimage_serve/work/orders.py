@@ -111,9 +111,10 @@ class OrderDesk:
         (request,) = plan_requests(order.configs[:1], self.model)
         request.config.check_guidance()
         limits = self.settings
-        if request.width * request.height > limits.max_pixels:
+        made = request.result
+        if made.width * made.height > limits.max_pixels:
             raise RefusedError(
-                f"{request.width} x {request.height} is more than the {limits.max_pixels:,} pixels allowed here"
+                f"{made.width} x {made.height} is more than the {limits.max_pixels:,} pixels allowed here"
             )
 
 
