@@ -65,15 +65,18 @@ def raw(served: Served, text: bytes, wait: float = 5.0, half: bool = False) -> b
         return got
 
 
+PLACES = (  # below /api, with {} for a name
+    "jobs", "uploads", "pictures", "loras", "datasets", "runs", "pictures/{}/file", "loras/{}/file",
+    "datasets/good/pictures", "datasets/{}/pictures/x.png", "datasets/good/pictures/{}/mask", "checkpoints",
+    "checkpoints/{}/file", "tasks", "controls",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("path", [*PATHS, *(pytest.param(path, marks=pytest.mark.slow) for path in MORE_PATHS)])
 def test_no_field_is_a_path(served: Served, path: str) -> None:
     client, loaded = served.client, []
     quoted = httpx.URL("http://x/", params={"q": path}).query.decode().removeprefix("q=").replace("+", "%20")
-    for place in (
-        "jobs", "uploads", "pictures", "loras", "datasets", "runs", "pictures/{}/file", "loras/{}/file",
-        "datasets/good/pictures", "datasets/{}/pictures/x.png", "datasets/good/pictures/{}/mask", "checkpoints",
-        "checkpoints/{}/file", "tasks", "controls",
-    ):  # fmt: skip
+    for place in PLACES:
         url = f"/api/{place.format(quoted)}" if "{}" in place else f"/api/{place}/{quoted}"
         loaded.append(client.get(url))
         loaded.append(client.delete(url))
@@ -101,11 +104,16 @@ def test_no_field_is_a_path(served: Served, path: str) -> None:
             client.post("/api/jobs", json={**SMALL, field: path})
             for field in ("init_image", "mask", "model_dir", "control")
         ),
-        client.post("/api/jobs", json={**SMALL, "control": "x", "control_image": path}),
-        client.post("/api/jobs", json={**SMALL, "loras": [{"name": path}]}),
-        client.post("/v1/images/generations", json={**SMALL, "init_image": path}),
-        client.post("/v1/images/generations", json={**SMALL, "loras": [path]}),
-        client.post("/sdapi/v1/img2img", json={**SMALL, "init_images": [path]}),
+        *(
+            client.post(f"/{route}", json={**SMALL, **fields})
+            for route, fields in (
+                ("api/jobs", {"control": "x", "control_image": path}),
+                ("api/jobs", {"loras": [{"name": path}]}),
+                ("v1/images/generations", {"init_image": path}),
+                ("v1/images/generations", {"loras": [path]}),
+                ("sdapi/v1/img2img", {"init_images": [path]}),
+            )
+        ),
     ]
     assert not [answer for answer in loaded if SECRET in answer.text]
     assert not [answer.text for answer in loaded if answer.status_code >= 500]
