@@ -50,7 +50,7 @@ ROOMS = {
         "generation doctor",
     "zimage_mlx.training":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
-        "pictures lora memory generation training",
+        "pictures lora memory training",
     "zimage_mlx.doctor":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_mlx.training formats model "
         "pictures networks checkpoints memory doctor",
