@@ -1,7 +1,9 @@
-"""The optimizers for training. Each has one entry, and the entry holds all that the project knows about it."""
+"""The optimizers for training, and the schedules of the rate. An entry holds all that the project knows about one."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -31,4 +33,11 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw8bit": OptimizerKind("AdamW8bit", slots=0.5),  # two bytes; a scale for each block adds a hundredth
     "prodigy": OptimizerKind("Prodigy", slots=4, lr=1.0, one_rate=True),
     "schedulefree": OptimizerKind("ScheduleFreeAdamW", slots=2, averages=True),
+}
+
+# Schedule -> function from progress (0 after the warmup, 1 at the last step) to a share of the learning rate
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
 }
