@@ -14,7 +14,7 @@ from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
-from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
+from zimage_ref.training.events import Encoded, Event, Notice, Saved, Saving, Started, Step, Stopped, Validated
 from zimage_ref.training.groups import TrainGroup
 from zimage_ref.training.kinds import FULL, learning_kind
 from zimage_ref.training.plan import TrainPlan, make_plan
@@ -41,6 +41,11 @@ _EXAMPLES = (
         "Train, save every 500 steps, and draw a preview now and then:",
         'zimage train --model-dir ~/Z-Image --dataset dog --trigger "sks dog" --output dog.safetensors '
         '--resolution 768 --steps 2500 --save-every 500 --preview-prompt "a photo of sks dog in snow"',
+    ),
+    (
+        "See what training the whole transformer takes:",
+        "zimage train --model-dir ~/Z-Image --dataset paintings --kind full --output paintings-z --resolution 512 "
+        "--dry-run",
     ),
     (
         "Take the options from a file:",
@@ -171,6 +176,8 @@ class _Display:
                 self._console.note(f"going on after step {step} of {total}")
             case Validated():
                 self._validated(event)
+            case Saving(step, nbytes):
+                self._console.note(f"step {step}: saving {nbytes / 1e9:.1f} GB of weights")
             case Saved(path):
                 self.saved.append(path)
             case Stopped(step):

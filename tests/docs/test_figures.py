@@ -80,7 +80,7 @@ def whole(side: int, optimizer: str, master_weights: bool = False, metal: bool =
     state, footprint = state_bytes(shapes, optimizer, master_weights), FOOTPRINTS[metal][False]
     loaded, tokens = LoadedModel(model, "bfloat16"), side * side // model.size_multiple**2
     *before, train = training_stages(loaded, tokens, state, footprint=footprint)
-    return f"{peak([*before, with_step(train, shapes, loaded.itemsize, footprint)]).total / 1e9:.1f}"
+    return f"{peak([*before, with_step(train, shapes, loaded.itemsize, optimizer, footprint)]).total / 1e9:.1f}"
 
 
 @pytest.mark.parametrize("side", [512, 768, 1024])

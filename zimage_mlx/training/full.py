@@ -47,9 +47,10 @@ class FusedOptimizer:
         """parameters: the weights that train. Norms, biases and tokens do not decay."""
         self._seed = config.seed
         self._order = {name: i for i, name in enumerate(parameters)}
-        self._parts = {name: make_optimizer(config, decays=each.ndim > 1) for name, each in parameters.items()}
+        self._parts = {name: make_optimizer(config, _is_matrix(each)) for name, each in parameters.items()}
         for name, part in self._parts.items():
             part.init({_W: mx.zeros(parameters[name].shape)})
+            mx.eval(part.state)  # one at a time: the first step would make all at once
         self._masters: Parameters = {}
         if config.master_weights:
             narrow = {name: each for name, each in parameters.items() if each.dtype != mx.float32}
@@ -191,6 +192,11 @@ class WholeLearner:
         for name, array in self._optimizer.use(state["weights"], self._model.dtype):
             place(self._model, {name: array})
         self._optimizer.restore(state["optimizer"])
+
+
+def _is_matrix(parameter: mx.array) -> bool:
+    """Whether it decays: no norm, no bias and no token."""
+    return parameter.ndim > 1 and parameter.shape[0] > 1
 
 
 def as_tensor(array: mx.array) -> Tensor:

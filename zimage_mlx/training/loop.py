@@ -15,7 +15,7 @@ from zimage_mlx.networks.weights import to_mlx
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.errors import TrainingError
 from zimage_ref.training.batches import ItemBatch
-from zimage_ref.training.events import Done, Event, Notice, Started, Step, Stopped
+from zimage_ref.training.events import Done, Event, Notice, Saving, Started, Step, Stopped
 from zimage_ref.training.facts import RunFacts
 from zimage_ref.training.kinds import FULL
 from zimage_ref.training.plan import TrainPlan
@@ -38,6 +38,7 @@ _MEMORY = 0.98  # share of the smoothed loss that a step keeps
 _SAVE_SECONDS = {False: 300.0, True: 1800.0}
 _ABOUT = 0.1  # how far the memory of a resumed run may be from before, as a share
 _USABLE = 0.7  # share of memory that the base, the LoRA and what the gradient keeps may fill; the rest is for a block
+_LARGE = 10**9  # bytes, from which on saving is announced
 
 
 clock = time.monotonic  # for saves by time; a test has its own
@@ -136,6 +137,8 @@ class Loop:
         """Writes the result to `result`, if that is given, and the resume folder. Only the first machine does."""
         if not self._machines.first:
             return
+        if self._learner.file_bytes >= _LARGE:
+            yield Saving(step, self._learner.file_bytes)
         if result:
             yield self._saver.result(result, step)
         yield self._saver.state(step, self._losses.smoothed, self._losses.failures)

@@ -30,7 +30,7 @@ from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
 from zimage_ref.training.metrics import recorded
-from zimage_ref.training.plan import TURBO_WARNING, plan_for
+from zimage_ref.training.plan import plan_for
 from zimage_ref.training.run_folder import RunFolder
 
 from .encode import EncodedDataset
@@ -68,8 +68,8 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
             return
     plan = plan_for(config, dataset, machines.size)
     yield from map(Notice, plan.notices)
-    if plan.turbo and not config.training_adapter:
-        yield Notice(TURBO_WARNING)
+    if plan.turbo_warning:
+        yield Notice(plan.turbo_warning)
     run, facts = RunFolder(config.output), plan.facts(environment())
     machines.agree(facts)
     saved, notices = state_to_resume(config, run, facts) if machines.first else (None, [])

@@ -22,8 +22,11 @@ from .precisions import FLOATS
 from .targets import Target, owner_of
 
 _FILES = (".safetensors", ".npz")
-_STEP_ARRAYS = 6  # float32 arrays of the size of a parameter, at once, while the optimizer changes it
 
+TURBO_WARNING = (
+    "this is Turbo, a distilled model: training it destroys its few-step ability (blurred pictures at 8 steps). Train "
+    "the base model, or merge a de-distillation LoRA into Turbo before, with zimage convert, `merge_lora`"
+)
 _OF_LORAS = "it is an option of LoRAs"
 _MERGE = "merge the LoRA into the model with zimage convert, `merge_lora`, and give the result as `transformer`"
 _REFUSED = {  # an option that has no use -> the reason
@@ -94,18 +97,19 @@ def state_bytes(parameters: Shapes, optimizer: str, master_weights: bool) -> int
     return round(4 * (values + master_weights * count(parameters)))
 
 
-def step_bytes(parameters: Shapes, itemsize: int) -> int:
+def step_bytes(parameters: Shapes, itemsize: int, optimizer: str) -> int:
     """The bytes that a step takes for a moment: the gradient of the largest block, and the change of a parameter."""
+    arrays = OPTIMIZERS[optimizer].passing
     blocks: dict[str, int] = {}
     for name, shape in parameters.items():
         block = block_of(name) or name.partition(".")[0]
         blocks[block] = blocks.get(block, 0) + math.prod(shape)
-    return itemsize * max(blocks.values()) + 4 * _STEP_ARRAYS * max(map(math.prod, parameters.values()))
+    return itemsize * max(blocks.values()) + 4 * arrays * max(map(math.prod, parameters.values()))
 
 
-def with_step(train: Stage, parameters: Shapes, itemsize: int, footprint: Footprint) -> Stage:
+def with_step(train: Stage, parameters: Shapes, itemsize: int, optimizer: str, footprint: Footprint) -> Stage:
     """The stage of training with what a step takes for a moment."""
-    passing = footprint.with_margin(0, step_bytes(parameters, itemsize))
+    passing = footprint.with_margin(0, step_bytes(parameters, itemsize, optimizer))
     return replace(train, activations=train.activations + passing)
 
 

@@ -40,6 +40,7 @@ from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out
 from .dataset_options import TRAIN
 from .facts import RunFacts
+from .full import TURBO_WARNING as WHOLE_TURBO_WARNING
 from .full import check_base, count, state_bytes, whole_parameters, with_step
 from .kinds import FULL, learning_kind
 from .optimizers import OPTIMIZERS
@@ -93,6 +94,13 @@ class TrainPlan:
     def turbo(self) -> bool:
         """Whether the base is the distilled model."""
         return is_turbo(self.model.scheduler)
+
+    @property
+    def turbo_warning(self) -> str:
+        """What to say of the base if it is Turbo and nothing undoes its distillation; "" if there is nothing to say."""
+        if not self.turbo or self.config.training_adapter:
+            return ""
+        return WHOLE_TURBO_WARNING if self.config.kind == FULL else TURBO_WARNING
 
     @property
     def trainable(self) -> int:
@@ -156,7 +164,7 @@ class TrainPlan:
             lora = state_bytes(self.parameters, self.config.optimizer, self.config.master_weights)
         *before, train = training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
         if self.parameters:
-            return [*before, with_step(train, self.parameters, model.itemsize, footprint)]
+            return [*before, with_step(train, self.parameters, model.itemsize, self.config.optimizer, footprint)]
         shapes = transformer_parameters(self.model.transformer)
         largest = max(math.prod(shapes[f"{layer}.weight"]) for layer in self.layers)
         passing = footprint.with_margin(0, 4 * TRAINED[self.config.kind].passing * largest)

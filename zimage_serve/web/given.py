@@ -13,6 +13,7 @@ from zimage_ref.generation.config import GenerateConfig
 from zimage_ref.generation.control_options import CONTROL_FIELDS
 from zimage_ref.options import choices_of
 from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.kinds import FULL, kinds
 from zimage_serve.work.runs import NOT_ASKED
 from zimage_serve.work.studio import Studio
 
@@ -44,6 +45,12 @@ RUN_FIELDS: dict[str, JsonObject] = {
     "dataset": {"type": "string", "description": "Name of a dataset of this server."},
     "training_adapter": {"type": "string", "description": "Name of a LoRA of this server; for Turbo."},
     "init_lora": {"type": "string", "description": "Name of a LoRA of this server to go on from."},
+    "kind": {
+        "type": "string",
+        "description": "Form of the change of a weight. Every program reads lora; lokr is small, others are slower.",
+        "enum": [kind for kind in kinds() if kind != FULL],
+        "default": TrainConfig.kind,
+    },
 }
 
 
