@@ -21,6 +21,7 @@ from zimage_ref.training.plan import TrainPlan, make_plan
 from zimage_ref.training.presets import PRESETS, preset_options
 from zimage_ref.training.run_folder import RunFolder
 from zimage_ref.training.targets import by_module, ranges
+from zimage_ref.training.whole_room import room
 
 from ..terminal import blas
 from ..terminal.awake import keep_awake
@@ -268,10 +269,10 @@ def _show_memory(plan: TrainPlan, dtype: str, quantization: Quantization | None,
         "train": train.total, "  base": train.weights, f"  {what}": train.lora,
         "  activations, --memory lean": train.activations, "  activations, --memory fast": fast[-1].activations,
         "largest stage": peak((captions, pictures, train)).total,
-        **({"  the same, --memory stream": peak(stream).total} if plan.can_stream else {}),
+        **({"  the same, --memory stream": peak(stream).total} if plan.can_stream or plan.parameters else {}),
     }.items()])  # fmt: skip
     if plan.parameters:
-        console.note(plan.room(dtype))
+        console.note(room(plan, dtype))
 
 
 def _show_datasets(plan: TrainPlan, console: Console) -> None:

@@ -17,14 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from zimage_mlx.device import number, on_gpu
 from zimage_mlx.networks.parameters import Parameters
+from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.transformer import Transformer
-from zimage_mlx.networks.tree import find, place
-from zimage_mlx.networks.weights import from_stored, to_stored
-from zimage_ref.formats.tensors import BFLOAT16, Array, DType, Tensor, Tensors
+from zimage_mlx.networks.tree import find
+from zimage_mlx.networks.weights import from_stored
+from zimage_ref.formats.tensors import Array, Tensors
+from zimage_ref.model.parameters import block_of
 from zimage_ref.training.batches import ROUNDING, rng_for
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.plan import TrainPlan
@@ -32,6 +33,7 @@ from zimage_ref.training.whole_file import write_whole
 
 from .feed import Feed
 from .gradient import LossAndGradients
+from .held import Held, as_tensor
 from .learner import check_same
 from .learning import Outcome
 from .optimizer import learning_rate, make_optimizer
@@ -44,45 +46,44 @@ class FusedOptimizer:
     """An optimizer for each parameter, so that they can be changed one by one. Everything is computed in float32."""
 
     def __init__(self, config: TrainConfig, parameters: Parameters) -> None:
-        """parameters: the weights that train. Norms, biases and tokens do not decay."""
+        """parameters: the weights that train; only master weights need their values.
+
+        Norms, biases and tokens do not decay.
+        """
         self._seed = config.seed
         self._order = {name: i for i, name in enumerate(parameters)}
         self._parts = {name: make_optimizer(config, _is_matrix(each)) for name, each in parameters.items()}
         for name, part in self._parts.items():
             part.init({_W: mx.zeros(parameters[name].shape)})
             mx.eval(part.state)  # one at a time: the first step would make all at once
-        self._masters: Parameters = {}
+        self.masters: Parameters = {}  # the float32 weights behind the others, if they are kept
         if config.master_weights:
             narrow = {name: each for name, each in parameters.items() if each.dtype != mx.float32}
-            self._masters = {name: each.astype(mx.float32) for name, each in narrow.items()}
+            self.masters = {name: each.astype(mx.float32) for name, each in narrow.items()}
 
     def change(self, name: str, weight: mx.array, gradient: mx.array, step: int, lr: float) -> mx.array:
         """`weight` after step `step`, in its dtype, computed."""
         part, dtype = self._parts[name], weight.dtype
         part.learning_rate = lr
-        before = self._masters.get(name, weight).astype(mx.float32)
+        before = self.masters.get(name, weight).astype(mx.float32)
         after = part.apply_gradients({_W: gradient}, {_W: before})[_W]
-        if name in self._masters:
-            self._masters[name] = after
-        if dtype == mx.bfloat16 and name not in self._masters:
+        if name in self.masters:
+            self.masters[name] = after
+        if dtype == mx.bfloat16 and name not in self.masters:
             seed = rng_for(self._seed, ROUNDING, step, self._order[name]).integers(1 << 63)
             after = stochastically(after, mx.random.key(int(seed)))
         result: mx.array = after.astype(dtype)
-        mx.eval(result, part.state, self._masters.get(name))
+        mx.eval(result, part.state, self.masters.get(name))
         return result
-
-    def weights(self, parameters: Parameters) -> Parameters:
-        """`parameters`, or the float32 weights that stand behind them."""
-        return parameters | self._masters
 
     def use(self, weights: Mapping[str, Array], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
         """Takes up what `weights` gave. Yields each parameter in `dtype`."""
         for name, stored in weights.items():
             array = from_stored(stored)
-            if name in self._masters:
-                self._masters[name] = array
+            if name in self.masters:
+                self.masters[name] = array
             array = array.astype(dtype)
-            mx.eval(array, self._masters.get(name))
+            mx.eval(array, self.masters.get(name))
             yield name, array
 
     def state(self) -> Tensors:
@@ -121,18 +122,16 @@ class WholeLearner:
         for name in plan.parameters:
             path, _, key = name.rpartition(".")
             find(model, path).unfreeze(recurse=False, keys=[key])
-        self._optimizer = FusedOptimizer(plan.config, self._weights())
+        blocks = {name: each for name, each in plan.model.weights["transformer"].items() if block_of(name)}
+        self._held = Held(model, blocks if isinstance(model.weights, Stream) else None)
+        likes = {name: self._held.like(name) for name in plan.parameters}
+        self._optimizer = FusedOptimizer(plan.config, likes)
         self._differentiate = LossAndGradients(model, budget, compiled=on_gpu(), use=self._use_up)
         self._step, self._lr, self._squares = 0, 0.0, 0.0  # of the step at work; the squared length of its gradient
 
-    def _weights(self) -> Parameters:
-        """The parameters that train, as they are now."""
-        return {name: self._weight(name) for name in self._plan.parameters}
-
-    def _weight(self, name: str) -> mx.array:
-        path, _, key = name.rpartition(".")
-        array: mx.array = find(self._model, path)[key]
-        return array
+    def _weights(self) -> Tensors:
+        """The parameters that train, as they are now. A tensor is copied when it is read."""
+        return {name: self._held.tensor(name) for name in self._plan.parameters}
 
     @property
     def file_bytes(self) -> int:
@@ -165,8 +164,9 @@ class WholeLearner:
             norm, gradient = math.sqrt(squares[name]), gradient.astype(mx.float32)
             if most and norm > most:
                 gradient = gradient * (most / norm)
-            place(self._model, {name: self._optimizer.change(name, self._weight(name), gradient, self._step, self._lr)})
-            del gradient
+            weight = self._optimizer.change(name, self._held.get(name), gradient, self._step, self._lr)
+            self._held.put(name, weight)
+            del gradient, weight
 
     @contextmanager
     def result(self) -> Iterator[Transformer]:
@@ -175,14 +175,12 @@ class WholeLearner:
 
     def write(self, path: Path, record: Mapping[str, object]) -> None:
         """Writes the whole transformer to `path`, a file or a folder, in the precision that it has in memory."""
-        trained = {name: as_tensor(array) for name, array in self._weights().items()}
-        write_whole(path, self._plan.model, trained, dict(record))
+        write_whole(path, self._plan.model, self._weights(), dict(record))
 
     def state(self) -> dict[str, Tensors]:
         """All that the next step depends on: weights and optimizer. A tensor is copied when it is read."""
-        weights = self._optimizer.weights(self._weights())
-        tensors = {name: as_tensor(array) for name, array in weights.items()}
-        return {"weights": tensors, "optimizer": self._optimizer.state()}
+        masters = {name: as_tensor(array) for name, array in self._optimizer.masters.items()}
+        return {"weights": {**self._weights(), **masters}, "optimizer": self._optimizer.state()}
 
     def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
         """Takes up a state that `state` gave. Raises ConfigError if it is of other parameters or another optimizer."""
@@ -190,19 +188,10 @@ class WholeLearner:
         for part, what in (("weights", "layers"), ("optimizer", "optimizer state")):
             check_same(output, what, state.get(part, {}), fresh[part])
         for name, array in self._optimizer.use(state["weights"], self._model.dtype):
-            place(self._model, {name: array})
+            self._held.put(name, array)
         self._optimizer.restore(state["optimizer"])
 
 
 def _is_matrix(parameter: mx.array) -> bool:
     """Whether it decays: no norm, no bias and no token."""
     return parameter.ndim > 1 and parameter.shape[0] > 1
-
-
-def as_tensor(array: mx.array) -> Tensor:
-    """`array` as a file stores it, copied when it is read."""
-    return Tensor(array.shape, _stored_dtype(array.dtype), lambda: to_stored(array))
-
-
-def _stored_dtype(dtype: mx.Dtype) -> DType:
-    return BFLOAT16 if dtype == mx.bfloat16 else np.dtype(str(dtype).rpartition(".")[2])

@@ -24,6 +24,7 @@ from zimage_ref.training.run_folder import RunFolder, SavedState
 from .encode import EncodedDataset
 from .feed import Feed
 from .full import WholeLearner
+from .held import on_disk
 from .learner import Learner
 from .learning import Learning, Outcome
 from .machines import Machines
@@ -60,7 +61,11 @@ class Loop:
 
         facts: what the run is. Raises ConfigError if the saved LoRA does not fit.
         """
-        run, model, feed = RunFolder(plan.config.output), pipeline.transformer, Feed(plan, data)
+        run = RunFolder(plan.config.output)
+        if plan.config.kind == FULL and pipeline.mode == "stream":  # blocks are read from where they are changed
+            weights = plan.model.weights
+            weights["transformer"] = on_disk(weights["transformer"], pipeline.dtype, run.path)
+        model, feed = pipeline.transformer, Feed(plan, data)
         self._plan, self._machines = plan, machines
         budget = _same_budget(_budget(plan, pipeline), saved)
         make = WholeLearner if plan.config.kind == FULL else Learner

@@ -29,9 +29,11 @@ from zimage_ref.training.checked_dataset import CheckedDataset
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
+from zimage_ref.training.kinds import FULL
 from zimage_ref.training.metrics import recorded
 from zimage_ref.training.plan import plan_for
 from zimage_ref.training.run_folder import RunFolder
+from zimage_ref.training.whole_room import written
 
 from .encode import EncodedDataset
 from .loop import Loop
@@ -84,6 +86,8 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     plan.require_memory(plan.memory(dtype, quantization, choice.mode, footprint), limit)
     if choice.mode == "stream":
         yield Notice(f"memory {choice.sentence(plan.model)}")
+        if config.kind == FULL:
+            yield Notice(written(plan, dtype))
     # with auto, what does not fit into the mode fast keeps as much of it as fits: see `loop`
     between = config.memory == "auto" and choice.mode == "lean"
     pipeline.set_mode("fast" if between else choice.mode)

@@ -7,13 +7,13 @@ So options that need the gradients of all blocks at once, or the base beside the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from zimage_ref.errors import ConfigError
-from zimage_ref.memory import Footprint, Stage
+from zimage_ref.memory import Footprint, Stage, peak
 from zimage_ref.model.parameters import Shapes, block_of
 
 from .kinds import FULL
@@ -60,8 +60,8 @@ def check_full(config: object, defaults: Mapping[str, object]) -> None:
             raise ConfigError(f"`{name}` does not go with `kind` full: {reason}")
     if (asked := value("base_precision")) not in FLOATS:
         raise ConfigError(f"`base_precision` {asked}: `kind` full changes the weights: give bf16 or f32")
-    if value("memory") == "stream":
-        raise ConfigError("`memory` stream leaves the weights in their file, and `kind` full changes them: give lean")
+    if value("memory") == "stream" and value("master_weights"):
+        raise ConfigError("`master_weights` stay in memory, and `memory` stream is for a lack of it: leave one out")
     optimizer = str(value("optimizer"))
     if optimizer in OPTIMIZERS and (OPTIMIZERS[optimizer].one_rate or OPTIMIZERS[optimizer].averages):
         raise ConfigError(f"`optimizer` {optimizer} needs all gradients at once or keeps averages: take adafactor")
@@ -111,6 +111,17 @@ def with_step(train: Stage, parameters: Shapes, itemsize: int, optimizer: str, f
     """The stage of training with what a step takes for a moment."""
     passing = footprint.with_margin(0, step_bytes(parameters, itemsize, optimizer))
     return replace(train, activations=train.activations + passing)
+
+
+def require_room(stages: Sequence[Stage], limit: int | None, streamed: bool) -> None:
+    """Raises ConfigError if a stage takes more than `limit` bytes. None means no limit."""
+    most = peak(stages)
+    if limit is not None and most.total > limit:
+        way_out = "a smaller `resolution`" if streamed else "`memory` stream, or a smaller `resolution`"
+        raise ConfigError(
+            f"this takes about {most.total / 1e9:.1f} GB to {most.name}, and there are {limit / 1e9:.1f} GB: give "
+            f"{way_out}; `force` tries it anyway"
+        )
 
 
 def count(parameters: Shapes) -> int:

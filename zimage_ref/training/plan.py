@@ -41,7 +41,7 @@ from .dataset import Example, fingerprint, hold_out
 from .dataset_options import TRAIN
 from .facts import RunFacts
 from .full import TURBO_WARNING as WHOLE_TURBO_WARNING
-from .full import check_base, count, state_bytes, whole_parameters, with_step
+from .full import check_base, count, require_room, state_bytes, whole_parameters, with_step
 from .kinds import FULL, learning_kind
 from .optimizers import OPTIMIZERS
 from .start import Start, going_on, layer_matrices, new_matrices, with_magnitudes
@@ -172,19 +172,8 @@ class TrainPlan:
 
     @property
     def can_stream(self) -> bool:
-        """Whether the mode stream may be chosen."""
+        """Whether the mode stream may be chosen by itself. It writes too much to a disk for that with the kind full."""
         return can_stream(self.model) and self.config.kind != FULL
-
-    def room(self, precision: str) -> str:
-        """The room on disk that a run of the kind full needs, in a sentence."""
-        config, itemsize = self.config, LoadedModel(self.model, precision).itemsize
-        weights = count(self.parameters) * (4 if config.master_weights else itemsize)
-        save = weights + state_bytes(self.parameters, config.optimizer, master_weights=False)
-        result = sum(LoadedModel(self.model, precision).sizes("transformer").values())
-        return (
-            f"on disk the result takes {result / 1e9:.3g} GB, and so does each of `save_every`. A state to resume from "
-            f"takes {save / 1e9:.3g} GB; two are kept, and a third is written beside them: {3 * save / 1e9:.3g} GB"
-        )
 
     def choose_memory(
         self,
@@ -211,7 +200,9 @@ class TrainPlan:
 
     def require_memory(self, stages: Sequence[Stage], limit: int | None) -> None:
         """Raises ConfigError if `stages` take more than `limit` bytes, unless `force` is set."""
-        if not self.config.force:
+        if self.config.kind == FULL and not self.config.force:
+            require_room(stages, limit, self.config.memory == "stream")
+        elif not self.config.force:
             sides = "`resolution`, `memory` lean" if self.config.memory == "fast" else "`resolution`"
             require_memory(stages, limit, "base_precision", sides)
 
