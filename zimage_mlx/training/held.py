@@ -1,4 +1,4 @@
-"""Where the weights are that a run changes: in memory, or those of blocks in a file."""
+"""The weights that a run changes. They are in memory, or those of blocks are in a file."""
 
 from __future__ import annotations
 

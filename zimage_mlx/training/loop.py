@@ -62,7 +62,7 @@ class Loop:
         facts: what the run is. Raises ConfigError if the saved LoRA does not fit.
         """
         run = RunFolder(plan.config.output)
-        if plan.config.kind == FULL and pipeline.mode == "stream":  # blocks are read from where they are changed
+        if plan.config.kind == FULL and pipeline.mode == "stream":  # blocks are changed in a file
             weights = plan.model.weights
             weights["transformer"] = on_disk(weights["transformer"], pipeline.dtype, run.path)
         model, feed = pipeline.transformer, Feed(plan, data)

@@ -97,7 +97,7 @@ class TrainPlan:
 
     @property
     def turbo_warning(self) -> str:
-        """What to say of the base if it is Turbo and nothing undoes its distillation; "" if there is nothing to say."""
+        """A warning if the base is Turbo and its distillation stays; "" if not."""
         if not self.turbo or self.config.training_adapter:
             return ""
         return WHOLE_TURBO_WARNING if self.config.kind == FULL else TURBO_WARNING
