@@ -42,7 +42,7 @@ from .saver import environment
 
 
 def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-    """Trains a LoRA and writes it, yielding an event for each thing done.
+    """Trains a LoRA or the transformer and writes it, yielding an event for each thing done.
 
     Everything is checked before any weights are read. The text encoder and the autoencoder are freed before the
     transformer is loaded. `should_stop` is asked after each step: the run then saves, yields Stopped and ends. Under
