@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so; tests send this signal
+# A shell starts background jobs, and nohup any program, with signals ignored that tests send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_report_header() -> str:
@@ -28,6 +31,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """A file of live comparisons alone imports torch and diffusers. A run that leaves them out does not read it."""
     left_out = "not oracle" in config.option.markexpr
     return True if left_out and collection_path.stem.endswith("oracle") else None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_disks() -> Iterator[None]:
+    """No test cuts the power, so nothing need wait until a file is on the disk: thousands are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which also needs an open file
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

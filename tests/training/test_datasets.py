@@ -163,7 +163,11 @@ def everything(shop: Workshop) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("optimizer", "more"),
-    [("prodigy", {"ema": 0.9, "lora_plus": 1.0}), ("schedulefree", {"ema": 0.0}), ("adamw8bit", {})],
+    [
+        ("adamw8bit", {}),
+        pytest.param("prodigy", {"ema": 0.9, "lora_plus": 1.0}, marks=pytest.mark.slow),
+        pytest.param("schedulefree", {"ema": 0.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_with_all_of_it_is_resumed_bit_for_bit(shop: Workshop, optimizer: str, more: dict[str, Any]) -> None:
     options = everything(shop) | {"optimizer": optimizer, **more}

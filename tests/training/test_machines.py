@@ -56,7 +56,7 @@ import sys; from zimage_cli.app import main; sys.exit(main(sys.argv[1:]))"
         started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
     done = []
     for process in started:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         done.append(subprocess.CompletedProcess(command, process.returncode, out, err))
     return done
 
