@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.daily import daily
 from support.networks import long_only
 from support.parity import assert_parity
 
@@ -66,13 +67,13 @@ def test_every_caption_fits_the_length_that_the_model_was_trained_at(folder: Mod
 
 def test_the_autoencoder_reproduces_drawings(reference: zimage_ref.ZImagePipeline) -> None:
     rng = np.random.default_rng(2)
-    pixels = np.stack([to_array(drawings.draw(scene, rng)) for scene in held_out(6)])
+    pixels = np.stack([to_array(drawings.draw(scene, rng)) for scene in held_out(3)])
     decoded = reference.vae.decode(reference.vae.encode(pixels)).clip(-1, 1)
     error = np.mean(((decoded - pixels) / 2) ** 2, axis=(1, 2, 3))
     assert np.mean(-10 * np.log10(error)) > 28
 
 
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize("guidance", daily([0.0, 3.0], 3.0))
 def test_pictures_show_what_captions_never_seen_in_training_say(
     reference: zimage_ref.ZImagePipeline, guidance: float
 ) -> None:
@@ -85,7 +86,7 @@ def test_pictures_show_what_captions_never_seen_in_training_say(
 
 def test_both_engines_draw_the_same(reference: zimage_ref.ZImagePipeline) -> None:
     mlx = pytest.importorskip("zimage_mlx.pipeline", reason="MLX is not installed", exc_type=ImportError)
-    how = {"width": SIDE, "height": SIDE, "steps": STEPS, "guidance": GUIDANCE, "output": "array"}
+    how = {"width": SIDE, "height": SIDE, "steps": 2, "guidance": GUIDANCE, "output": "array"}
     captions = ["a red circle left of an orange star on a blue background", "two green hearts on white"]
     expected = reference(captions, **how)
     actual = mlx.ZImagePipeline.from_pretrained(TINY)(captions, **how)
@@ -178,9 +179,7 @@ MISTAKES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # what, where, and
 
 
 # One by default: each takes seconds
-@pytest.mark.parametrize(
-    "mistake", [m if i == 0 else pytest.param(m, marks=pytest.mark.slow) for i, m in enumerate(MISTAKES)]
-)
+@pytest.mark.parametrize("mistake", daily(MISTAKES, next(iter(MISTAKES))))
 def test_a_mistake_in_training_shows_in_the_loss_from_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
@@ -188,7 +187,7 @@ def test_a_mistake_in_training_shows_in_the_loss_from_the_start(
     where, name, instead = MISTAKES[mistake]
     module = pytest.importorskip(f"zimage_mlx.{where}", reason="training needs MLX", exc_type=ImportError)
     monkeypatch.setattr(module, name, partial(instead, getattr(module, name)))
-    assert learn(tmp_path, epochs=2)[1] > START
+    assert learn(tmp_path, epochs=1)[1] > START
 
 
 def test_its_name_is_taken_wherever_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

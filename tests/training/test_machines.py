@@ -67,6 +67,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) -> None:
     alone = shop.train("alone", batch_size=2, epochs=2, rank_dropout=0.3)
     first, second = together(shop, "ring", batch_size=1, epochs=2, rank_dropout=0.3)
