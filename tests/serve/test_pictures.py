@@ -226,6 +226,7 @@ def test_equal_requests_are_denoised_together(tmp_path: Path) -> None:
         assert steps == [[1, 2]] * 4 and encoded == 1  # two steps of one batch, and one prompt
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_together_are_made_anew_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path, memory="lean") as served:
         save, saved = served.studio.store.save, []

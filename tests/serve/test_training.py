@@ -81,7 +81,7 @@ def test_sizes_of_pictures_follow_their_files(served: Served, tmp_path: Path) ->
 @mlx_only
 def test_a_run_is_planned_trained_and_used(served: Served, tmp_path: Path) -> None:
     plan = served.client.post("/api/runs/plan", json=OPTIONS).json()
-    assert (plan["pictures"], plan["steps"], plan["sizes"][0]["width"]) == (3, 6, 32) and plan["memory_bytes"] > 0
+    assert (plan["pictures"], plan["steps"], plan["sizes"][0]["width"]) == (3, 2, 32) and plan["memory_bytes"] > 0
     id = start(served, preview_prompt=["a zorp"], preview_every=1, preview_size=32, preview_steps=1, save_every=1)
     text = served.client.get(f"/api/runs/{id}/events").text
     for kind in ("running", "prepared", "begun", "step", "preview", "saved", "done"):

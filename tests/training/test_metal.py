@@ -104,7 +104,7 @@ def test_a_run_saves_every_five_minutes_and_changes_no_bit(shop: Workshop, monke
     plain = shop.train("quick", steps=4)
     assert saves(plain) == [4]
     ticks = iter(range(10**6))
-    monkeypatch.setattr(loop, "clock", lambda: 60.0 * next(ticks))
+    monkeypatch.setattr(loop, "clock", lambda: 150.0 * next(ticks))
     slow = shop.train("slow", steps=4)
     assert len(saves(slow)) > 1 and slow.bytes == plain.bytes
     monkeypatch.setattr(loop, "clock", lambda: 0.0)

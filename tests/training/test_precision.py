@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import lora_makers, tiny
+from support.daily import daily
 from support.training_runs import Workshop, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
@@ -59,7 +60,7 @@ def parameters(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.parameters())}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", daily([8, 4], 4))
 def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     real = zimage_mlx.training.loop.Learner
