@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-# A shell starts background jobs, and nohup any program, with signals ignored that tests send
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if _number and signal.getsignal(_number) is signal.SIG_IGN:  # of a background job, of nohup; tests send these
+        signal.signal(_number, _usual)
 
 
 def pytest_report_header() -> str:
@@ -50,6 +48,12 @@ def pytest_collection() -> Iterator[object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_figures_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An empty cache folder: what `zimage doctor` measured on this machine would decide about results."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

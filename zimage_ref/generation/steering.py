@@ -23,6 +23,7 @@ from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.steering import NAG_OFF, Box, Nag, Steering
 
 from .config import VARIETY_UNTIL, GenerateConfig
+from .samplers import TWICE
 
 if TYPE_CHECKING:
     from .engine import ConditioningT, Engine
@@ -105,6 +106,13 @@ def predictions_of(request: Request) -> float:
     pairs = tokens**2 if len(prompts) > 1 else 0
     share = (tokens + _MASK_TOKENS * pairs) / (image + CAPTION_TOKENS)
     return (1 + (request.guidance.scale > 0)) * share * (1 + _NAG_SHARE * nag)
+
+
+def passes_of(request: Request) -> int:
+    """How many plain predictions of the transformer this picture takes in all, about in time."""
+    steps = len(request.sigmas) - 1
+    calls = 2 * steps - 1 if request.config.sampler in TWICE else steps
+    return round(calls * predictions_of(request))
 
 
 @dataclass(frozen=True)
