@@ -128,7 +128,14 @@ def test_memory_modes_change_nothing(variant: str, model_dir: Path, nets: dict[s
 
 
 @mlx_only
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"quantize": 8, "group_size": 32}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float16"},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"quantize": 8, "group_size": 32}, marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions(settings: dict[str, Any], model_dir: Path, nets: dict[str, Path]) -> None:
     control = [(nets["2.1"], MAP, 1.0)]
     exact, other = (drawn(pipeline("mlx", model_dir, **each), control=control) for each in ({}, settings))

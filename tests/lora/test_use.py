@@ -87,9 +87,7 @@ def picture(pipe: Pipeline, *loras: object) -> np.ndarray:
     return pipe(**REQUEST, loras=loras)[0]
 
 
-@pytest.mark.parametrize(
-    ("backend", "bits"), daily(product(["numpy", "mlx"], [32, 8, 4]), ("numpy", 32), ("mlx", 32), ("mlx", 4))
-)
+@pytest.mark.parametrize(("backend", "bits"), daily(product(["numpy", "mlx"], [32, 8, 4]), ("numpy", 32), ("mlx", 4)))
 def test_every_dialect_gives_the_picture_of_the_default_one(
     backend: str, bits: int, model: Path, tmp_path: Path
 ) -> None:

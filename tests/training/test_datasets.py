@@ -57,7 +57,11 @@ def test_each_dataset_has_its_own_options(shop: Workshop, two: tuple[Path, Path]
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [({"flip": True}, {}), ({"caption_dropout": 1.0}, {}), ({"trigger": "zzz"}, {})],
+    [
+        ({"caption_dropout": 1.0}, {}),
+        pytest.param({"flip": True}, {}, marks=pytest.mark.slow),
+        pytest.param({"trigger": "zzz"}, {}, marks=pytest.mark.slow),
+    ],
     ids=lambda value: "-".join(value),
 )
 def test_an_option_of_a_dataset_changes_its_pictures_alone(

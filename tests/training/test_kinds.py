@@ -66,7 +66,8 @@ def test_the_gradient_by_blocks_is_that_of_the_whole_network(kind: str, keep: fl
         assert mx.abs(array).max() > 0
 
 
-@pytest.mark.parametrize("kind", daily(KINDS, "dora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_stopping_and_resuming_changes_no_bit(kind: str, shop: Workshop) -> None:
     options: dict[str, Any] = {**EVERYTHING, "kind": kind, "targets": ("attention", "layers.0.feed_forward.*=5/2")}
     whole = shop.train(f"whole-{kind}", **options)

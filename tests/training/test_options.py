@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support import tiny
-from support.daily import daily
 from support.training_runs import PLAIN, Workshop, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
@@ -216,6 +215,7 @@ def test_weighted_timesteps_weigh_the_loss(shop: Workshop) -> None:
     assert len(set(losses)) == 4
 
 
+@pytest.mark.slow
 def test_caption_dropout_shows_pictures_without_their_captions(shop: Workshop) -> None:
     def losses(name: str, captions: list[str], share: float) -> list[float]:
         data = pictures(shop.folder / f"dropout-{name}", (32, 32), (32, 48), captions=captions)
@@ -226,6 +226,7 @@ def test_caption_dropout_shows_pictures_without_their_captions(shop: Workshop) -
     assert losses("fox0", fox, 0.0) != losses("owl0", owl, 0.0)
 
 
+@pytest.mark.slow
 def test_flipping_mirrors_about_half_of_the_pictures(shop: Workshop) -> None:
     plain = shop.train("unflipped", **PLAIN, epochs=2, lr=1e-9)
     flipped = shop.train("flipped", **PLAIN, epochs=2, lr=1e-9, flip=True)
@@ -233,6 +234,7 @@ def test_flipping_mirrors_about_half_of_the_pictures(shop: Workshop) -> None:
     assert 2 <= same <= 6  # of 8
 
 
+@pytest.mark.slow
 def test_resolutions_mix_and_squares_are_square(shop: Workshop) -> None:
     data = pictures(shop.folder / "mixed-pictures", (80, 80), (120, 80), (80, 120))
     options = {"dataset": data, "epochs": 1, "batch_size": 9}
@@ -241,6 +243,7 @@ def test_resolutions_mix_and_squares_are_square(shop: Workshop) -> None:
     assert [s.pictures for s in shop.train("square", **options, square=True).steps] == [3]
 
 
+@pytest.mark.slow
 def test_the_trigger_is_in_every_caption_that_is_learned(shop: Workshop) -> None:
     captions = {"none": ["zzz, one", "zzz, two"], "zzz": ["one", "two"]}
     losses = []
@@ -251,6 +254,7 @@ def test_the_trigger_is_in_every_caption_that_is_learned(shop: Workshop) -> None
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(shop: Workshop) -> None:
     one, again, other = (shop.train(n, seed=s, steps=2) for n, s in (("s1", 1), ("s1again", 1), ("s2", 2)))
     assert one.bytes == again.bytes != other.bytes
@@ -291,7 +295,8 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_with_the_good_stat
         np.testing.assert_array_equal(bad.tensors["lora"][name], array)
 
 
-@pytest.mark.parametrize("bits", daily([8, 4], 8))
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_can_be_quantized(shop: Workshop, bits: int) -> None:
     full, quantized = shop.train(f"full{bits}", steps=2), shop.train(f"q{bits}", base_precision=str(bits), steps=2)
     assert full.losses != quantized.losses
