@@ -67,10 +67,9 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.slow
 def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) -> None:
-    alone = shop.train("alone", batch_size=2, epochs=2, rank_dropout=0.3)
-    first, second = together(shop, "ring", batch_size=1, epochs=2, rank_dropout=0.3)
+    alone = shop.train("alone", batch_size=2, epochs=1, rank_dropout=0.3)
+    first, second = together(shop, "ring", batch_size=1, epochs=1, rank_dropout=0.3)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert str(shop.folder / "ring.safetensors") in first.stdout
     assert not (second.stdout + second.stderr).strip()  # only the first writes and reports
@@ -100,6 +99,13 @@ def test_machines_compare_every_fact_that_decides_the_result(fact: str, monkeypa
     machine.agree(facts)
     with pytest.raises(TrainingError, match="the machines differ in pictures, model or options"):
         machine.agree({**facts, fact: "another"})
+
+
+def test_all_machines_stop_if_one_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, others = Machines(lambda: False), iter([0.0, 1.0])  # how many of the others were asked
+    machine.alone = False
+    monkeypatch.setattr(machines, "summed", lambda array, group: array + next(others))
+    assert [machine.asked_to_stop() for _ in range(2)] == [False, True]
 
 
 @pytest.mark.slow
