@@ -34,6 +34,7 @@ _WIDE_WIDTHS = 6  # of them, those of the stream itself, its norms and sums; flo
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks with matrices unpacked at once: two feed-forwards, one attention
 _LAYER_WIDTHS = 16  # values in two layers of the autoencoder, in the unit of `Footprint.pixel_widths`
+_LATENT_BYTES, _PIXEL_BYTES = 8, 40  # of a picture made of tiles, for each pixel: latents and noise; the picture itself
 _SIDES = "`width` and `height`"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -165,13 +166,15 @@ class Stage:
 
 
 def generation_stages(
-    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1, one_at_a_time: bool = True
-) -> list[Stage]:
+    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1,
+    one_at_a_time: bool = True, around: int = 0,
+) -> list[Stage]:  # fmt: skip
     """The memory of each stage of making pictures of `size`, width and height in pixels.
 
     predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance. If
     pictures are steered, a prediction counts as more than one.
-    one_at_a_time: a network is freed before the next is loaded.
+    one_at_a_time: a network is freed before the next is loaded. around: the pixels of the picture that is made of
+    tiles of `size`; 0 is no tiles.
     """
     folder, (width, height) = model.folder, size
     mapped, streamed = footprint.mapped, footprint.streamed
@@ -184,8 +187,8 @@ def generation_stages(
     denoise += footprint.unpacked * _quantized_values(model)
     stages = [
         ("encode", weights["text_encoder"], model.itemsize * _encode_values(folder, footprint)),
-        ("denoise", weights["transformer"], model.itemsize * denoise),
-        ("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint)),
+        ("denoise", weights["transformer"], model.itemsize * denoise + _LATENT_BYTES * around),
+        ("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint) + _PIXEL_BYTES * around),
     ]
     return [Stage(name, held, footprint.with_margin(held, values)) for name, held, values in stages]
 

@@ -10,6 +10,7 @@ from zimage_ref.pictures.images import Picture, fit
 
 from .engine import ConditioningT
 from .pipeline import Pipeline
+from .upscale import TILE_SIZE
 
 
 def averaged(x: Array) -> Array:
@@ -20,10 +21,13 @@ def averaged(x: Array) -> Array:
     return means
 
 
-def quick_picture(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, width: int, height: int) -> Picture:
-    """The picture of the latents x (1, C, h, w), decoded at half the sides and enlarged to width x height pixels.
+def quick_picture(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT) -> Picture:
+    """The picture of the latents x (1, C, h, w), decoded at half the sides or less, and enlarged.
 
-    Raises ConfigError if the picture is not finite.
+    It takes no more memory than a tile. Raises ConfigError if the picture is not finite.
     """
-    small = pipe.picture(pipe.to_backend(averaged(np.asarray(x, np.float32))))
-    return fit(small, width, height, "stretch")
+    factor, (_, _, h, w) = pipe.folder.vae.factor, x.shape
+    small = averaged(np.asarray(x, np.float32))
+    while factor**2 * small.shape[2] * small.shape[3] > TILE_SIZE**2:
+        small = averaged(small)
+    return fit(pipe.picture(pipe.to_backend(small)), factor * w, factor * h, "stretch")

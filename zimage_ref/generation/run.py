@@ -171,8 +171,19 @@ class GenerationRun:
             asked,
             {mode: self._memory(requests, mode) for mode in modes},
             pipe.memory_limit(),
-            lambda mode: pipe.measured_seconds(mode, first.width * first.height, passes_of(first)),
+            lambda mode: self.seconds(first, mode),
         )
+
+    def seconds(self, request: Request, mode: Mode) -> float | None:
+        """The seconds of a picture in `mode` by measurements of this machine. None if they are not known."""
+        total = 0.0
+        for each in request.passes:
+            width, height = each.tiles.pixels(self.pipeline.folder.vae.factor)
+            one = self.pipeline.measured_seconds(mode, width * height, passes_of(each))
+            if one is None:
+                return None
+            total += one
+        return total
 
     def make(
         self,
@@ -194,8 +205,7 @@ class GenerationRun:
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
-                    first = requests[places.start]
-                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], first.width, first.height))
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1]))
 
         with pipe.turn():  # no other thread may change the mode before `generate` has read it
             pipe.set_mode(self.memory(requests).mode)
