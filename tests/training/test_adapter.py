@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tiny
+from support.daily import daily
 from support.training_runs import Workshop, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
@@ -43,7 +44,7 @@ def adapter(shop: Workshop) -> Path:
     return shop.folder / "adapter.safetensors"
 
 
-@pytest.mark.parametrize("precision", ["f32", "8"])
+@pytest.mark.parametrize("precision", daily(["f32", "8"], "f32"))
 def test_the_training_adapter_is_in_the_base_for_training_only(shop: Workshop, adapter: Path, precision: str) -> None:
     options = {"steps": 2, "preview_prompt": "a fox", "preview_steps": 1, "lr": 1e-9, "base_precision": precision}
     without = shop.train(f"without{precision}", **options)
