@@ -226,7 +226,8 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node.args[0], ast.Constant)
     }
     libraries = {
-        "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft",
+        "axe_playwright_python", "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx",
+        "openai", "peft",
         "playwright", "prodigyopt", "schedulefree", "scipy", "torch", "transformers",
     }  # fmt: skip
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}

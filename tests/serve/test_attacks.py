@@ -65,6 +65,20 @@ def raw(served: Served, text: bytes, wait: float = 5.0, half: bool = False) -> b
         return got
 
 
+def library_requests(client: httpx.Client, path: str, quoted: str) -> list[httpx.Response]:
+    """The answers to requests for masks, LoRAs and checkpoints that name `path`."""
+    return [
+        client.put(f"/api/datasets/good/pictures/{quoted}/mask", files={"file": ("m.png", png())}),
+        client.post("/api/datasets/good/pictures", files={"file": (f"{path}.mask.png", png())}),
+        client.post("/api/loras/convert", json={"name": path, "loras": ["good"]}),
+        client.post("/api/loras/convert", json={"name": "x", "loras": [path]}),
+        client.post("/api/checkpoints/convert", json={"name": f"/{path}"}),
+        client.post("/api/checkpoints/convert", json={"name": "x", "checkpoint": path or "."}),
+        client.post("/api/checkpoints/convert", json={"name": "x", "loras": [path]}),
+        client.patch(f"/api/checkpoints/{quoted}", json={"name": path}),
+    ]
+
+
 @pytest.mark.parametrize("path", [*PATHS, *(pytest.param(path, marks=pytest.mark.slow) for path in MORE_PATHS)])
 def test_no_field_is_a_path(served: Served, path: str) -> None:
     client, loaded = served.client, []
@@ -89,14 +103,7 @@ def test_no_field_is_a_path(served: Served, path: str) -> None:
         client.post("/api/runs", json={"name": "x", "dataset": "good", "validation": path}),
         client.post("/api/runs/plan", json={"name": "x", "dataset": "good", "regularization": path}),
         client.patch("/api/datasets/good/captions", json={path: "caption"}),
-        client.put(f"/api/datasets/good/pictures/{quoted}/mask", files={"file": ("m.png", png())}),
-        client.post("/api/datasets/good/pictures", files={"file": (f"{path}.mask.png", png())}),
-        client.post("/api/loras/convert", json={"name": path, "loras": ["good"]}),
-        client.post("/api/loras/convert", json={"name": "x", "loras": [path]}),
-        client.post("/api/checkpoints/convert", json={"name": f"/{path}"}),
-        client.post("/api/checkpoints/convert", json={"name": "x", "checkpoint": path or "."}),
-        client.post("/api/checkpoints/convert", json={"name": "x", "loras": [path]}),
-        client.patch(f"/api/checkpoints/{quoted}", json={"name": path}),
+        *library_requests(client, path, quoted),
         *(
             client.post("/api/jobs", json={**SMALL, field: path})
             for field in ("init_image", "mask", "model_dir", "control")
