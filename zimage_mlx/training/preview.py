@@ -20,7 +20,7 @@ from zimage_ref.training.preview_prompts import Preview
 from zimage_ref.training.run_folder import RunFolder
 
 from .encode import EncodedDataset
-from .learner import Learner
+from .learning import Learning
 
 
 class Previewer:
@@ -31,7 +31,7 @@ class Previewer:
         plan: TrainPlan,
         pipeline: ZImagePipeline,
         data: EncodedDataset,
-        learner: Learner,
+        learner: Learning,
         adapter: TrainingAdapter,
     ) -> None:
         self._plan, self._pipeline, self._data, self._learner, self._adapter = plan, pipeline, data, learner, adapter
@@ -47,8 +47,8 @@ class Previewer:
             return
         without: list[mx.array] = []
         with self._adapter.removed():
-            if step == 0 and self._learner.can_rest:
-                with self._learner.resting():
+            if step == 0 and (resting := self._learner.without()):
+                with resting:
                     without = [self._latents(preview) for preview in previews]
             with self._learner.result():
                 drawn = [self._latents(preview) for preview in previews]

@@ -1,0 +1,63 @@
+"""What a user should know of a run before it starts, and what stops no run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.errors import listing
+from zimage_ref.lora.clients import losses_of
+from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED
+from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
+
+from .config import TrainConfig
+from .dataset import Example
+from .kinds import FULL
+from .optimizers import OPTIMIZERS
+from .preview_prompts import Preview
+from .variants import Variants
+
+_SHOWN = 200  # characters of a path or a prompt in a notice
+
+
+def notices_of(
+    config: TrainConfig, model: ModelFolder, examples: Sequence[Example], previews: Sequence[Preview]
+) -> list[str]:
+    """Notices of long texts, of programs that do not load the result, and of options without an effect."""
+    return [*_long_texts(config, model, examples, previews), *_readers(config), *_unused(config, previews)]
+
+
+def _long_texts(
+    config: TrainConfig, model: ModelFolder, examples: Sequence[Example], previews: Sequence[Preview]
+) -> Iterator[str]:
+    """Notices of captions and of prompts of previews that are longer than the model reads."""
+    tokenizer, variants = Tokenizer(model.tokenizer), Variants(config)
+    texts = {
+        "captions": {str(e.picture): max(variants.all_of(e.caption), key=len) for e in examples},
+        "prompts": {text: text for each in previews for text in each.texts},
+    }
+    for what, named in texts.items():
+        counts = {name[:_SHOWN]: count for name, text in named.items() if (count := tokenizer.count(text)) > MAX_TOKENS}
+        if counts:
+            found = listing([f"{name} ({count})" for name, count in counts.items()], 5)
+            yield f"{what} longer than {MAX_TOKENS} tokens are cut off ({len(counts)}): {found}"
+
+
+def _unused(config: TrainConfig, previews: Sequence[Preview]) -> Iterator[str]:
+    """Notices of options that have no effect beside others."""
+    if OPTIMIZERS[config.optimizer].averages and config.schedule != "constant":
+        yield (
+            f"`optimizer` {config.optimizer} keeps the learning rate after the warmup: "
+            f"`schedule` {config.schedule} is not used"
+        )
+    for each in previews:
+        if each.negative_prompt and not each.guidance:
+            yield f"`preview_prompt` {each.text!r}: its negative prompt is not used without guidance"
+
+
+def _readers(config: TrainConfig) -> list[str]:
+    """Which programs load the result, if not all do."""
+    if config.kind in (DEFAULT_KIND, FULL):
+        return []
+    title = TRAINED[config.kind].title
+    return [*losses_of([title], config.lora_format), f"{title}: mflux refuses a file that holds it"]
