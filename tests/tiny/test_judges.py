@@ -65,15 +65,15 @@ def trained(config: TrainConfig) -> tuple[Path, int]:
 @long_only
 @pytest.mark.parametrize(
     ("kind", "options", "keeps"),
-    [("lokr", {"epochs": 2 * demo.EPOCHS, "ema": 0.985}, 53), ("loha", {}, 55), ("dora", {}, 56)],
+    [("lokr", {"epochs": 2 * demo.EPOCHS, "ema": 0.985}, 55), ("loha", {}, 55), ("dora", {}, 56)],
 )
 def test_each_kind_learns_the_word_and_keeps_the_others_within_twice_the_steps(
     tmp_path: Path, kind: str, options: dict[str, Any], keeps: int
 ) -> None:
     config = lesson(tmp_path, kind=kind, **options)
     usual, of_lora = (make_plan(replace(config, lr=None, kind=name)).lr for name in (kind, "lora"))
-    assert config.lr is not None
-    lora, steps = trained(replace(config, lr=config.lr * usual / of_lora))  # the demo's rate, which is for lora
+    # the demo's rate is for lora; that of the kind is for the matrix that is zero
+    lora, steps = trained(replace(config, lora_plus=usual / of_lora))
     assert steps <= 2 * 8 * demo.EPOCHS
     assert right(drawings.examination(demo.WORD), lora) >= 9
     assert right(KNOWN, lora) >= keeps

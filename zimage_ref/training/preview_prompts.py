@@ -1,8 +1,6 @@
 """Prompts of previews, each with settings of its own.
 
-A setting stands behind the prompt, by the name that it has in `zimage generate`:
-
-    a photo of sks dog in snow --width 768 --seed 7 --negative-prompt blurry, dark
+Settings stand behind the prompt: two dashes, the name that the setting has in `zimage generate`, and its value.
 """
 
 from __future__ import annotations
