@@ -32,7 +32,7 @@ class CheckOptions:
     validation_every: int = option(50, "Steps between two measurements of the held-out loss.", _CHECKS, free=True)
     preview_prompt: tuple[str, ...] = option(
         (),
-        "Prompt to draw during training. Settings of its own may follow, such as --seed 7. You can repeat this option.",
+        "Prompt to draw during training. Its own settings may follow it, as in `zimage generate`. You can repeat it.",
         _CHECKS,
         value="TEXT",
         essential=True,

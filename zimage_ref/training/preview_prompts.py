@@ -1,8 +1,6 @@
 """Prompts of previews, each with settings of its own.
 
-A setting stands behind the prompt, by the name that it has in `zimage generate`:
-
-    a photo of sks dog in snow --width 768 --seed 7 --negative-prompt blurry, dark
+A setting stands behind the prompt, written as an option of `zimage generate`: two hyphens, its name, its value.
 """
 
 from __future__ import annotations
