@@ -21,6 +21,7 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
 from zimage_ref.model.steering import Steering
+from zimage_ref.model.step_cache import StepCache
 from zimage_ref.streaming import STREAMED, require_streamable
 
 from . import device
@@ -190,6 +191,10 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
             self._networks["controlnet"], self._control_stamp = network, file.stamp
         own = cast(ControlNet, self._networks["controlnet"])
         return replace(conditioning, control=Control(own, context, scale))
+
+    def cached(self, conditioning: Conditioning, cache: StepCache[mx.array]) -> Conditioning:
+        """As `Engine`."""
+        return replace(conditioning, cache=cache)
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
         """As `Engine`: (copies * B, C, h, w) float32."""

@@ -165,13 +165,14 @@ class Stage:
 
 
 def generation_stages(
-    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1, one_at_a_time: bool = True
-) -> list[Stage]:
+    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1, one_at_a_time: bool = True,
+    kept: int = 0,
+) -> list[Stage]:  # fmt: skip
     """The memory of each stage of making pictures of `size`, width and height in pixels.
 
     predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance. If
     pictures are steered, a prediction counts as more than one.
-    one_at_a_time: a network is freed before the next is loaded.
+    one_at_a_time: a network is freed before the next is loaded. kept: numbers that a step cache keeps.
     """
     folder, (width, height) = model.folder, size
     mapped, streamed = footprint.mapped, footprint.streamed
@@ -181,7 +182,7 @@ def generation_stages(
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
     denoise = tokens * _block_values(folder.transformer, wide=model.precision == "float16") * footprint.blocks
-    denoise += footprint.unpacked * _quantized_values(model)
+    denoise += footprint.unpacked * _quantized_values(model) + kept * (1 + (model.precision == "float16"))
     stages = [
         ("encode", weights["text_encoder"], model.itemsize * _encode_values(folder, footprint)),
         ("denoise", weights["transformer"], model.itemsize * denoise),

@@ -17,6 +17,7 @@ from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
 from .model.steering import Steering
+from .model.step_cache import StepCache
 from .networks.controlnet import Control, ControlNet
 from .networks.steered import condition_steered
 from .networks.text_encoder import TextEncoder
@@ -91,6 +92,10 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         if self._control is None or self._control[0] != file.stamp:
             self._control = file.stamp, ControlNet(file.config, self._ready(file.tensors))
         return replace(conditioning, control=Control(self._control[1], context, scale))
+
+    def cached(self, conditioning: Conditioning, cache: StepCache[Array]) -> Conditioning:
+        """See `Engine`."""
+        return replace(conditioning, cache=cache)
 
     def predict(self, x: Array, sigma: float, conditioning: Conditioning, copies: int = 1) -> Array:
         """See `Engine`: (copies * B, C, h, w) in the working dtype."""

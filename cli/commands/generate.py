@@ -16,6 +16,7 @@ from zimage_ref.errors import reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.formats.reading import read_text
+from zimage_ref.generation.caching import choice_for, computed_share
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
@@ -255,6 +256,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "negative": config.negative_prompt or None,
         "NAG": config.nag,
         "variety": config.variety,
+        "step cache": config.cache if choice_for(config, first.sigmas) else None,
         "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
         "mask": config.mask,
@@ -274,9 +276,10 @@ def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
     figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
     if figures is None:
         return None
-    steps = len(first.sigmas) - 1
+    steps, share = len(first.sigmas) - 1, computed_share(first.config, first.sigmas)
     calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
-    predictions = round(calls * predictions_of(first))
+    predictions = round((1 if share is None else share) * calls * predictions_of(first))
     precision = precision_name(pipe.precision, pipe.quantization)
     seconds = figures.picture(precision, first.width * first.height, predictions, mode)
-    return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"
+    word = "at most" if share is None else "about"  # the pictures decide how many steps a cache spares
+    return None if seconds is None else f"{word} {duration(seconds)} a picture, by `zimage doctor`"

@@ -128,6 +128,8 @@ class PictureWriter:
                     grid.add(made)
                 bars.picture([])
                 write(made.picture, path, made.record, self.console)
+                if made.reused:
+                    self.console.note(f"the step cache spared {made.reused:.0%} of the passes through the layers")
                 if self.save_control and made.request.control:
                     write(made.request.control.picture, control_path(path), None, self.console)
                 if self.thumbnails and path != STDOUT:

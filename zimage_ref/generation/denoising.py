@@ -14,7 +14,9 @@ import numpy as np
 
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.flow import add_noise, sigmas
+from zimage_ref.model.step_cache import StepCache
 
+from .caching import cache_for
 from .engine import ConditioningT, Engine
 from .jobs import Request
 from .samplers import SAMPLERS, Guidance, Predict
@@ -31,6 +33,7 @@ class DenoisingStep(Generic[ArrayT]):
     sigma: float  # after the step
     x: ArrayT  # (B, C, h, w) latents
     x_0: ArrayT  # (B, C, h, w) latents of the picture, predicted at the beginning of the step
+    reused: float = 0.0  # the share of the passes so far that a step cache spared
 
 
 def denoised(
@@ -55,11 +58,11 @@ def denoised(
             x = painted * x + (1 - painted) * add_noise(start, noise, sigma)
         return engine.settle(x)
 
-    words = words_of(batch, captions, engine)
-    predict = predictor(engine, words, first.guidance, (h, w), steering(engine, first, begin.context))
+    words, cache = words_of(batch, captions, engine), cache_for(first.config, first.sigmas)
+    predict = predictor(engine, words, first.guidance, (h, w), steering(engine, first, begin.context), cache)
     steps = SAMPLERS[first.config.sampler](x, first.sigmas, predict, blend)
     for i, (x, predicted) in enumerate(steps, start=1):
-        yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted)
+        yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted, cache.reused if cache else 0.0)
 
 
 def plain_steps(
@@ -79,21 +82,35 @@ def predictor(
     guidance: Guidance,
     size: tuple[int, int],
     steer: Steer[ConditioningT] = lambda conditioning, sigma: conditioning,
+    cache: StepCache[ArrayT] | None = None,
 ) -> Predict[ArrayT]:
     """A function that gives the network's guided raw output for a batch of latents of `size` (h, w).
 
-    steer: changes the conditioning of a noise level.
+    steer: changes the conditioning of a noise level. cache: of this batch; it begins anew if captions or control do.
     """
 
     @functools.cache
     def conditioning(is_guided: bool, is_early: bool) -> ConditioningT:
         return words.conditioning(engine, size, is_guided, is_early)
 
+    last: tuple[bool, bool] | None = None  # captions and control of the step before
+
+    def steered(sigma: float) -> ConditioningT:
+        nonlocal last
+        plain = conditioning(guidance.active(sigma), words.is_early(sigma))
+        own = steer(plain, sigma)
+        if cache is None:
+            return own
+        now = words.is_early(sigma), own is plain
+        if now != last:
+            cache.restart()
+        last = now
+        return engine.cached(own, cache)
+
     def predict(x: ArrayT, sigma: float) -> ArrayT:
-        is_early = words.is_early(sigma)
         if not guidance.active(sigma):
-            return engine.settle(engine.predict(x, sigma, steer(conditioning(False, is_early), sigma)))
-        raw = engine.predict(x, sigma, steer(conditioning(True, is_early), sigma), copies=2)  # (2 B, C, h, w)
+            return engine.settle(engine.predict(x, sigma, steered(sigma)))
+        raw = engine.predict(x, sigma, steered(sigma), copies=2)  # (2 B, C, h, w)
         return engine.settle(guidance(raw[: len(x)], raw[len(x) :]))
 
     return predict

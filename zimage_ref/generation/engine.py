@@ -23,6 +23,7 @@ from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_maps, checked_numbers
 from zimage_ref.model.steering import Steering
+from zimage_ref.model.step_cache import StepCache
 from zimage_ref.model.tokenizer import Tokenizer
 
 ConditioningT = TypeVar("ConditioningT")
@@ -190,6 +191,10 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
         context: its input, (1, control_in_dim, h, w). scale: of its hints. It is freed with the transformer.
         """
+
+    @abstractmethod
+    def cached(self, conditioning: ConditioningT, cache: StepCache[ArrayT]) -> ConditioningT:
+        """`conditioning` with a step cache, which stands for the layers of the transformer in some steps."""
 
     @abstractmethod
     def predict(self, x: ArrayT, sigma: float, conditioning: ConditioningT, copies: int = 1) -> ArrayT:

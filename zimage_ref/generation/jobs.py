@@ -19,6 +19,7 @@ from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import sigmas, starting_noise
 from zimage_ref.pictures.images import Picture, black_and_white, fit, fit_mask, flat, read_given
 
+from .caching import idle_remark
 from .config import IMAGE_STRENGTH, MASK_STRENGTH, GenerateConfig, config_of
 from .control import Control
 from .presets import defaults_for
@@ -44,7 +45,12 @@ class Request:
         default_factory=dict
     )  # SHA-256 of the files of pictures, by field; `Control.digests`
     control: Control | None = None  # the ControlNet and the map to follow
-    remarks: tuple[str, ...] = ()  # on what of these files is not used
+    remarks: tuple[str, ...] = ()  # on what is not used, of these files or of the options
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.width, self.height
 
     @property
     def noise(self) -> Array:
@@ -139,19 +145,21 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
     if painted is not None and not painted.any():
         raise ConfigError(f"`mask` {_named(config.mask)} is black: paint the parts to change white")
     control = Control.of(config, followed, folder)
+    schedule = _sigmas(config, folder, width * height)
+    remarks = tuple(remark for each in given.values() for remark in each.remarks)
     shape = (folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor)
     return Request(
         config=config,
         width=width,
         height=height,
-        sigmas=_sigmas(config, folder, width * height),
+        sigmas=schedule,
         guidance=Guidance(config.guidance or 0.0, config.cfg_normalization, config.cfg_truncation),
         shape=shape,
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
         control=control,
         digests={name: each.digest for name, each in given.items()} | (control.digests if control else {}),
-        remarks=tuple(remark for each in given.values() for remark in each.remarks),
+        remarks=(*remarks, *idle_remark(config, schedule)),
     )
 
 

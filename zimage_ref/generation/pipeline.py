@@ -26,6 +26,7 @@ from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_finite, checked_numbers
 from zimage_ref.pictures.images import Picture, to_picture, to_unit
 
+from .caching import kept_values
 from .config import GenerateConfig, config_of
 from .denoising import DenoisingStep, denoised, plain_steps
 from .engine import ConditioningT, Engine, Terms
@@ -237,10 +238,13 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         """The estimated memory of each stage of making `requests`. mode: None means the current one."""
         mode, batch = mode or self.mode, min(batch_size, len(requests))
         footprint = self.footprint(mode)
-        loads = {(r.width, r.height, predictions_of(r), r.control.file if r.control else None) for r in requests}
+        loads = {
+            (r.size, predictions_of(r), kept_values(r, self.folder), r.control.file if r.control else None)
+            for r in requests
+        }
         return largest(
-            generation_stages(self._loaded_with(file), footprint, (width, height), batch * count, mode != "fast")
-            for width, height, count, file in loads
+            generation_stages(self._loaded_with(file), footprint, size, batch * count, mode != "fast", batch * kept)
+            for size, count, kept, file in loads
         )
 
     def _loaded_with(self, file: ControlFile | None) -> LoadedModel:

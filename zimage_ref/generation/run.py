@@ -66,6 +66,7 @@ class MadePicture:
     request: Request
     picture: Picture
     record: dict[str, object] | None  # for `save_picture`; None without `metadata`
+    reused: float = 0.0  # the share of the passes that a step cache spared
 
 
 def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelChoice | None = None) -> PipelineT:
@@ -183,9 +184,10 @@ class GenerationRun:
         """
         adapters, pipe = self.read_loras(loras), self.pipeline
         records = self._records(requests, adapters)
-        every = self.settings.preview_steps
+        every, reused = self.settings.preview_steps, dict.fromkeys(range(len(requests)), 0.0)
 
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
+            reused.update(dict.fromkeys(places, step.reused))
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
                     first = requests[places.start]
@@ -200,7 +202,7 @@ class GenerationRun:
                 progress=progress,
                 watch=watch,
             )
-        return (MadePicture(i, request, picture, records[i]) for i, (request, picture) in enumerate(made))
+        return (MadePicture(i, request, picture, records[i], reused[i]) for i, (request, picture) in enumerate(made))
 
     def _records(self, requests: Sequence[Request], loras: Sequence[LoadedLoRA]) -> list[dict[str, object] | None]:
         """The record of each request. They are made before the work, because a file may change during the work."""
