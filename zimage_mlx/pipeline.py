@@ -20,6 +20,7 @@ from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
+from zimage_ref.model.parameters import EMBEDDING
 from zimage_ref.model.steering import Steering
 from zimage_ref.model.step_cache import StepCache
 from zimage_ref.streaming import STREAMED, require_streamable
@@ -36,6 +37,7 @@ from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, RunBlock, Transformer
 from .networks.vae import VAE
 from .networks.weights import DTYPES, load, to_mlx
+from .networks.writer import Ending, Writer, ending_tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -161,6 +163,15 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     def _encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
+
+    def writer(self) -> Writer:
+        """As `Engine`: the text encoder in memory, and the last layer beside it."""
+        encoder, config = self.text_encoder, self.folder.text_encoder
+        table = self.folder.weights["text_encoder"][EMBEDDING] if "text_encoder" in self._streams else None
+        ending = Ending(config, has_head=table is not None)
+        tensors = ending_tensors(config, self.folder.spare["text_encoder"], table)
+        load(ending, tensors, self._dtype_of("text_encoder"), self.quantization, self.unpack)
+        return Writer(encoder, ending)
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
         if self._adapters is None:

@@ -119,6 +119,10 @@ class LoadedModel:
         """The bytes of each parameter of one network, by name."""
         return {name: self._nbytes(name, tensor) for name, tensor in self.folder.weights[component].items()}
 
+    def spare_bytes(self, component: str) -> int:
+        """The bytes of the tensors that only writing needs."""
+        return sum(self._nbytes(name, tensor) for name, tensor in self.folder.spare.get(component, {}).items())
+
     def weight_bytes(self, component: str, mapped: bool = False, streamed: int = 0) -> int:
         """The bytes of the weights of one network. If they are `mapped`, the bytes of its largest tensor.
 
@@ -189,6 +193,19 @@ def generation_stages(
         ("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint)),
     ]
     return [Stage(name, held, footprint.with_margin(held, values)) for name, held, values in stages]
+
+
+def writing_stage(model: LoadedModel, footprint: Footprint, tokens: int) -> Stage:
+    """The memory of the text encoder while it writes a text of `tokens` tokens, what it was told included."""
+    config, name = model.folder.text_encoder, "text_encoder"
+    held = model.weight_bytes(name, footprint.mapped, footprint.streamed)
+    if not footprint.mapped:
+        held += model.spare_bytes(name)
+    if footprint.streamed:  # else it is counted: the head is the embedding
+        held += model.sizes(name)[EMBEDDING]
+    past = 2 * config.num_hidden_layers * tokens * config.num_key_value_heads * config.head_dim
+    values = past + _encode_values(model.folder, footprint) + config.vocab_size
+    return Stage("write a prompt", held, footprint.with_margin(held, model.itemsize * values))
 
 
 def training_stages(

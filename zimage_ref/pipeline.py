@@ -24,6 +24,7 @@ from .networks.text_encoder import TextEncoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import Weights
+from .networks.writer import Writer
 
 
 class ZImagePipeline(Pipeline[Array, Conditioning]):
@@ -72,6 +73,10 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
 
     def _encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
+
+    def writer(self) -> Writer:
+        tensors = {**self.folder.weights["text_encoder"], **self.folder.spare["text_encoder"]}
+        return Writer(self.folder.text_encoder, self._ready(tensors))
 
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
         self.transformer.w.use_loras([(file.updates, scale) for file, scale in loras])

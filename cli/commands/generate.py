@@ -34,6 +34,7 @@ from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.duration import duration
+from ..terminal.enhancer import Enhancer
 from ..terminal.options import add_fields, flag, from_args, in_flags
 from ..terminal.parser import CommandParser
 from ..terminal.pictures import STDOUT, GridSheet, OutputNames, PictureWriter, control_path, preview_path
@@ -73,7 +74,7 @@ def add_options(parser: CommandParser) -> None:
     parser.examples = _EXAMPLES
     _add_model(parser)
     _add_pictures(parser)
-    add_fields(parser, GenerateConfig, from_file=True, without=("prompt", "seed"))
+    add_fields(parser, GenerateConfig, from_file=True, without=("prompt", "seed", "original_prompt"))
     _add_output(parser)
 
 
@@ -110,6 +111,10 @@ def _add_pictures(parser: CommandParser) -> None:
     add("--seed", "Seed of the noise at the start. random draws one. You can repeat this option.", picture,
         shown="0, with --interactive random", dest="seeds", type=_seed, action="append", default=[],
         metavar="N")  # fmt: skip
+    add("--enhance", "Let the text encoder write a longer prompt from yours, by the seed.", picture,
+        essential=False, action="store_true")  # fmt: skip
+    add("--enhance-with", "File with what the text encoder is told to do. It turns on --enhance.", picture,
+        essential=False, type=Path, metavar="FILE")  # fmt: skip
     add("--size", "Width and height, such as 1024, 1024x768 or the shape 3:4.", picture, metavar="SIZE")
     add("--preset", "Set of options for a model. Options that you give take precedence.", GenerateGroup.DENOISING,
         essential=False, choices=tuple(PRESETS), metavar="NAME")  # fmt: skip
@@ -157,9 +162,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
     for notice in run.changes(repeat) if repeat else ():
         console.warn(notice)
     writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail, save_control=args.save_control)
+    enhancer = Enhancer.of(args.enhance, args.enhance_with, run, console)
     if args.interactive:
-        interactive.Session(writer, names, configs[0], draw=not args.seeds and not repeat).loop()
+        interactive.Session(writer, names, configs[0], enhancer, draw=not args.seeds and not repeat).loop()
         return
+    configs = enhancer.enhanced(configs)
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
     sheet = GridSheet(grid, requests, names.of_sheet(configs)) if grid else None
@@ -208,6 +215,8 @@ def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateCo
     COUNT.check("count", args.count)
     COUNT.check("count", args.count * max(1, len(prompts)) * max(1, len(args.seeds)))
     seeds = [seed + i for seed in args.seeds or [template.seed] for i in range(args.count)]
+    if prompts:  # those of the user were not written
+        template = replace(template, original_prompt=None)
     return [replace(template, prompt=p, seed=seed) for p in prompts or [template.prompt] for seed in seeds]
 
 
@@ -248,6 +257,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
     facts = {
         "model": run.pipeline.folder.path,
         "prompt": " | ".join(dict.fromkeys(request.config.prompt for request in requests)),
+        "written from": " | ".join(dict.fromkeys(r.config.original_prompt or "" for r in requests)) or None,
         "size": f"{first.width} x {first.height}",
         "steps": len(first.sigmas) - 1,
         "guidance": f"{config.guidance:g}",

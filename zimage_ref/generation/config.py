@@ -115,6 +115,9 @@ class GenerateConfig:
     variety_until: float | None = option(
         None, f"Share of the steps with `variety`. With auto, {VARIETY_UNTIL:g}.", DENOISING, auto=True
     )
+    original_prompt: str | None = option(
+        None, "Prompt that `prompt` was written from, for the record.", PICTURE, value="TEXT"
+    )
     cache: str | None = option(
         None,
         "Step cache: many steps use what the layers added in an earlier step, which takes less time. "
@@ -167,6 +170,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
+        _check_text("original_prompt", self.original_prompt or "")
         object.__setattr__(self, "region", _texts("region", self.region))
         check_bounds(self, PICTURE_BOUNDS)
         for name in ("init_image", "mask", "control_image"):

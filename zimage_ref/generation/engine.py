@@ -26,6 +26,8 @@ from zimage_ref.model.steering import Steering
 from zimage_ref.model.step_cache import StepCache
 from zimage_ref.model.tokenizer import Tokenizer
 
+from .enhancing import NextToken, Written, answer, check_can_write, checked_system, drawn, text_of
+
 ConditioningT = TypeVar("ConditioningT")
 
 
@@ -139,6 +141,20 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         with self.turn():
             return self.settle(self._encode_prompt(text))
 
+    def enhance(
+        self, prompt: str, seed: int = 0, system: str | None = None, written: Written = lambda done, total: None
+    ) -> str:
+        """A longer prompt for `prompt`, written by the text encoder. The tokens follow from `seed`.
+
+        system: what it is told to do; None: `enhancing.SYSTEM`. written: is called after each token.
+        Raises ConfigError if the text encoder cannot write, or wrote nothing.
+        """
+        check_can_write(self.folder)
+        ids = self.tokenizer.encode_chat(checked_system(system), prompt)
+        with self.turn():
+            made = answer(self.writer(), ids, self.tokenizer.stops, drawn(seed), written=written)
+        return text_of(self.tokenizer, made, prompt)
+
     def encode(self, pixels: Array) -> ArrayT:
         """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays."""
         with self.turn():
@@ -154,6 +170,10 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def _encode_prompt(self, text: str) -> ArrayT:
         """See `encode_prompt`."""
+
+    @abstractmethod
+    def writer(self) -> NextToken:
+        """The text encoder as a language model at the beginning of a text; it remembers what it is given."""
 
     @abstractmethod
     def _encode(self, pixels: Array) -> ArrayT:

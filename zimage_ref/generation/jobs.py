@@ -97,7 +97,8 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
     for i, config in enumerate(configs):
         if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
-            own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
+            words = {name: getattr(config, name) for name in _WORDS}
+            own = replace(last.config, **words)
             check_words(own)
             requests.append(replace(last, config=own))
         else:
@@ -115,8 +116,11 @@ def in_batches(requests: Sequence[Request], size: int) -> Iterator[range]:
             start = place
 
 
+_WORDS = ("prompt", "negative_prompt", "original_prompt", "seed")  # what pictures of one batch may differ in
+
+
 def _wordless(config: GenerateConfig) -> GenerateConfig:
-    return replace(config, prompt="", negative_prompt="", seed=0)
+    return replace(config, prompt="", negative_prompt="", original_prompt=None, seed=0)
 
 
 def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:

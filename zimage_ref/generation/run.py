@@ -12,14 +12,14 @@ and records how each picture was made. It prints nothing. It returns values, rai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
 from zimage_ref.bounds import RUN, check_bounds
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE
-from zimage_ref.memory import Mode, Stage, require_memory
+from zimage_ref.memory import LoadedModel, Mode, Stage, require_memory, writing_stage
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import MAX_TOKENS
 from zimage_ref.options import MEMORY, one_of
@@ -29,6 +29,7 @@ from zimage_ref.version import __version__
 
 from .config import GenerateConfig
 from .denoising import DenoisingStep
+from .enhancing import check_can_write
 from .jobs import Request
 from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
@@ -155,6 +156,30 @@ class GenerationRun:
             require_memory(self._memory(requests, self.memory(requests).mode), self.pipeline.memory_limit())
         return requests
 
+    def enhanced(
+        self,
+        configs: Sequence[GenerateConfig],
+        system: str | None = None,
+        progress: StageProgress = ignore_progress,
+    ) -> list[GenerateConfig]:
+        """`configs` with prompts that the text encoder writes from theirs, each by the seed of its picture.
+
+        They are checked first, as in `plan`. The former prompts become `original_prompt`. Arguments: see
+        `Engine.enhance`. Raises its errors too.
+        """
+        check_can_write(self.pipeline.folder)
+        pipe, mode = self.pipeline, self.memory(self.plan(configs)).mode
+        if not self.settings.force:
+            loaded = LoadedModel(pipe.folder, pipe.precision, pipe.quantization)
+            stage = writing_stage(loaded, pipe.footprint(mode), 2 * MAX_TOKENS)
+            require_memory([stage], pipe.memory_limit())
+        texts: dict[tuple[str, int], str] = {}
+        with pipe.turn():
+            pipe.set_mode(mode)
+            for key in dict.fromkeys(map(_idea, configs)):
+                texts[key] = pipe.enhance(*key, system, lambda done, most: progress("enhance", done, most))
+        return [replace(c, prompt=texts[_idea(c)], original_prompt=_idea(c)[0]) for c in configs]
+
     def memory(self, requests: Sequence[Request]) -> Choice:
         """The memory mode that `make` will use for `requests`, and why.
 
@@ -213,3 +238,8 @@ class GenerationRun:
 
     def _memory(self, requests: Sequence[Request], mode: Mode) -> list[Stage]:
         return self.pipeline.memory(requests, self.settings.batch_size, mode)
+
+
+def _idea(config: GenerateConfig) -> tuple[str, int]:
+    """The prompt of the user, and the seed."""
+    return config.original_prompt or config.prompt, config.seed
