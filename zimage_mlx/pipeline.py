@@ -15,7 +15,7 @@ import numpy as np
 from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.quantize import GROUP_SIZE
-from zimage_ref.formats.tensors import Array
+from zimage_ref.formats.tensors import Array, Tensor
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
@@ -34,6 +34,7 @@ from .networks.steered import condition_steered
 from .networks.streaming import Stream
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
+from .networks.tiny_decoder import TinyDecoder
 from .networks.transformer import Conditioning, RunBlock, Transformer
 from .networks.vae import VAE
 from .networks.weights import DTYPES, load, to_mlx
@@ -163,6 +164,13 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
 
     def _encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
+
+    def tiny_decoder(self, tensors: Mapping[str, Tensor]) -> Callable[[mx.array], Array]:
+        """As `Engine`."""
+        width, latents = tensors["layers.0.weight"].shape[:2]
+        decoder = TinyDecoder(latents, width)
+        load(decoder, tensors, mx.float32)
+        return lambda x: np.array(decoder(x.astype(mx.float32))[0])
 
     def writer(self) -> Writer:
         """As `Engine`: the text encoder in memory, and the last layer beside it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from .model.step_cache import StepCache
 from .networks.controlnet import Control, ControlNet
 from .networks.steered import condition_steered
 from .networks.text_encoder import TextEncoder
+from .networks.tiny_decoder import TinyDecoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import Weights
@@ -73,6 +74,10 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
 
     def _encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
+
+    def tiny_decoder(self, tensors: Mapping[str, Tensor]) -> Callable[[Array], Array]:
+        decoder = TinyDecoder(Weights(tensors, np.dtype("float32")))
+        return lambda x: np.asarray(decoder(x.astype(np.float32))[0])
 
     def writer(self) -> Writer:
         tensors = {**self.folder.weights["text_encoder"], **self.folder.spare["text_encoder"]}

@@ -132,6 +132,8 @@ def _add_output(parser: CommandParser) -> None:
         "NAME.grid.png.", output, metavar="AXES")  # fmt: skip
     add("--preview-steps", "Write NAME.preview.png every K steps. 0 writes none.", output,
         essential=False, type=int, default=0, metavar="K")  # fmt: skip
+    add("--preview-decoder", "File of TAEF1, a tiny decoder. It makes previews sharper and faster.", output,
+        essential=False, type=Path, metavar="FILE")  # fmt: skip
     add("--save-control", "Write the map that the picture follows to NAME.control.png.", output,
         essential=False, action="store_true")  # fmt: skip
     add("--no-thumbnail", "Do not show the picture in the terminal.", output, essential=False, action="store_true")
@@ -203,6 +205,7 @@ def _settings(args: argparse.Namespace) -> RunSettings:
         force=args.force,
         preview_steps=args.preview_steps,
         metadata=not args.no_metadata,
+        preview_decoder=args.preview_decoder,
     )
 
 

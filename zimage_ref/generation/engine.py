@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE, Quantization
-from zimage_ref.formats.tensors import Array
+from zimage_ref.formats.tensors import Array, Tensor
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
@@ -170,6 +170,13 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def _encode_prompt(self, text: str) -> ArrayT:
         """See `encode_prompt`."""
+
+    @abstractmethod
+    def tiny_decoder(self, tensors: Mapping[str, Tensor]) -> Callable[[ArrayT], Array]:
+        """A decoder for previews: latents (1, C, h, w) -> pixels (3, 8 h, 8 w), roughly in [-1, 1].
+
+        tensors: by the names of `model.tiny_decoder`. It computes in float32.
+        """
 
     @abstractmethod
     def writer(self) -> NextToken:

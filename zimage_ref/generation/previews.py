@@ -1,12 +1,15 @@
-"""Previews of unfinished pictures, from a quarter of their latents: they cost a quarter of a decoding."""
+"""Previews of unfinished pictures: from a quarter of their latents, or by a tiny decoder."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.arrays import ArrayT
-from zimage_ref.pictures.images import Picture, fit
+from zimage_ref.model.checks import check_finite
+from zimage_ref.pictures.images import Picture, fit, to_picture, to_unit
 
 from .engine import ConditioningT
 from .pipeline import Pipeline
@@ -20,10 +23,25 @@ def averaged(x: Array) -> Array:
     return means
 
 
-def quick_picture(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, width: int, height: int) -> Picture:
-    """The picture of the latents x (1, C, h, w), decoded at half the sides and enlarged to width x height pixels.
+def quick_picture(
+    pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, width: int, height: int,
+    decoder: Callable[[ArrayT], Array] | None = None,
+) -> Picture:  # fmt: skip
+    """The picture of the latents x (1, C, h, w), width x height pixels.
 
+    decoder: from `Engine.tiny_decoder`. Without one, the latents are decoded at half the sides and the result is
+    enlarged: that costs a quarter of a decoding.
     Raises ConfigError if the picture is not finite.
     """
+    if decoder is not None:
+        with pipe.turn():
+            pixels = decoder(x)
+        check_finite("the pixels of this preview", pixels)
+        return fit(to_picture(to_unit(pixels)), width, height, "stretch")
     small = pipe.picture(pipe.to_backend(averaged(np.asarray(x, np.float32))))
     return fit(small, width, height, "stretch")
+
+
+def preview_bytes(pixels: int) -> int:
+    """The memory that TAEF1's decoder takes for a picture: four arrays of its width at full size, float32."""
+    return pixels * 64 * 4 * 4

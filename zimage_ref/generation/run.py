@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from zimage_ref.bounds import RUN, check_bounds
+from zimage_ref.checkpoints.tiny_decoder import read_tiny_decoder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE
+from zimage_ref.formats.tensors import Array
 from zimage_ref.memory import LoadedModel, Mode, Stage, require_memory, writing_stage
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import MAX_TOKENS
@@ -33,7 +36,7 @@ from .enhancing import check_can_write
 from .jobs import Request
 from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
-from .previews import quick_picture
+from .previews import preview_bytes, quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
 from .steering import prompts_of
 
@@ -53,8 +56,11 @@ class RunSettings:
     force: bool = False  # go on even if memory seems too small
     preview_steps: int = 0  # steps from one preview to the next; 0: no previews
     metadata: bool = True  # whether to make records
+    preview_decoder: Path | None = None  # file of TAEF1's decoder; None: the autoencoder makes previews
 
     def __post_init__(self) -> None:
+        if self.preview_decoder is not None and not self.preview_steps:
+            raise ConfigError("`preview_decoder` needs `preview_steps`")
         one_of("memory", self.memory, MEMORY)
         check_bounds(self, RUN)
 
@@ -140,6 +146,8 @@ class GenerationRun:
         picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
+        if self.settings.preview_decoder is not None:  # refuses a wrong file before the work
+            read_tiny_decoder(self.settings.preview_decoder, self.pipeline.folder)
         adapters = self.read_loras(loras)
         for request in requests:
             request.config.check_guidance()
@@ -207,7 +215,7 @@ class GenerationRun:
         loras: those of these requests; None: those of the run. All that is set when you call this stays so until the
         last picture. Raises FormatError if a picture or LoRA is no longer readable.
         """
-        adapters, pipe = self.read_loras(loras), self.pipeline
+        adapters, pipe, decoder = self.read_loras(loras), self.pipeline, self._preview_decoder()
         records = self._records(requests, adapters)
         every, reused = self.settings.preview_steps, dict.fromkeys(range(len(requests)), 0.0)
 
@@ -216,7 +224,7 @@ class GenerationRun:
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
                     first = requests[places.start]
-                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], first.width, first.height))
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], *first.size, decoder))
 
         with pipe.turn():  # no other thread may change the mode before `generate` has read it
             pipe.set_mode(self.memory(requests).mode)
@@ -229,6 +237,10 @@ class GenerationRun:
             )
         return (MadePicture(i, request, picture, records[i], reused[i]) for i, (request, picture) in enumerate(made))
 
+    def _preview_decoder(self) -> Callable[[Any], Array] | None:
+        file = self.settings.preview_decoder
+        return self.pipeline.tiny_decoder(read_tiny_decoder(file, self.pipeline.folder)) if file else None
+
     def _records(self, requests: Sequence[Request], loras: Sequence[LoadedLoRA]) -> list[dict[str, object] | None]:
         """The record of each request. They are made before the work, because a file may change during the work."""
         if not self.settings.metadata:
@@ -237,7 +249,11 @@ class GenerationRun:
         return [recorder.record(request.config, request.digests) for request in requests]
 
     def _memory(self, requests: Sequence[Request], mode: Mode) -> list[Stage]:
-        return self.pipeline.memory(requests, self.settings.batch_size, mode)
+        stages = self.pipeline.memory(requests, self.settings.batch_size, mode)
+        if self.settings.preview_decoder is None:
+            return stages
+        more = max(preview_bytes(request.width * request.height) for request in requests)
+        return [replace(s, activations=s.activations + more) if s.name == "denoise" else s for s in stages]
 
 
 def _idea(config: GenerateConfig) -> tuple[str, int]:
