@@ -15,7 +15,7 @@ from support.networks import BACKENDS, mlx_only, pipeline
 from support.parity import assert_parity
 
 from zimage_cli.app import main
-from zimage_cli.terminal.console import Console
+from zimage_cli.terminal.console import Console, half_block_line
 from zimage_ref import ConfigError, GenerateConfig, WeightError
 from zimage_ref.checkpoints.tiny_decoder import read_tiny_decoder
 from zimage_ref.formats import safetensors
@@ -54,7 +54,7 @@ def test_a_preview_decodes_a_quarter_and_has_the_size_of_the_picture(
 def test_the_picture_grows_under_the_bar_and_goes() -> None:
     file = io.StringIO()
     console = Console(err=rich.console.Console(file=file, force_terminal=True, color_system="truecolor", width=80))
-    red = half_blocks(Image.new("RGB", (8, 8), "red"), 8)
+    red = [half_block_line(line) for line in half_blocks(Image.new("RGB", (8, 8), "red"), 8)]
     with console.progress() as bars:
         bars.update("denoise", 1, 2)
         before = file.tell()
