@@ -7,9 +7,9 @@ A page asks for a table by a pair of comments, and says which options of which c
 
 or all of a group: <!-- options: train: group: Saving -->
 
-Groups, defaults and help texts are those that `zimage COMMAND --help-all` shows. The page docs/architecture.md takes
-what its folders know from their docstrings, between `<!-- rooms -->` and `<!-- end of rooms -->`. With --check nothing
-is written: the exit code is 1 if a page is out of date.
+Groups, defaults and help texts are those that `zimage COMMAND --help-all` shows. Between `<!-- rooms -->` and
+`<!-- end of rooms -->` a page gets the docstrings of the folders, between `<!-- chips -->` and `<!-- end of chips -->`
+predicted times by chip. With --check nothing is written: the exit code is 1 if a page is out of date.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from chips import CHIPS, times
+
 from zimage_cli.commands import root_parser
 from zimage_cli.terminal.parser import OptionInfo
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cli", "zimage_mlx", "zimage_ref", "zimage_serve")
 _OPTIONS = re.compile(r"(<!-- options: (\w+): ([\w :-]+?) -->\n)(.*?)(<!-- end of options -->)", re.DOTALL)
 _ROOMS = re.compile(r"(<!-- rooms -->\n)(.*?)(<!-- end of rooms -->)", re.DOTALL)
+_CHIPS = re.compile(r"(<!-- chips -->\n)(.*?)(<!-- end of chips -->)", re.DOTALL)
 _GROUP = "group: "
 
 
@@ -40,6 +43,7 @@ def updated(text: str) -> str:
     text = _OPTIONS.sub(
         lambda found: f"{found[1]}\n{option_table(found[2], names_of(found[2], found[3]))}\n{found[5]}", text
     )
+    text = _CHIPS.sub(lambda found: f"{found[1]}\n{chip_table()}\n{found[3]}", text)
     return _ROOMS.sub(lambda found: f"{found[1]}\n{room_table()}\n{found[3]}", text)
 
 
@@ -93,6 +97,27 @@ def room_table() -> str:
             cells = [_cell(line.partition(": ")[2].rstrip(".")) for line in doc.split("\n")[:2]]
             lines.append(f"| `{package}/{init.parent.name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def chip_table() -> str:
+    """A table of predictions by chip: seconds, GB/s of the disk, and the share of products."""
+    work = "forward 512 | forward 1024 | step fast 512 | step lean 512 | step lean 1024 | encode 512 | decode 1024"
+    heads = f"chip | TFLOP/s, GB/s | {work} | picture 1024 | disk GB/s | products"
+    lines = [f"| {heads} |", "|---|--:" + "|--:" * (heads.count("|") - 1) + "|"]
+    for found in map(times, CHIPS):
+        chip = found.chip
+        seconds = (
+            found.forward_512, found.forward_1024, found.step_fast_512, found.step_lean_512, found.step_lean_1024,
+            found.encode_512, found.decode_1024, found.picture_1024,
+        )  # fmt: skip
+        cells = [chip.name, f"{chip.peak:.1f}, {chip.bandwidth:g}", *map(_seconds, seconds)]
+        cells += [f"{found.read_1024 / 1e9:.1f}", f"{found.products:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def main() -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so; tests send this signal
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if _number and signal.getsignal(_number) is signal.SIG_IGN:  # of a background job, of nohup; tests send these
+        signal.signal(_number, _usual)
 
 
 def pytest_report_header() -> str:
@@ -20,6 +21,12 @@ def pytest_report_header() -> str:
     return (
         f"not installed, so skipped: the tests that need {' or '.join(absent)}" if absent else "mlx and diffusers found"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_figures_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An empty cache folder: what `zimage doctor` measured on this machine would decide about results."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ ROOMS = {
     "zimage_mlx.lora": "zimage_mlx.networks formats model lora",
     "zimage_mlx.pipeline":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora formats model lora checkpoints memory streaming "
-        "generation",
+        "generation doctor",
     "zimage_mlx.training":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.lora zimage_mlx.pipeline zimage_ref errors formats model "
         "pictures lora memory generation training",

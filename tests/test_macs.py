@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from support.macs import RECOMMENDED, pretend
 from support.training_runs import Workshop, pictures, workshop
 from test_estimates import LORA, loaded
 
-from zimage_mlx import ZImagePipeline, device
+from zimage_mlx import ZImagePipeline, device, train
 from zimage_ref import ConfigError
+from zimage_ref.doctor.remembered import Figures
 from zimage_ref.formats.quantize import Quantization
 from zimage_ref.memory import (
     FAST,
@@ -27,6 +29,8 @@ from zimage_ref.memory import (
     training_stages,
 )
 from zimage_ref.streaming import choose
+from zimage_ref.training.events import Checkpointed
+from zimage_ref.training.run_folder import RunFolder
 
 
 def bits(number: int | None) -> Quantization | None:
@@ -144,3 +148,20 @@ def test_training_frees_the_buffers_of_another_shape(
     assert mac.told == {"set_memory_limit": mac.limit, "set_cache_limit": cache}
     assert mac.cleared > 2 + 1  # one for each of the two networks that encode, and where the shape changes
     assert run.bytes == expected
+
+
+def test_a_resumed_run_unpacks_weights_as_it_was_saved(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor may have run in between. Then another program would compute the steps."""
+    pretend(monkeypatch)
+    options = {"steps": 4, "memory": "fast", "base_precision": "4", "resume_every": 2}
+    monkeypatch.setattr(Figures, "of_this_machine", lambda: Figures({"packed_speed": {"4": 1.2}}))
+    whole = shop.train("packed", **options)
+    events = train(shop.config("interrupted", **options))
+    while not isinstance(next(events), Checkpointed):
+        pass
+    events.close()
+    monkeypatch.setattr(Figures, "of_this_machine", lambda: None)
+    assert shop.train("interrupted", **options, resume=True).bytes == whole.bytes
+    for name in ("packed", "interrupted"):
+        state = RunFolder(shop.folder / f"{name}.safetensors").path / "resume" / "step4" / "state.json"
+        assert json.loads(state.read_text(encoding="utf-8"))["facts"]["unpacks"] is False

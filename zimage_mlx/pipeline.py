@@ -14,7 +14,8 @@ import numpy as np
 
 from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
-from zimage_ref.formats.quantize import GROUP_SIZE
+from zimage_ref.doctor.remembered import Figures, precision_name
+from zimage_ref.formats.quantize import GROUP_SIZE, stored_bits
 from zimage_ref.formats.tensors import Array, Tensor
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
@@ -94,6 +95,11 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     def footprint(cls, mode: Mode) -> Footprint:
         return footprint_of_mlx(mode, device.on_metal())
 
+    def measured_seconds(self, mode: Mode, pixels: int, predictions: int) -> float | None:
+        figures = Figures.for_model(self.folder.transformer)
+        precision = precision_name(self.precision, self.quantization)
+        return figures.picture(precision, pixels, predictions, mode) if figures else None
+
     def set_mode(self, mode: Mode) -> None:
         if mode == "stream" != self.mode:
             require_streamable(self.folder)
@@ -103,7 +109,25 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     def _adapt_to(self, mode: Mode) -> None:
         """Sets what the mode needs set."""
         limit_memory(mode)
-        self.unpack = mode == "fast" or not device.on_metal()
+        self.unpack = self.unpacks(mode)
+
+    def unpacks(self, mode: Mode) -> bool:
+        """Whether quantized weights are unpacked for a product of many rows.
+
+        On Metal this takes memory, so it is for the mode fast. There packed weights stay so if the doctor measured that
+        they are faster on this machine.
+        """
+        if not device.on_metal():
+            return True
+        figures = Figures.of_this_machine() if mode == "fast" else None
+        packed = figures is not None and any(map(figures.packed_is_faster, self._bits()))
+        return mode == "fast" and not packed
+
+    def _bits(self) -> list[int]:
+        """The bits of the quantized matrices of the transformer, as asked for or as stored."""
+        return (
+            [self.quantization.bits] if self.quantization else stored_bits(self.folder.weights["transformer"].values())
+        )
 
     @property
     def loaded(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ stream    as lean, but of the transformer and the text encoder only the blocks a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .checkpoints.folder import ModelFolder
@@ -18,6 +18,7 @@ from .memory import Mode, Stage, peak
 from .model.parameters import EMBEDDING, block_of
 
 STREAMED = ("text_encoder", "transformer")  # the networks whose blocks are read as they are needed
+_CLEARLY = 0.9  # a mode is faster if it takes less than this share of the other's time
 _NAMED = 2  # tensors that an error names
 
 
@@ -34,16 +35,26 @@ class Choice:
         return f"{self.mode}: {self.reason}{reads}"
 
 
-def choose(asked: str, estimates: Mapping[Mode, Sequence[Stage]], limit: int | None) -> Choice:
+def choose(
+    asked: str,
+    estimates: Mapping[Mode, Sequence[Stage]],
+    limit: int | None,
+    measured: Callable[[Mode], float | None] = lambda mode: None,
+) -> Choice:
     """The mode that is `asked` for. With "auto", the first of `estimates` that fits into `limit` bytes, else the last.
 
-    estimates: the stages of a run by mode, the best mode first. limit: None if it is not known.
+    estimates: the stages of a run by mode, the best mode first. limit: None if it is not known. measured: the seconds
+    of the run in a mode on this machine. If lean is clearly faster than fast there, it comes first.
     """
     modes: dict[str, Mode] = {"fast": "fast", "lean": "lean", "stream": "stream"}
     if asked in modes:
         return Choice(modes[asked], "as asked")
     room = "" if limit is None else f"{limit / 1e9:.1f} GB are there"
     reasons: list[str] = []
+    fast, lean = (measured(mode) if mode in estimates else None for mode in ("fast", "lean"))
+    if fast and lean and lean < _CLEARLY * fast:
+        estimates = {mode: stages for mode, stages in estimates.items() if mode != "fast"}
+        reasons.append(f"fast takes {fast / lean:.1f} times as long by `zimage doctor`")
     for mode, stages in estimates.items():
         most = peak(stages).total
         if limit is None or most <= limit:

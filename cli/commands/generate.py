@@ -11,7 +11,6 @@ from pathlib import Path
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.bounds import COUNT
 from zimage_ref.checkpoints.registry import part_options
-from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
@@ -24,9 +23,8 @@ from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.generation.presets import PRESETS, misfit
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
-from zimage_ref.generation.samplers import TWICE
 from zimage_ref.generation.sizes import parse_size, random_seed
-from zimage_ref.generation.steering import predictions_of
+from zimage_ref.generation.steering import passes_of
 from zimage_ref.memory import Mode
 from zimage_ref.options import MEMORY, path_and_scale
 
@@ -285,14 +283,8 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
 
 def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
     """The time of the picture `first` by the doctor's figures, None if there are none for it."""
-    pipe = run.pipeline
-    figures = Figures.for_model(pipe.folder.transformer) if pipe.backend == "mlx" else None
-    if figures is None:
+    seconds = run.pipeline.measured_seconds(mode, first.width * first.height, passes_of(first))
+    if seconds is None:
         return None
-    steps, share = len(first.sigmas) - 1, computed_share(first.config, first.sigmas)
-    calls = 2 * steps - 1 if first.config.sampler in TWICE else steps
-    predictions = round((1 if share is None else share) * calls * predictions_of(first))
-    precision = precision_name(pipe.precision, pipe.quantization)
-    seconds = figures.picture(precision, first.width * first.height, predictions, mode)
-    word = "at most" if share is None else "about"  # the pictures decide how many steps a cache spares
-    return None if seconds is None else f"{word} {duration(seconds)} a picture, by `zimage doctor`"
+    word = "about" if computed_share(first.config, first.sigmas) is not None else "at most"
+    return f"{word} {duration(seconds)} a picture, by `zimage doctor`"

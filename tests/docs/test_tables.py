@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,13 +15,11 @@ from zimage_cli.commands import COMMANDS
 
 
 @pytest.fixture(scope="module")
-def tables() -> ModuleType:
+def tables() -> Iterator[ModuleType]:
     """The script docs/tables.py as a module."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(ROOT / "docs")
+        yield importlib.import_module("tables")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=identify)
@@ -50,3 +50,17 @@ def test_a_table_can_be_a_group(tables: ModuleType) -> None:
     assert tables.names_of("train", "group: Memory") == ["base_precision", "memory", "force"]
     with pytest.raises(KeyError, match="no group 'Nothing'"):
         tables.names_of("train", "group: Nothing")
+
+
+def test_a_chip_twice_as_fast_takes_half_the_time(tables: ModuleType) -> None:
+    times = tables.times
+    slow = type(tables.CHIPS[0])("one", 8, 1.278, 68)
+    fast = replace(slow, cores=16, bandwidth=136)
+    assert slow.peak == pytest.approx(2.6, abs=0.05)  # as published for an M1
+    one, two = vars(times(slow)), vars(times(fast))
+    seconds = [name for name in one if name not in ("chip", "read_1024", "products")]
+    assert len(seconds) == 8
+    assert {name: two[name] for name in seconds} == pytest.approx({name: one[name] / 2 for name in seconds})
+    assert two["read_1024"] == pytest.approx(2 * one["read_1024"]) and two["products"] == pytest.approx(one["products"])
+    quick = times(replace(slow, accelerated=4.0))
+    assert quick.products < one["products"] and one["forward_512"] / 4 < quick.forward_512 < one["forward_512"] / 2

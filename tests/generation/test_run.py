@@ -240,10 +240,38 @@ def test_the_memory_mode_follows_from_what_is_asked_and_what_there_is(
     memory: str, keep_model: bool, limit: int | None, mode: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, needs = pipeline("numpy", model_dir), {"fast": 100, "lean": 50, "stream": 20}
+    requests = pipe.plan(configs(1))
     monkeypatch.setattr(type(pipe), "memory", lambda self, requests, batch, mode: [Stage("x", 1, needs[mode] - 1)])
     monkeypatch.setattr(type(pipe), "memory_limit", lambda self: limit)
     monkeypatch.setattr(type(pipe), "footprint", lambda self, mode: LEAN)
-    assert GenerationRun(pipe, RunSettings(memory=memory, keep_model=keep_model)).memory([]).mode == mode
+    assert GenerationRun(pipe, RunSettings(memory=memory, keep_model=keep_model)).memory(requests).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "mode"),
+    [
+        ({"fast": 10, "lean": 8}, 100, "lean"), ({"fast": 10, "lean": 9.5}, 100, "fast"), ({"lean": 8}, 100, "fast"),
+        ({"fast": 10, "lean": 8}, 49, "stream"), ({"fast": 10, "lean": 11}, 99, "lean"),
+        ({"fast": 10, "lean": 11, "stream": 1}, 100, "fast"),
+    ],
+)  # fmt: skip
+def test_auto_takes_lean_if_it_is_measured_to_be_clearly_faster(
+    seconds: dict[str, float], limit: int, mode: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, needs, asked = pipeline("numpy", model_dir), {"fast": 100, "lean": 50, "stream": 20}, []
+    requests = pipe.plan(configs(1, width=32, height=48, steps=3, guidance=2, sampler="heun"))
+    monkeypatch.setattr(type(pipe), "memory", lambda self, requests, batch, mode: [Stage("x", 1, needs[mode] - 1)])
+    monkeypatch.setattr(type(pipe), "memory_limit", lambda self: limit)
+    monkeypatch.setattr(type(pipe), "footprint", lambda self, mode: LEAN)
+    monkeypatch.setattr(
+        type(pipe), "measured_seconds", lambda self, mode, *size: asked.append(size) or seconds.get(mode)
+    )
+    choice = GenerationRun(pipe, RunSettings(keep_model=True)).memory(requests)
+    assert choice.mode == mode and ("by `zimage doctor`" in choice.reason) is (
+        seconds.get("lean") == 8 and "fast" in seconds
+    )
+    assert {*asked} == {(32 * 48, 2 * (2 * 3 - 1))}
+    assert GenerationRun(pipe, RunSettings(keep_model=True, memory="fast")).memory(requests).mode == "fast"
 
 
 def test_the_engine_that_maps_weights_need_not_stream(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.generation.caching import CACHES, CacheChoice
 from zimage_ref.generation.provenance import Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings
+from zimage_ref.generation.steering import passes_of
 from zimage_ref.model.step_cache import Taylor, stretched
 
 STEPS, THRESHOLD = 16, 0.5
@@ -200,6 +201,14 @@ def test_the_memory_estimate_counts_what_is_kept(pipe: Any) -> None:
     stream = (32 * 32 + 128) * tiny.TRANSFORMER.dim * 4
     assert kept["mag"] >= stream and kept["taylor"] == kept["first-block"] >= 2 * stream
     assert bytes_with(cache="mag", guidance=1.0) - bytes_with(guidance=1.0) >= 2 * stream
+
+
+def test_the_time_estimate_counts_computed_passes_and_first_block_has_no_more_than_all(pipe: Any) -> None:
+    def passes(**options: Any) -> int:
+        return passes_of(pipe.plan([GenerateConfig("x", width=64, height=64, steps=50, guidance=0.0, **options)])[0])
+
+    assert passes(cache="taylor:4") == 15  # the first three, and 4, 8, ..., 48
+    assert passes(cache="first-block") == passes() == 50
 
 
 def test_ratios_are_stretched_as_diffusers_does() -> None:

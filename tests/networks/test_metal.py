@@ -23,6 +23,8 @@ from zimage_mlx.networks.quantized import QuantizedLinear
 from zimage_mlx.networks.strips import Strips
 from zimage_mlx.networks.vae import VAE
 from zimage_mlx.networks.weights import load
+from zimage_ref.doctor.remembered import Figures
+from zimage_ref.formats.quantize import BITS
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.generation.sizes import MAX_AREA
 from zimage_ref.model import parameters
@@ -153,3 +155,18 @@ def test_weights_of_4_bits_stay_packed_on_metal_if_memory_is_short(
     pipe("a fox", width=32, height=32, steps=1, output="latents")
     linear = [m for m in pipe.transformer.modules() if isinstance(m, QuantizedLinear)]
     assert linear and bool(unpacked) is (memory == "fast")
+
+
+@pytest.mark.parametrize(("speeds", "packed"), [
+    ({"4": 1.2, "8": 0.8}, {3, 4, 5, 6}), ({"4": 0.8, "8": 1.2}, {8}), ({"8": 1.2}, {3, 4, 5, 6, 8}), ({}, set()),
+])  # fmt: skip
+def test_weights_stay_packed_if_the_doctor_measured_that_it_is_faster(
+    speeds: dict[str, float], packed: set[int], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(Figures, "of_this_machine", lambda: Figures({"packed_speed": speeds}))
+    pipes = {bits: ZImagePipeline.from_pretrained(model_dir, quantize=bits) for bits in BITS}
+    assert {bits for bits, pipe in pipes.items() if not pipe.unpack} == packed
+    assert ZImagePipeline.from_pretrained(model_dir).unpack
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert ZImagePipeline.from_pretrained(model_dir, quantize=4).unpack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ if not HAS_MLX:
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from support.metal_routes import Graph, trace
+from support.metal_routes import PRODUCTS, Graph, trace
 
 from zimage_mlx.lora.layers import add_trainable_loras
 from zimage_mlx.networks import ops
@@ -31,6 +32,8 @@ from zimage_mlx.networks.tree import replace as put
 from zimage_mlx.networks.vae import VAE
 from zimage_mlx.training.gradient import LossAndGradients
 from zimage_mlx.training.loss import NoisyBatch
+from zimage_ref.doctor import work
+from zimage_ref.doctor.work import Tokens, Work
 from zimage_ref.memory import FAST, LEAN
 from zimage_ref.model.config import OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER, OFFICIAL_VAE
 from zimage_ref.model.parameters import LORA_TARGETS
@@ -45,8 +48,9 @@ REST = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not 
 
 
 def emptied(module: Any, dtype: mx.Dtype) -> Any:
-    """`module` with weights that are never computed."""
-    module.update(tree_map(lambda p: mx.zeros(p.shape, dtype), module.parameters()))
+    """`module` with weights that are never computed. No two are equal: MLX makes equal products only once."""
+    numbers = count(1)
+    module.update(tree_map(lambda p: mx.full(p.shape, next(numbers), dtype), module.parameters()))
     for each in module.modules():
         if isinstance(each, Conv3x3):
             each.mirror()
@@ -143,6 +147,36 @@ def test_the_autoencoder(precision: str, side: int, way: str, footprint: Any, mo
     model = emptied(VAE(OFFICIAL_VAE), DTYPES[precision])
     given = mx.zeros((1, 3, side, side) if way == "encode" else (1, 16, side // 8, side // 8))
     check(trace(lambda: getattr(model, way)(given, Strips(footprint.strips)), monkeypatch), "Convolution", "attention")
+
+
+def counted(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Work:
+    """The operations of a traced function, by kind."""
+    flops = trace(function, monkeypatch).flops
+    return Work(sum(flops[name] for name in PRODUCTS), flops["attention"], flops["Convolution"])
+
+
+@pytest.mark.parametrize("side", [256, 1024])
+def test_the_model_of_time_counts_what_is_traced(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that it leaves out are small: refined captions, embedders, rotation by a matrix."""
+    found = counted(denoising("bf16", side, 1), monkeypatch)
+    said = work.forward(ONE_BLOCK, Tokens.of(side), 2)
+    refined = work.block(ONE_BLOCK, captions(1)[0].shape[0], 2)
+    assert found.products == pytest.approx(said.products + refined.products, rel=0.02)
+    assert found.attention == pytest.approx(said.attention + refined.attention, rel=0.02)
+
+    encoder = replace(OFFICIAL_TEXT_ENCODER, num_hidden_layers=2)
+    text = emptied(TextEncoder(encoder), mx.bfloat16)
+    found = counted(lambda: text(mx.zeros((64,), mx.int32)), monkeypatch)
+    assert found.products == work.encode_text(encoder, 64, 2).products
+
+    autoencoder, strips = emptied(VAE(OFFICIAL_VAE), mx.bfloat16), Strips(LEAN.strips)
+    for way, given, said in (
+        (autoencoder.decode, mx.zeros((1, 16, side // 8, side // 8)), work.decode(OFFICIAL_VAE, side**2, 2)),
+        (autoencoder.encode, mx.zeros((1, 3, side, side)), work.encode(OFFICIAL_VAE, side**2, 2)),
+    ):
+        found = counted(lambda way=way, given=given: way(given, strips), monkeypatch)
+        assert found.convolutions == said.convolutions
+        assert found.products + found.attention == pytest.approx(said.products, rel=0.05)
 
 
 def test_what_breaks_a_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

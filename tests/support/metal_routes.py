@@ -44,11 +44,13 @@ class Graph:
     met: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     longest: float = 0.0  # operations of one kernel
+    flops: Counter[str] = field(default_factory=Counter)  # operations in all, by kernel
     gradients: dict[Any, tuple[Callable[..., Any], list[Any]]] = field(default_factory=dict)  # and shapes of inputs
 
     def kernel(self, name: str, flops: float, *about: object) -> None:
         """Holds the operations of one dispatch against the limit."""
         self.longest = max(self.longest, flops)
+        self.flops[name] += int(flops)
         if flops >= LONGEST:
             self.faults.append(f"{name} is one kernel of {flops:.2g} operations: {about}")
 

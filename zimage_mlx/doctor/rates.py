@@ -11,6 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from zimage_mlx import device
 from zimage_mlx.networks.convolution import Source, convolve
 from zimage_mlx.networks.ops import attention
 from zimage_mlx.networks.quantized import QuantizedLinear
@@ -25,6 +26,7 @@ from .numbers import DTYPES, Numbers, filled
 _ROWS, _WIDTH, _FFN = 1088, 3840, 10240  # the largest product of a block, for a picture of 512 x 512
 _ATTENTION = 1088, 30
 _CONVOLUTIONS = 128  # side; of 256 to 256 channels
+PACKED = "packed product"
 _MEMORY = 1 << 26  # float32 values that are read and written
 
 
@@ -51,8 +53,8 @@ class Measuring:
         """The part of `flops` that fits into the share, at most 1: twice, since the first run does not count."""
         return min(1.0, self.share * self.pace.device[dtype] / (3 * flops))
 
-    def product(self, precision: str) -> Rate:
-        """x W^T of the feed-forward, W of `precision`."""
+    def product(self, precision: str, packed: bool = False) -> Rate:
+        """x W^T of the feed-forward, W of `precision`. packed: by MLX's kernel for quantized weights."""
         dtype = self.compute if precision in ("8", "4") else precision
         part = self._fitting(2.0 * _ROWS * _WIDTH * _FFN, dtype)
         rows, outputs = max(256, int(_ROWS * part**0.5)), max(256, int(_FFN * part**0.5) // 64 * 64)
@@ -61,14 +63,17 @@ class Measuring:
         if precision in ("8", "4"):
             bits = int(precision)
             layer = QuantizedLinear(_WIDTH, outputs, bias=False, group_size=GROUP_SIZE, bits=bits)
-            packed = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
-            layer.update(dict(zip(("weight", "scales", "biases"), packed, strict=True)))
+            parts = mx.quantize(weight, group_size=GROUP_SIZE, bits=bits)
+            layer.update(dict(zip(("weight", "scales", "biases"), parts, strict=True)))
+            if packed:
+                layer.keep_packed()
             mx.eval(x, layer.parameters())
             seconds = median(lambda: mx.eval(layer(x)), self.share)
         else:
             mx.eval(x, weight)
             seconds = median(lambda: mx.eval(x @ weight.T), self.share)
-        return self._rate("product", precision, f"{rows} x {_WIDTH} x {outputs}", 2 * rows * _WIDTH * outputs / seconds)
+        size, flops = f"{rows} x {_WIDTH} x {outputs}", 2 * rows * _WIDTH * outputs
+        return self._rate(PACKED if packed else "product", precision, size, flops / seconds)
 
     def attention(self, dtype: str) -> Rate:
         """Of a picture of 512 x 512 and its caption."""
@@ -105,6 +110,9 @@ class Measuring:
         work: list[tuple[str, Callable[[], Rate]]] = [("memory", self.memory)]
         emulated = ["f16"] if self.compute == "bf16" else []  # for the advice to a chip that emulates bfloat16
         work += [(f"product, {p}", partial(self.product, p)) for p in dict.fromkeys([*precisions, *emulated])]
+        if device.on_metal():  # only there the program may choose
+            bits = [p for p in precisions if p not in DTYPES]
+            work += [(f"{PACKED}, {p}", partial(self.product, p, packed=True)) for p in bits]
         work += [(f"attention, {d}", partial(self.attention, d)) for d in dtypes]
         work += [(f"convolution, {d}", partial(self.convolution, d)) for d in dtypes]
         for i, (name, run) in enumerate(work):
@@ -112,6 +120,12 @@ class Measuring:
             yield run()
             mx.clear_cache()
         progress("rates", len(work), len(work), "")
+
+
+def packed_shares(rates: list[Rate]) -> dict[str, float]:
+    """By bits: the speed of the packed product over that of the unpacked one."""
+    found = {(rate.name, rate.dtype): rate.per_second for rate in rates}
+    return {bits: speed / found["product", bits] for (name, bits), speed in found.items() if name == PACKED}
 
 
 def by_precision(rates: list[Rate], precisions: list[str], compute: str) -> dict[str, Rates]:

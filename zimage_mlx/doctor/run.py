@@ -23,7 +23,7 @@ from .catalogue import catalogue
 from .checking import Pace, Planned, check, plan
 from .parts import Measurer, Wanted
 from .picture import built_in, repeated
-from .rates import Measuring, by_precision
+from .rates import Measuring, by_precision, packed_shares
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def fast(
     measurer = Measurer(TimeModel(speeds, compute), compute, budget.part, limit)
     parts = list(measurer.all(wanted_parts(quick, compute, precisions), progress))
     model = TimeModel(speeds, compute, parts)
-    return rates, parts, model.to_json(limit)
+    return rates, parts, model.to_json(limit) | {"packed_speed": packed_shares(rates)}
 
 
 def wanted_parts(quick: bool, compute: str, precisions: Sequence[str]) -> list[Wanted]:

@@ -29,7 +29,7 @@ from .dropout import dropout
 from .feed import Feed
 from .gradient import LossAndGradients
 from .loss import NoisyBatch
-from .machines import summed
+from .machines import summed, summed_together
 from .optimizer import Optimizer, averaged, clipped, learning_rate
 from .packing import Packing, Vectors
 
@@ -138,8 +138,8 @@ class Learner:
                     gradients = {factor: total + share * packed[factor] for factor, total in gradients.items()}
                     mx.eval(loss, gradients)
         if self._group.size() > 1:
-            loss = summed(loss, self._group)
-            gradients = {factor: summed(part, self._group) for factor, part in gradients.items()}
+            loss, *summands = summed_together([loss, *gradients.values()], self._group)
+            gradients = dict(zip(gradients, summands, strict=True))
         return number(loss), {factor: part * dropped.get(factor, 1.0) for factor, part in gradients.items()}
 
     def _preserved(

@@ -66,7 +66,7 @@ class Loop:
         adapter.merge()
         previewer = Previewer(plan, pipeline, data, self._learner, adapter) if machines.first else None
         self._measurer = Measurer(plan, feed, self._learner, previewer)
-        self._saver = Saver(plan, run, self._learner, facts, budget)
+        self._saver = Saver(plan, run, self._learner, facts, budget, pipeline.unpack)
         self.done, self._losses = 0, _Losses()  # steps that are made already, and how they went
         if saved := machines.told_by_first(saved, facts, self._learner.state()):
             self._learner.restore(saved.tensors)

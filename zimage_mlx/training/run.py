@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from zimage_mlx import device
 from zimage_mlx.device import gpu_errors_explained
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.formats.quantize import GROUP_SIZE
@@ -31,7 +30,7 @@ from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
 from zimage_ref.training.metrics import recorded
 from zimage_ref.training.plan import TURBO_WARNING, plan_for
-from zimage_ref.training.run_folder import RunFolder
+from zimage_ref.training.run_folder import RunFolder, SavedState
 
 from .encode import EncodedDataset
 from .loop import Loop
@@ -87,7 +86,7 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     # with auto, what does not fit into the mode fast keeps as much of it as fits: see `loop`
     between = config.memory == "auto" and choice.mode == "lean"
     pipeline.set_mode("fast" if between else choice.mode)
-    pipeline.unpack = config.memory == "fast" or not device.on_metal()
+    pipeline.unpack = _unpacks(pipeline, config, saved)
     if machines.first and not config.resume:
         run.clear()
     data = EncodedDataset(plan, pipeline)
@@ -99,3 +98,11 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
 
     loop = Loop(plan, pipeline, data, machines, facts, saved)
     yield from recorded(loop.events(), run, facts, loop.done) if machines.first else loop.events()
+
+
+def _unpacks(pipeline: ZImagePipeline, config: TrainConfig, saved: SavedState | None) -> bool:
+    """Whether quantized weights are unpacked. A resumed run goes on as it was saved, for the same results."""
+    if config.memory != "fast":
+        return pipeline.unpacks("lean")
+    before = saved.facts.get("unpacks") if saved else None
+    return pipeline.unpacks("fast") if before is None else before

@@ -30,10 +30,15 @@ _GROUPS = {  # target -> what is in the name of each of its layers
 class Saver:
     """Saves the LoRA and the state of a learner."""
 
-    def __init__(self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: RunFacts, budget: float) -> None:
-        """facts: what the run is, kept in every resume folder, as is the budget of the gradient."""
+    def __init__(
+        self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: RunFacts, budget: float, unpacks: bool
+    ) -> None:
+        """facts: what the run is, kept in every resume folder, as is the budget of the gradient.
+
+        unpacks: whether quantized weights are unpacked for products.
+        """
         self._plan, self._run, self._learner, self._facts = plan, run, learner, facts
-        self._kept_bytes = budget if math.isfinite(budget) else None
+        self._kept_bytes, self._unpacks = budget if math.isfinite(budget) else None, unpacks
 
     def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
         """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept.
@@ -54,6 +59,7 @@ class Saver:
             "smoothed": smoothed,
             "failures": failures,
             "kept_bytes": self._kept_bytes,
+            "unpacks": self._unpacks,
         }
         return Checkpointed(self._run.save(step, self._learner.state(), facts), step)
 

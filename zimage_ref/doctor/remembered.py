@@ -80,6 +80,12 @@ class Figures:
         """Seconds of a training step on one picture."""
         return self._at("step_seconds", precision, pixels, mode)
 
+    def packed_is_faster(self, bits: int) -> bool:
+        """Whether a product of many rows by weights of `bits` bits is faster with them packed. False if not known."""
+        known: dict[str, float] = self.predicted.get("packed_speed", {})
+        nearest = min(known, key=lambda measured: abs(int(measured) - bits), default=None)
+        return nearest is not None and known[nearest] > 1
+
     def _at(self, work: str, precision: str, pixels: int, mode: str | None = None) -> float | None:
         """Between the sizes that are known; beyond them in proportion to the pixels."""
         found = self.predicted.get(work, {}).get(precision)

@@ -197,6 +197,11 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
     return weight
 
 
+def stored_bits(tensors: Iterable[Tensor]) -> list[int]:
+    """The bits of those that a file holds quantized, each number once."""
+    return sorted({tensor.quantization.bits for tensor in tensors if isinstance(tensor, QuantizedTensor)})
+
+
 def bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
     """The bytes that the tensors take in a file, by dtype or quantized format."""
     sizes: Counter[str] = Counter()

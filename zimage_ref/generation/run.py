@@ -38,7 +38,7 @@ from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
 from .previews import preview_bytes, quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
-from .steering import prompts_of
+from .steering import passes_of, prompts_of
 
 _SHOWN = 60  # characters of a prompt in a notice
 Notify = Callable[[str], None]  # takes a line that the user should see
@@ -200,7 +200,13 @@ class GenerationRun:
         modes: list[Mode] = ["fast", "lean"] if self.settings.keep_model else ["lean"]  # else nothing is used twice
         if streams and can_stream(pipe.folder):
             modes.append("stream")
-        return choose(asked, {mode: self._memory(requests, mode) for mode in modes}, pipe.memory_limit())
+        first = requests[0]
+        return choose(
+            asked,
+            {mode: self._memory(requests, mode) for mode in modes},
+            pipe.memory_limit(),
+            lambda mode: pipe.measured_seconds(mode, first.width * first.height, passes_of(first)),
+        )
 
     def make(
         self,

@@ -22,7 +22,9 @@ from zimage_ref.memory import CAPTION_TOKENS
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.steering import NAG_OFF, Box, Nag, Steering
 
+from .caching import computed_share
 from .config import VARIETY_UNTIL, GenerateConfig
+from .samplers import TWICE
 
 if TYPE_CHECKING:
     from .engine import ConditioningT, Engine
@@ -105,6 +107,16 @@ def predictions_of(request: Request) -> float:
     pairs = tokens**2 if len(prompts) > 1 else 0
     share = (tokens + _MASK_TOKENS * pairs) / (image + CAPTION_TOKENS)
     return (1 + (request.guidance.scale > 0)) * share * (1 + _NAG_SHARE * nag)
+
+
+def passes_of(request: Request) -> int:
+    """How many plain predictions of the transformer this picture takes in all, about in time.
+
+    Those that a step cache spares are left out, if they are known before the work.
+    """
+    steps, share = len(request.sigmas) - 1, computed_share(request.config, request.sigmas)
+    calls = 2 * steps - 1 if request.config.sampler in TWICE else steps
+    return round((1 if share is None else share) * calls * predictions_of(request))
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,16 @@ class SavedFacts(_CountedFacts, total=False):
     """The same, and what runs of version 0.1 did not save."""
 
     kept_bytes: float | None  # that the gradient may keep of the forward pass; None if the machine does not limit it
+    unpacks: bool | None  # whether quantized weights are unpacked for products; None if it was not saved
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "config": dict, "total": int, "batch": int, "dataset": str, "model": dict, "adapter": (str, type(None)),
     "begins_with": (str, type(None)),
     "environment": dict, "smoothed": (float, int, type(None)), "failures": int,
-    "kept_bytes": (float, int, type(None)),
+    "kept_bytes": (float, int, type(None)), "unpacks": (bool, type(None)),
 }  # fmt: skip
-_NEWER = {"kept_bytes", "begins_with"}  # facts that an older version did not save
+_NEWER = {"kept_bytes", "unpacks", "begins_with"}  # facts that an older version did not save
 DECIDING = {  # a fact that decides the result, besides options and the number of steps -> its name for people
     "dataset": "the pictures, captions or masks",
     "model": "the model's weights or tokenizer",

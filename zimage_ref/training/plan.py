@@ -11,7 +11,7 @@ from zimage_ref.checkpoints.fingerprint import part_digests
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.files import sha256
-from zimage_ref.formats.quantize import Quantization, QuantizedTensor
+from zimage_ref.formats.quantize import Quantization, stored_bits
 from zimage_ref.lora.clients import losses_of
 from zimage_ref.lora.file import read_lora
 from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, Matrices, UpdateSize
@@ -119,8 +119,7 @@ class TrainPlan:
     @property
     def stored_bits(self) -> list[int]:
         """The bits of weights that the file of the base holds quantized. Training does not change them."""
-        tensors = self.model.weights["transformer"].values()
-        return sorted({tensor.quantization.bits for tensor in tensors if isinstance(tensor, QuantizedTensor)})
+        return stored_bits(self.model.weights["transformer"].values())
 
     @property
     def held_out_sizes(self) -> list[Size]:
