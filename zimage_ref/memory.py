@@ -195,10 +195,12 @@ def generation_stages(
     return [Stage(name, held, footprint.with_margin(held, values)) for name, held, values in stages]
 
 
-def writing_stage(model: LoadedModel, footprint: Footprint, tokens: int) -> Stage:
-    """The memory of the text encoder while it writes a text of `tokens` tokens, what it was told included."""
+def writing_stage(model: LoadedModel, footprint: Footprint, held: int, tokens: int) -> Stage:
+    """The memory of the text encoder while it writes a text of `tokens` tokens, what it was told included.
+
+    held: the bytes of the weights that are in memory while it encodes.
+    """
     config, name = model.folder.text_encoder, "text_encoder"
-    held = model.weight_bytes(name, footprint.mapped, footprint.streamed)
     if not footprint.mapped:
         held += model.spare_bytes(name)
     if footprint.streamed:  # else it is counted: the head is the embedding

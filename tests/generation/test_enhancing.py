@@ -18,7 +18,7 @@ from zimage_ref.formats.tensors import Tensor
 from zimage_ref.generation import enhancing
 from zimage_ref.generation.enhancing import SYSTEM, answer, check_can_write, drawn
 from zimage_ref.generation.provenance import Repeat
-from zimage_ref.memory import NUMPY, STREAM, LoadedModel, writing_stage
+from zimage_ref.memory import LEAN, NUMPY, STREAM, LoadedModel, writing_stage
 from zimage_ref.networks.weights import Weights
 from zimage_ref.networks.writer import Writer
 
@@ -189,9 +189,10 @@ def test_the_command_line_writes_shows_and_records_the_prompt(tmp_path: Path, mo
 
 def test_the_memory_of_writing_counts_the_last_layer_and_what_is_remembered(model_dir: Path) -> None:
     model = LoadedModel(ModelFolder.open(model_dir), "float32")
-    config, short, long = model.folder.text_encoder, *(writing_stage(model, NUMPY, n) for n in (10, 1010))
+    config, short, long = model.folder.text_encoder, *(writing_stage(model, NUMPY, 0, n) for n in (10, 1010))
     past = 2 * config.num_hidden_layers * 1000 * config.num_key_value_heads * config.head_dim * 4
     assert long.activations - short.activations == past
     table = config.vocab_size * config.hidden_size * 4
-    assert writing_stage(model, STREAM, 10).weights >= table + model.spare_bytes("text_encoder") > table
+    assert writing_stage(model, STREAM, 5, 10).weights == 5 + table + model.spare_bytes("text_encoder")
+    assert writing_stage(model, LEAN, 5, 10).weights == 5 + model.spare_bytes("text_encoder")
     assert model.spare_bytes("text_encoder") == sum(t.nbytes for t in model.folder.spare["text_encoder"].values())

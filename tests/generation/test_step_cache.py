@@ -116,6 +116,11 @@ def pipe(request: pytest.FixtureRequest, model_dir: Path) -> Any:
     return pipeline(request.param, model_dir)
 
 
+@pytest.fixture(scope="module")
+def reference(model_dir: Path) -> Any:
+    return pipeline("numpy", model_dir)
+
+
 def made(pipe: Any, prompts: list[str], **options: Any) -> list[np.ndarray]:
     force = {"cache_min_steps": 1} if "cache" in options else {}
     return [np.asarray(x) for x in pipe(prompts, **(HOW | force | {"seed": 3} | options))]
@@ -182,8 +187,8 @@ def test_wrong_values_are_refused_in_one_line(options: Any, fact: str) -> None:
     assert fact in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_few_steps_are_computed_and_said_so_unless_forced(pipe: Any) -> None:
-    run, told = GenerationRun(pipe, RunSettings()), list[str]()
+def test_few_steps_are_computed_and_said_so_unless_forced(reference: Any) -> None:
+    run, told = GenerationRun(reference, RunSettings()), list[str]()
     config = GenerateConfig("waves", width=64, height=48, steps=8, guidance=0.0, cache="taylor")
     (idle,) = run.make(run.plan([config], told.append))
     assert told == ["`cache` is not used: it acts from 20 steps on, and there are 8. `cache_min_steps` changes this"]
@@ -191,10 +196,10 @@ def test_few_steps_are_computed_and_said_so_unless_forced(pipe: Any) -> None:
     assert len(told) == 1 and idle.reused == 0 and forced.reused == 4 / 8  # 0, 1, 2 and 4 are computed
 
 
-def test_the_memory_estimate_counts_what_is_kept(pipe: Any) -> None:
+def test_the_memory_estimate_counts_what_is_kept(reference: Any) -> None:
     def bytes_with(**options: Any) -> int:
         config = GenerateConfig("x", width=512, height=512, steps=30, **{"guidance": 0.0, **options})
-        stages: Any = pipe.memory(pipe.plan([config]), 1)
+        stages: Any = reference.memory(reference.plan([config]), 1)
         return int(stages[1].activations)
 
     kept = {cache: bytes_with(cache=cache) - bytes_with() for cache in CACHES}
@@ -203,9 +208,11 @@ def test_the_memory_estimate_counts_what_is_kept(pipe: Any) -> None:
     assert bytes_with(cache="mag", guidance=1.0) - bytes_with(guidance=1.0) >= 2 * stream
 
 
-def test_the_time_estimate_counts_computed_passes_and_first_block_has_no_more_than_all(pipe: Any) -> None:
+def test_the_time_estimate_counts_computed_passes_and_first_block_has_no_more_than_all(reference: Any) -> None:
     def passes(**options: Any) -> int:
-        return passes_of(pipe.plan([GenerateConfig("x", width=64, height=64, steps=50, guidance=0.0, **options)])[0])
+        return passes_of(
+            reference.plan([GenerateConfig("x", width=64, height=64, steps=50, guidance=0.0, **options)])[0]
+        )
 
     assert passes(cache="taylor:4") == 15  # the first three, and 4, 8, ..., 48
     assert passes(cache="first-block") == passes() == 50

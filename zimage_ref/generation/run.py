@@ -176,10 +176,12 @@ class GenerationRun:
         `Engine.enhance`. Raises its errors too.
         """
         check_can_write(self.pipeline.folder)
-        pipe, mode = self.pipeline, self.memory(self.plan(configs)).mode
+        pipe, requests = self.pipeline, self.plan(configs)
+        mode = self.memory(requests).mode
         if not self.settings.force:
             loaded = LoadedModel(pipe.folder, pipe.precision, pipe.quantization)
-            stage = writing_stage(loaded, pipe.footprint(mode), 2 * MAX_TOKENS)
+            encode = self._memory(requests, mode)[0]
+            stage = writing_stage(loaded, pipe.footprint(mode), encode.weights, 2 * MAX_TOKENS)
             require_memory([stage], pipe.memory_limit())
         texts: dict[tuple[str, int], str] = {}
         with pipe.turn():
