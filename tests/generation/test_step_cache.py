@@ -159,6 +159,41 @@ def test_a_change_of_captions_or_control_begins_anew(pipe: Any, tmp_path: Path, 
         assert restarts == expected  # of two rows a step
 
 
+class Steady:
+    """Layers of two rows that add the same in every step."""
+
+    rows, count = 2, 3
+
+    def enter(self) -> np.ndarray:
+        return np.ones((2, 4, 5))
+
+    def run(self, stream: np.ndarray, first: int, end: int, rows: Any) -> np.ndarray:
+        return stream + (end - first)
+
+    def joined(self, rows: Any) -> np.ndarray:
+        return np.concatenate(rows)
+
+    def kept(self, stream: np.ndarray) -> np.ndarray:
+        return stream
+
+    def size(self, stream: np.ndarray, row: int) -> float:
+        return float(np.abs(stream).mean())
+
+    def growth(self, stream: np.ndarray, before: np.ndarray, row: int) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_steady_steps_are_spared_until_a_restart(name: str) -> None:
+    cache, counts = CacheChoice(name).make(20), []
+    for step in range(14):
+        if step == 7:
+            cache.restart()
+        np.testing.assert_array_equal(cache(Steady()), np.full((2, 4, 5), 4.0))
+        counts.append(cache.computed // 2)
+    assert counts[7] == counts[6] + 1 and counts[6] < 7 and counts[-1] < 14
+
+
 def test_guidance_that_ends_leaves_the_states_of_the_prompts(pipe: Any) -> None:
     plain = made(pipe, PROMPTS, cfg_truncation=0.6)
     for cache in ("first-block:0.55", "taylor", "mag"):
