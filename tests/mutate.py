@@ -97,7 +97,7 @@ def copies(number: int) -> Iterator[Queue[Path]]:
 
 def failure(copy: Path, tests: Sequence[str]) -> str:
     """The first of the default tests among `tests` that fails in a copy of the tree; "" if all pass."""
-    paths = os.pathsep.join([str(copy), str(copy.parent)])
+    paths = os.pathsep.join(filter(None, [str(copy), str(copy.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
     with tempfile.TemporaryDirectory(prefix="mutate-tests-") as temporary:

@@ -68,6 +68,8 @@ def show(findings: Findings, console: Console) -> None:
     if findings.verdicts:
         rows = [_row(verdict) for verdict in findings.verdicts]
         console.table(("computation", "dtype", "size", "error", "limit", "verdict"), rows, title="Right?")
+    for remark in dict.fromkeys(verdict.remark for verdict in findings.verdicts if verdict.remark):
+        console.note(remark)
     if smaller := [verdict for verdict in findings.verdicts if verdict.note]:
         dtypes = ", ".join(dict.fromkeys(verdict.dtype for verdict in smaller))
         console.note(

@@ -12,16 +12,18 @@ from zimage_ref.doctor.prediction import Rates, TimeModel
 
 PAGE = ROOT / "docs" / "macs.md"
 ROW = re.compile(
-    r"^\| (M\d[^|]*) \| ([\d.]+) \| (\d+) \|[^|]*\| (forward|step lean) (\d+) \|[^|]*\| ([\d.]+) \|$", re.MULTILINE
+    r"^\| (M\d[^|]*) \| ([\d.]+)(?:, with accelerators ([\d.]+))? \| (\d+) \|"
+    r"[^|]*\| (forward|step lean) (\d+) \|[^|]*\| ([\d.]+) \|$",
+    re.MULTILINE,
 )
 
 
 def test_the_formula_beside_what_others_measured() -> None:
     rows = ROW.findall(read(PAGE))
     assert len(rows) == 10
-    for chip, peak, bandwidth, work, side, shown in rows:
-        flops = float(peak) * 1e12
-        rates = Rates(0.7 * flops, 0.5 * flops, 0.6 * flops, 0.8 * float(bandwidth) * 1e9)
+    for chip, peak, accelerated, bandwidth, work, side, shown in rows:
+        flops, products = float(peak) * 1e12, float(accelerated or peak) * 1e12
+        rates = Rates(0.7 * products, 0.5 * flops, 0.6 * products, 0.8 * float(bandwidth) * 1e9)
         model = TimeModel({"bf16": rates}, "bf16")
         seconds = model.forward("bf16", int(side)) if work == "forward" else model.step("bf16", int(side), "lean")
         assert f"{seconds:.2g}" == f"{float(shown):.2g}", (chip, work, side, seconds)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +212,25 @@ def test_memory_holds_three_blocks_however_many_there_are(tmp_path: Path, monkey
     assert mx.get_peak_memory() - before < 3 * block + activations < resident + 42 * block / 8
     assert pass_bytes(pipe.folder) == sum(t.nbytes for t in tensors.values()) - resident
     pipe.release("transformer", "text_encoder")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_the_process_takes_what_mlx_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 700 MB. Few blocks are in memory, and pages of the file do not pile up."""
+    wide = replace(tiny.TRANSFORMER, dim=1024, n_heads=8, axes_dims=(32, 48, 48), n_layers=12)
+    monkeypatch.setattr(tiny, "TRANSFORMER", wide)
+    model = tiny.write_model_folder(tmp_path)
+    script = Path(__file__).parents[1] / "support" / "residence.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(model)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    size = sum(file.stat().st_size for file in (model / "transformer").glob("*.safetensors"))
+    assert found["counted"] < size / 4
+    assert found["anonymous"] < 1.2 * found["counted"] and found["mapped"] < 0.05 * size, found
 
 
 def test_the_next_block_is_read_while_one_computes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

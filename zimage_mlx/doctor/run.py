@@ -123,5 +123,6 @@ def wanted_parts(quick: bool, compute: str, precisions: Sequence[str]) -> list[W
     wanted += [Wanted("decode lean", compute, (SIDES[-1], SIDES[0], 256)), Wanted("text", compute, (64,))]
     if not quick:
         wanted += [Wanted("forward", compute, large), Wanted("step lean", "4", small)]
+        wanted += [Wanted(f"decode {m}", compute, small) for m in ("lean", "fast")]  # launches count more there
         wanted += [Wanted("decode fast", compute, (SIDES[-1], SIDES[0], 256))]
     return wanted

@@ -9,18 +9,31 @@ query. On other machines its own gradient holds all scores at once; `ops.attenti
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import mlx.core as mx
 
 _TILE = 128  # the fused gradient takes lengths that are multiples of this
 _MASKED = -30000.0  # added to a score that must not count: finite in float16, and its exponential is 0
+_left_out: list[bool] = []  # not empty within `without_fused_gradient`
 _KERNEL = "ScaledDotProductAttentionVJP"  # MLX's name of the fused gradient
 
 
 def fused_gradient_exists(heads: int, width: int, dtype: mx.Dtype) -> bool:
     """Whether MLX has a fused gradient of masked attention for this many heads of this width on this device."""
-    return _asked(heads, width, dtype, mx.default_device())
+    return not _left_out and _asked(heads, width, dtype, mx.default_device())
+
+
+@contextmanager
+def without_fused_gradient() -> Iterator[None]:
+    """A block in which no fused gradient counts as there: cuDNN's sums in another order each time."""
+    _left_out.append(True)
+    try:
+        yield
+    finally:
+        _left_out.pop()
 
 
 @cache

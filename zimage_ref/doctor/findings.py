@@ -44,8 +44,9 @@ class Verdict:
     worst: float  # largest difference, relative to the largest expected value
     worst_limit: float
     seconds: float
-    note: str = ""
+    note: str = ""  # if it is smaller than the real model's
     remedy: str = ""
+    remark: str = ""  # what to know although it is right
 
     @property
     def right(self) -> bool:
