@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_mlx import ZImagePipeline
-from zimage_ref.pictures.images import Picture
+from zimage_ref.pictures.images import Picture, fit
 from zimage_ref.tiny.drawings import SIDE
 
 IMAGES = Path(__file__).parent / "images"
@@ -34,7 +34,23 @@ def sheet(pipe: ZImagePipeline, prompt: str, rows: Sequence[dict[str, object]], 
     return whole
 
 
+def upscaled(pipe: ZImagePipeline) -> Picture:
+    """A picture enlarged by Lanczos, and beside it the one with a second pass."""
+    prompt = "a big red star left of a small blue ring on a yellow background"
+    (small,) = pipe(prompt, seed=3, **_HOW | {"guidance": 3.0})
+    large = fit(small, 2 * SIDE, 2 * SIDE, "crop")
+    (finished,) = pipe(
+        prompt, seed=3, init_image=small, upscale=2, tile_size=SIDE, upscale_strength=0.2, **_HOW | {"steps": 10}
+    )
+    whole = large.resize((4 * SIDE + 4, 2 * SIDE))
+    whole.paste((255, 255, 255), (0, 0, *whole.size))
+    whole.paste(large, (0, 0))
+    whole.paste(finished, (2 * SIDE + 4, 0))
+    return whole
+
+
 if __name__ == "__main__":
     model = ZImagePipeline.from_pretrained("tiny")
     for name, (prompt, rows) in SHEETS.items():
         sheet(model, prompt, rows).quantize(128).save(IMAGES / f"{name}.png", optimize=True)
+    upscaled(model).quantize(128).save(IMAGES / "upscale.png", optimize=True)

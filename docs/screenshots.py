@@ -85,6 +85,15 @@ def train(page: Any, drawings: Path) -> None:
     shoot(page, "studio-run")
 
 
+def merge(page: Any) -> None:
+    """Asks for a LoRA made of two others."""
+    page.locator("#loras").get_by_text("Convert or merge").first.click()
+    page.click("#convert-add")
+    page.fill("#convert-loras li:nth-child(2) input", "0.5")
+    page.fill("#convert-name", "both")
+    shoot(page, "studio-merge")
+
+
 def main() -> None:
     """Draws all pictures."""
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
@@ -113,6 +122,7 @@ def main() -> None:
         page.click("nav a[href='#library']")
         page.evaluate("document.getElementById('said').hidePopover(), scrollTo(0, 0)")
         shoot(page, "studio-library")
+        merge(page)
         browser.close()
 
 

@@ -62,8 +62,8 @@ ROOMS = {
     "zimage_serve.engines": "formats memory generation training",
     "zimage_serve.store": "zimage_serve.refusals errors formats pictures",
     "zimage_serve.work":
-        "zimage_serve.refusals zimage_serve.settings zimage_serve.engines zimage_serve.store errors options_file "
-        "formats model pictures lora checkpoints memory generation training doctor",
+        "zimage_serve.refusals zimage_serve.settings zimage_serve.engines zimage_serve.store errors bounds "
+        "options options_file formats model pictures lora checkpoints memory generation training inspection doctor",
     "zimage_serve.web":
         "zimage_serve.refusals zimage_serve.settings zimage_serve.store zimage_serve.work version errors options "
         "formats pictures generation training",
@@ -226,8 +226,8 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         if isinstance(node.args[0], ast.Constant)
     }
     libraries = {
-        "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx", "openai", "peft",
-        "playwright", "prodigyopt", "schedulefree", "scipy", "torch", "transformers",
+        "axe_playwright_python", "cv2", "diffusers", "fastapi", "gguf", "huggingface_hub", "lycoris", "mcp", "mlx",
+        "openai", "peft", "playwright", "prodigyopt", "schedulefree", "scipy", "torch", "transformers",
     }  # fmt: skip
     folders = {name: folder for folder, name in PACKAGES.items()} | {"support": "tests/support"}
     for top, *below in (name.split(".") for name in names):

@@ -22,6 +22,7 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
 from zimage_ref.model.parameters import EMBEDDING
+from zimage_ref.model.shared_moments import SharedMoments
 from zimage_ref.model.steering import Steering
 from zimage_ref.model.step_cache import StepCache
 from zimage_ref.streaming import STREAMED, require_streamable
@@ -258,11 +259,11 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
         mx.eval(array)
         return array
 
-    def _encode(self, pixels: Array) -> mx.array:
-        return self.vae.encode(mx.array(pixels), self._strips()).astype(mx.float32)
+    def _encode(self, pixels: Array, shared: SharedMoments[mx.array] | None = None) -> mx.array:
+        return self.vae.encode(mx.array(pixels), self._strips(shared)).astype(mx.float32)
 
-    def _decode(self, x: mx.array) -> Array:
-        return np.array(self.vae.decode(x, self._strips())[0].astype(mx.float32))
+    def _decode(self, x: mx.array, shared: SharedMoments[mx.array] | None = None) -> Array:
+        return np.array(self.vae.decode(x, self._strips(shared))[0].astype(mx.float32))
 
-    def _strips(self) -> Strips:
-        return Strips(self.footprint(self.mode).strips)
+    def _strips(self, shared: SharedMoments[mx.array] | None) -> Strips:
+        return Strips(self.footprint(self.mode).strips, shared)

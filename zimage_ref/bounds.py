@@ -70,6 +70,8 @@ PICTURE = {  # fields of GenerateConfig
     "width": _SIDE, "height": _SIDE, "steps": _STEPS, "guidance": _GUIDANCE, "shift": _SHIFT, "seed": _SEED,
     "cfg_normalization": Bounds(0, 1e3), "cfg_truncation": Bounds(0, 1), "strength": Bounds(0, 1),
     "control_start": Bounds(0, 1), "control_end": Bounds(0, 1), "lora_scale": LORA_SCALE,
+    "upscale": Bounds(1, 4, above=True), "upscale_strength": Bounds(0, 1, above=True),
+    "tile_size": Bounds(64, _ANY_SIZE, whole=True),
     "nag": Bounds(1, 1e3), "variety": Bounds(0, 1), "variety_until": Bounds(0, 1, above=True),
     "cache_min_steps": _STEPS,
 }  # fmt: skip

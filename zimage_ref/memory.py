@@ -34,6 +34,7 @@ _WIDE_WIDTHS = 6  # of them, those of the stream itself, its norms and sums; flo
 _LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
 _LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks with matrices unpacked at once: two feed-forwards, one attention
 _LAYER_WIDTHS = 16  # values in two layers of the autoencoder, in the unit of `Footprint.pixel_widths`
+_LATENT_BYTES, _PIXEL_BYTES = 8, 40  # of a picture made of tiles, for each pixel: latents and noise; the picture itself
 _SIDES = "`width` and `height`"
 _ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -169,14 +170,15 @@ class Stage:
 
 
 def generation_stages(
-    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1, one_at_a_time: bool = True,
-    kept: int = 0,
+    model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1,
+    one_at_a_time: bool = True, around: int = 0, kept: int = 0,
 ) -> list[Stage]:  # fmt: skip
     """The memory of each stage of making pictures of `size`, width and height in pixels.
 
     predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance. If
     pictures are steered, a prediction counts as more than one.
-    one_at_a_time: a network is freed before the next is loaded. kept: numbers that a step cache keeps.
+    one_at_a_time: a network is freed before the next is loaded. around: the pixels of the picture that is made of
+    tiles of `size`; 0 is no tiles. kept: numbers that a step cache keeps.
     """
     folder, (width, height) = model.folder, size
     mapped, streamed = footprint.mapped, footprint.streamed
@@ -189,8 +191,8 @@ def generation_stages(
     denoise += footprint.unpacked * _quantized_values(model) + kept * (1 + (model.precision == "float16"))
     stages = [
         ("encode", weights["text_encoder"], model.itemsize * _encode_values(folder, footprint)),
-        ("denoise", weights["transformer"], model.itemsize * denoise),
-        ("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint)),
+        ("denoise", weights["transformer"], model.itemsize * denoise + _LATENT_BYTES * around),
+        ("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint) + _PIXEL_BYTES * around),
     ]
     return [Stage(name, held, footprint.with_margin(held, values)) for name, held, values in stages]
 
@@ -201,10 +203,8 @@ def writing_stage(model: LoadedModel, footprint: Footprint, held: int, tokens: i
     held: the bytes of the weights that are in memory while it encodes.
     """
     config, name = model.folder.text_encoder, "text_encoder"
-    if not footprint.mapped:
-        held += model.spare_bytes(name)
-    if footprint.streamed:  # else it is counted: the head is the embedding
-        held += model.sizes(name)[EMBEDDING]
+    held += 0 if footprint.mapped else model.spare_bytes(name)
+    held += model.sizes(name)[EMBEDDING] if footprint.streamed else 0  # else the head is the embedding in memory
     past = 2 * config.num_hidden_layers * tokens * config.num_key_value_heads * config.head_dim
     values = past + _encode_values(model.folder, footprint) + config.vocab_size
     return Stage("write a prompt", held, footprint.with_margin(held, model.itemsize * values))

@@ -16,6 +16,7 @@ from .lora.file import LoRAFile
 from .memory import NUMPY, Footprint, Mode
 from .model.flow import model_time
 from .model.quantization import quantize_all
+from .model.shared_moments import SharedMoments
 from .model.steering import Steering
 from .model.step_cache import StepCache
 from .networks.controlnet import Control, ControlNet
@@ -122,9 +123,9 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
     def settle(self, array: Array) -> Array:
         return array
 
-    def _encode(self, pixels: Array) -> Array:
-        return self.vae.encode(pixels)
+    def _encode(self, pixels: Array, shared: SharedMoments[Array] | None = None) -> Array:
+        return self.vae.encode(pixels, shared)
 
-    def _decode(self, x: Array) -> Array:
-        pixels: Array = self.vae.decode(x)[0]
+    def _decode(self, x: Array, shared: SharedMoments[Array] | None = None) -> Array:
+        pixels: Array = self.vae.decode(x, shared)[0]
         return pixels

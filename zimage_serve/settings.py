@@ -60,6 +60,7 @@ class ServeSettings:
     lora_dir: Path | None = option(
         None, "Folder of LoRAs. With auto, loras in `folder`.", FILES, auto=True, essential=True
     )
+    control_dir: Path | None = option(None, "Folder of ControlNets. With auto, controls in `folder`.", FILES, auto=True)
     queue_size: int = option(64, "Most requests that wait. Others are told to come back later.", LIMITS)
     max_pixels: int = option(MAX_AREA, "Most pixels of a picture.", LIMITS)
     max_steps: int = option(100, "Most denoising steps of a picture.", LIMITS)
@@ -107,6 +108,11 @@ class ServeSettings:
     def loras(self) -> Path:
         """The folder of LoRAs."""
         return self.lora_dir or self.folder / "loras"
+
+    @property
+    def controls(self) -> Path:
+        """The folder of ControlNets."""
+        return self.control_dir or self.folder / "controls"
 
 
 def is_loopback(host: str) -> bool:

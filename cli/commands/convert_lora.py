@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 from zimage_ref import ConfigError
-from zimage_ref.lora.clients import losses
-from zimage_ref.lora.file import LoRAFile, check_output, read_lora, write_lora
-from zimage_ref.lora.merge import combine_loras
+from zimage_ref.lora.file import check_output, read_lora
 from zimage_ref.lora.spellings import DEFAULT_NAMING
+from zimage_ref.lora.sums import write_sum
 from zimage_ref.options import path_and_scale
 
 from ..terminal.console import Console
@@ -44,17 +43,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
         file = read_lora(path)
         console.facts(str(path), {**file.facts(), "used at": f"{scale:g}"})
         loras.append((file, scale))
-    lora = combine_loras([(file.updates, scale) for file, scale in loras], args.rank)
-    record = {"sources": ", ".join(f"{file.path.name}:{scale:g}" for file, scale in loras)}
-    dtype = args.dtype or _widest([file for file, _ in loras])
-    naming = args.naming or DEFAULT_NAMING
-    write_lora(args.output, lora, record, naming, dtype, with_sidecar=False)
-    for sentence in losses(lora, naming):
+    for sentence in write_sum(args.output, loras, args.rank, args.naming or DEFAULT_NAMING, args.dtype):
         console.warn(sentence)
     console.wrote(args.output)
-
-
-def _widest(files: list[LoRAFile]) -> str:
-    """The dtype of the files if all have the same, else float32, which can hold all values."""
-    dtypes = {file.dtype for file in files}
-    return dtypes.pop() if len(dtypes) == 1 else "f32"

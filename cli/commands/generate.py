@@ -24,7 +24,6 @@ from zimage_ref.generation.presets import PRESETS, misfit
 from zimage_ref.generation.provenance import ModelChoice, Repeat
 from zimage_ref.generation.run import GenerationRun, RunSettings, open_pipeline
 from zimage_ref.generation.sizes import parse_size, random_seed
-from zimage_ref.generation.steering import passes_of
 from zimage_ref.memory import Mode
 from zimage_ref.options import MEMORY, path_and_scale
 
@@ -54,8 +53,8 @@ _EXAMPLES = (
         '--prompt "a photo of sks dog" --output dog.png',
     ),
     (
-        "Change a picture:",
-        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 "
+        "Change a picture, and make it twice as large:",
+        "zimage generate --model-dir ~/Z-Image-Turbo --init-image photo.jpg --strength 0.6 --upscale 2 "
         '--prompt "in watercolour" --output watercolour.png',
     ),
     (
@@ -152,6 +151,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
     grid = Grid.parse(args.grid, configs) if args.grid else None
     configs = list(grid.configs) if grid else configs
+    if args.save_control and any(each.control is not None and each.control_image is None for each in configs):
+        raise ConfigError("--save-control needs --control-image")
     loras = _loras(args, repeat)
     pipe = _open(args, repeat)
     if pipe.backend == "mlx" and (note := blas.advice()):
@@ -253,6 +254,7 @@ def _prompts(path: Path) -> list[str]:
 def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | None, console: Console) -> None:
     """Shows a panel for each LoRA, and one for the pictures to make."""
     first, config, loras, memory = requests[0], requests[0].config, run.read_loras(), run.memory(requests)
+    network = first.result.control
     for lora in loras:
         console.facts(str(lora.content.file.path), {**lora.content.file.facts(), "used at": f"{lora.scale:g}"})
     facts = {
@@ -260,6 +262,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "prompt": " | ".join(dict.fromkeys(request.config.prompt for request in requests)),
         "written from": " | ".join(dict.fromkeys(r.config.original_prompt or "" for r in requests)) or None,
         "size": f"{first.width} x {first.height}",
+        "enlarged": _enlarged(first),
         "steps": len(first.sigmas) - 1,
         "guidance": f"{config.guidance:g}",
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
@@ -269,10 +272,10 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "variety": config.variety,
         "step cache": config.cache if choice_for(config, first.sigmas) else None,
         "regions": " | ".join(config.region) or None,
-        "picture": config.init_image and f"{config.init_image}, strength {config.strength:g}",
+        "picture": config.init_image and f"{config.init_image}, {_use(config)}",
         "mask": config.mask,
-        "control": first.control and f"{config.control}, {first.control.file.config.variant}",
-        "follows": config.control_image and f"{config.control_image}, {config.control_kind}",
+        "control": network and f"{config.control}, {network.file.config.variant}",
+        "follows": network and f"{config.control_image or 'the enlarged picture'}, {config.control_kind}",
         "LoRA": ", ".join(f"{lora.content.path} at {lora.scale:g}" for lora in loras) or "none",
         "backend": f"{run.pipeline.backend}, {run.pipeline.precision}",
         "memory": memory.sentence(run.pipeline.folder),
@@ -281,10 +284,25 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
 
 
+def _use(config: GenerateConfig) -> str:
+    """What becomes of the picture to start from."""
+    return "only enlarged" if config.strength is None else f"strength {config.strength:g}"
+
+
+def _enlarged(first: Request) -> str | None:
+    """The second pass of the picture `first` in words, None if there is none."""
+    last, tiles = first.result, first.result.tiles
+    if last.tile is None:
+        return None
+    count, steps = len(tiles.places), len(last.sigmas) - 1
+    cut = f", {count} tiles of {last.width * tiles.columns // tiles.w} x {last.height * tiles.rows // tiles.h}"
+    return f"to {last.width} x {last.height}, {steps} step{'s' * (steps > 1)}{cut if count > 1 else ''}"
+
+
 def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
     """The time of the picture `first` by the doctor's figures, None if there are none for it."""
-    seconds = run.pipeline.measured_seconds(mode, first.width * first.height, passes_of(first))
+    seconds = run.seconds(first, mode)
     if seconds is None:
         return None
-    word = "about" if computed_share(first.config, first.sigmas) is not None else "at most"
-    return f"{word} {duration(seconds)} a picture, by `zimage doctor`"
+    known = all(computed_share(each.config, each.sigmas) is not None for each in first.passes)
+    return f"{'about' if known else 'at most'} {duration(seconds)} a picture, by `zimage doctor`"

@@ -99,7 +99,7 @@ class GridSheet:
 
     def __init__(self, grid: Grid, requests: Sequence[Request], path: Path) -> None:
         self._path, self._cells = path, grid.cells
-        size = max(request.width for request in requests), max(request.height for request in requests)
+        size = max(each.result.width for each in requests), max(each.result.height for each in requests)
         self.sheet = Sheet(grid.columns, grid.rows, size)
 
     def add(self, made: MadePicture) -> None:
@@ -137,7 +137,7 @@ class PictureWriter:
                 write(made.picture, path, made.record, self.console)
                 if made.reused:
                     self.console.note(f"the step cache spared {made.reused:.0%} of the passes through the layers")
-                if self.save_control and made.request.control:
+                if self.save_control and made.request.control and made.request.control.picture:
                     write(made.request.control.picture, control_path(path), None, self.console)
                 if self.thumbnails and path != STDOUT:
                     show(made.picture, self.console, THUMBNAIL_COLUMNS)

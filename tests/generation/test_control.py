@@ -106,7 +106,7 @@ def test_a_picture_is_encoded_once_for_pictures_that_follow_it_in_other_steps(
     MAP.save(tmp_path / "map.png")
     pipe, encoded = pipeline("numpy", model_dir), []
     encode = pipe.encode
-    monkeypatch.setattr(pipe, "encode", lambda pixels: encoded.append(pixels.shape) or encode(pixels))
+    monkeypatch.setattr(pipe, "encode", lambda pixels, tiles: encoded.append(pixels.shape) or encode(pixels, tiles))
     given: dict[str, Any] = {"width": 64, "height": 48, "steps": 2, "control": str(nets["1.0"])}
     changes = ({}, {"control_end": 0.5}, {"control_start": 0.5}, {"control_kind": "gray"}, {"init_image": PHOTO})
     configs = [GenerateConfig(PROMPT, control_image=str(tmp_path / "map.png"), **given | change) for change in changes]

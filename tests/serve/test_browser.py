@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from support.browser import Tab, chromium, open_tab
+from support.browser import Tab, chromium, fill_in, go, make, open_tab
 from support.networks import mlx_only
 from support.serving import Served, serving
 
@@ -47,28 +47,11 @@ def lesson(folder: Path) -> list[Path]:
     return sorted(write_dataset(folder).iterdir())
 
 
-def fill_in(page: Any, **fields: object) -> None:
-    for name, value in fields.items():
-        page.fill(f"#{name.replace('_', '-')}", str(value))
-
-
-def go(tab: Tab, view: str) -> None:
-    tab.page.click(f"nav a[href='#{view}']")
-    tab.see(f"#view-{view}")
-
-
 def drop_lesson(tab: Tab, folder: Path) -> None:
     go(tab, "train")
     tab.drop("#pictures-drop", lesson(folder))
     tab.see("#pictures li:nth-child(8)")
     tab.see("#dataset-facts", "8 pictures")
-
-
-def make(tab: Tab, prompt: str, pictures: int) -> None:
-    """Makes a picture, and waits until the grid holds so many."""
-    fill_in(tab.page, prompt=prompt)
-    tab.page.click("#make")
-    tab.see(f"#results li:nth-child({pictures})")
 
 
 def test_the_whole_way_from_drawings_to_a_picture_of_the_word(browser: Any, served: Served, tmp_path: Path) -> None:

@@ -98,7 +98,6 @@ def test_formats_and_what_is_not_used_are_named(served: Served) -> None:
     [
         ({"size": "wide"}, "`size` must be WIDTHxHEIGHT"), ({"size": "33x32"}, "multiple of 16"),
         ({"n": 11}, "`count` 11 must be between"), ({"nonsense": 1}, "`nonsense` is not known"),
-        ({"control": "net.safetensors"}, "`control` is not known"),
         ({"output_format": "gif"}, "`gif` is not a format"), ({"background": "transparent"}, "opaque"),
         ({"response_format": "file"}, "url or b64_json"), ({"partial_images": 9, "stream": True}, "between 0 and 3"),
         ({"prompt": None}, "`prompt` is missing"),

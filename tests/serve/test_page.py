@@ -13,7 +13,8 @@ from support.networks import mlx_only
 from support.serving import Served, serving
 
 from zimage_ref.training.config import TrainConfig
-from zimage_serve.work.presets import presets
+from zimage_ref.training.presets import PRESETS
+from zimage_serve.work.presets import ABOUT, presets
 from zimage_serve.work.runs import NOT_ASKED
 
 PAGE = Path(__file__).parents[2] / "zimage_serve" / "page"
@@ -71,14 +72,13 @@ def test_every_input_of_the_page_has_a_name_for_a_screen_reader() -> None:
 
 def test_presets_are_options_of_a_run() -> None:
     own = {"resolution": (128,), "lr": 1e-3}
-    found = presets(own, NOT_ASKED)
-    assert [each["name"] for each in found] == ["lesson", "character", "object", "style"]
-    assert found[0]["options"] == own and found[1]["about"] == "A LoRA of a person, a pet or a figure"
+    found = presets(own)
+    assert [each["name"] for each in found] == ["lesson", *PRESETS] and presets({}) == found[1:]
+    assert found[0]["options"] == own and ABOUT.keys() == PRESETS.keys()
     for each in found:
         options = each["options"]
         assert isinstance(options, dict) and not options.keys() & NOT_ASKED
         TrainConfig(Path("m"), Path("d"), **options)
-    assert presets({}, NOT_ASKED, Path("absent")) == []
 
 
 @mlx_only

@@ -148,3 +148,58 @@ def test_a_run_is_stopped_by_its_client_and_pictures_can_wait(tmp_path: Path) ->
         assert reaches(served, id, "stopped")["can_resume"]
         assert served.wait(job["id"])["state"] == "done"
         assert served.client.post(f"/api/runs/{id}/stop").status_code == 409
+
+
+def png(size: tuple[int, int] = (32, 32), color: object = "red", mode: str = "RGB") -> bytes:
+    Image.new(mode, size, color).save(buffer := io.BytesIO(), "PNG")  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@mlx_only
+def test_masks_of_pictures_are_kept_checked_and_learned(served: Served) -> None:
+    client, path = served.client, "/api/datasets/dog"
+    assert client.put(f"{path}/pictures/0.png/mask", files={"file": ("m.png", png(color="white"))}).json()["mask"]
+    sent = client.post(f"{path}/pictures", files={"file": ("1.mask.png", png(color="white"))})
+    assert sent.status_code == 201 and sent.json()["name"] == "1.png"
+    half = Image.new("RGBA", (32, 32), (9, 9, 9, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    half.save(buffer := io.BytesIO(), "PNG")
+    assert client.post(f"{path}/pictures", files={"file": ("cut.png", buffer.getvalue())}).json()["mask"]
+    mask = Image.open(io.BytesIO(client.get(f"{path}/pictures/cut.png/mask").content))
+    assert (mask.getpixel((3, 3)), mask.getpixel((20, 3))) == (0, 255)
+    shown = client.get(path).json()["pictures"]
+    assert [(each["name"], each["mask"]) for each in shown] == [
+        ("0.png", True), ("1.png", True), ("2.png", False), ("cut.png", True)
+    ]  # fmt: skip
+    plan = client.post("/api/runs/plan", json={**OPTIONS, "mask": "file"}).json()
+    assert plan["pictures"] == 4 and any("without a mask" in text and "2.png" in text for text in plan["warnings"])
+    assert any("mask" in text for text in client.post("/api/runs/plan", json=OPTIONS).json()["warnings"])
+    for name, data, words in (
+        ("0.png", png((16, 16)), "has 16 x 16 pixels"), ("0.png", png(color="black"), "black everywhere"),
+        ("lost.png", png(), "no such file"), ("0.png", b"x", "0.mask.png"),
+    ):  # fmt: skip
+        answer = client.put(f"{path}/pictures/{name}/mask", files={"file": ("m.png", data)})
+        assert answer.status_code in (400, 404) and words in answer.json()["detail"], answer.text
+        assert str(served.studio.settings.folder) not in answer.text
+    lost = client.post(f"{path}/pictures", files={"file": ("lost.mask.png", png(color="white"))})
+    assert lost.status_code == 400 and "no picture lost" in lost.text
+    assert client.delete(f"{path}/pictures/0.png/mask").json()["mask"] is False
+    assert client.delete(f"{path}/pictures/1.png").status_code == 204
+    left = {each.name for each in (served.studio.datasets.folder / "dog").iterdir()}
+    assert left == {"0.png", "0.txt", "2.png", "2.txt", "cut.png", "cut.mask.png"}
+    assert client.post("/api/runs/plan", json={**OPTIONS, "mask": "alpha"}).status_code == 400
+
+
+@mlx_only
+def test_a_run_has_pictures_of_the_class_beside_its_own(served: Served) -> None:
+    served.client.put("/api/datasets/dogs")
+    file = {"file": ("0.png", png())}
+    served.client.post("/api/datasets/dogs/pictures", files=file, data={"caption": "a dog"})
+    asked = {**OPTIONS, "regularization": "dogs"}
+    plan = served.client.post("/api/runs/plan", json=asked).json()
+    assert plan["pictures"] == 4 and [each["picture"] for each in plan["crops"]] == ["0.png", "1.png", "2.png"]
+    run = reaches(served, start(served, regularization="dogs", kind="lokr", steps=2), "done")
+    assert (run["options"]["dataset"], run["options"]["regularization"]) == ("dog", "dogs")
+    again = served.studio.runs._restored(served.studio.store.database.runs()[0])
+    assert [each.folder.name for each in again.config.sets] == ["dog", "dogs"]
+    assert served.client.post("/api/runs/plan", json={**asked, "regularization": "../dogs"}).status_code == 400

@@ -85,3 +85,22 @@ def open_tab(browser: Any, url: str, context: Any = None, **options: Any) -> Tab
     page.goto(url)
     tab.see("main:not([inert]), #login[open]")  # the page hears nothing before
     return tab
+
+
+def fill_in(page: Any, **fields: object) -> None:
+    """Writes into inputs, by their ids with _ for -."""
+    for name, value in fields.items():
+        page.fill(f"#{name.replace('_', '-')}", str(value))
+
+
+def go(tab: Tab, view: str) -> None:
+    """Opens a view."""
+    tab.page.click(f"nav a[href='#{view}']")
+    tab.see(f"#view-{view}")
+
+
+def make(tab: Tab, prompt: str, pictures: int) -> None:
+    """Makes a picture, and waits until the grid holds so many."""
+    fill_in(tab.page, prompt=prompt)
+    tab.page.click("#make")
+    tab.see(f"#results li:nth-child({pictures})")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from zimage_ref.model.shared_moments import SharedMoments
+
 from .compiled import fused
 from .running import EvalOneAhead
 
@@ -16,9 +18,12 @@ _AT_ONCE = 3  # strips that live at once: one computed, one queued, one not yet 
 class Strips:
     """Layers in strips of rows if they are large; each strip is computed while the next is queued."""
 
-    def __init__(self, nbytes: int) -> None:
-        """nbytes: what the strips that live at once may take for a while, beside whole layers."""
-        self._nbytes, self.eval_ahead = nbytes, EvalOneAhead()
+    def __init__(self, nbytes: int, shared: SharedMoments[mx.array] | None = None) -> None:
+        """nbytes: what the strips that live at once may take for a while, beside whole layers.
+
+        shared: the statistics of a picture that is computed tile by tile.
+        """
+        self._nbytes, self.eval_ahead, self.shared = nbytes, EvalOneAhead(), shared
         self._measured: tuple[mx.array, Moments] | None = None
 
     def assemble(

@@ -48,6 +48,8 @@ class GroupNorm(nn.Module):
             moments = Moments()
             moments.add(x)
         means, variances = moments.result()
+        if strips and strips.shared:
+            means, variances = strips.shared.of(means, variances)
         mean = self._group_means(means)
         scale = mx.rsqrt(self._group_means(variances + mx.square(means - mean)) + NORM_EPS) * self.weight
         return scale, self.bias - mean * scale

@@ -1,6 +1,7 @@
 """python -m zimage_mlx.tiny --output DIR: trains the built-in model again from scratch.
 
-With --seconds it stops before the end and keeps its state beside DIR. Give the same command again to continue.
+With --control-for MODEL it trains a small ControlNet for that model instead, into DIR/controlnet. With --seconds it
+stops before the end and keeps its state beside DIR. Give the same command again to continue.
 Each report of progress is a line of JSON.
 """
 
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from zimage_ref.errors import ZImageError
+from zimage_ref.errors import ConfigError, ZImageError
 
+from .control import ControlRecipe, build_control
 from .recipe import BuildOptions, Recipe, build
 from .stepper import Compute
 
@@ -32,9 +34,12 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=40, help="pictures to judge for a line of progress")
     parser.add_argument("--float32", action="store_true", help="text encoder and transformer in float32, too")
     parser.add_argument("--eager", action="store_true", help="kernels of text encoder and transformer one by one, too")
-    for field in fields(Recipe):
-        flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: {field.default})"
-        parser.add_argument(flag, type=type(field.default), default=field.default, help=text)
+    parser.add_argument("--control-for", type=Path, metavar="MODEL", help="train a ControlNet for this model instead")
+    own, others = ({field.name: field for field in fields(recipe)} for recipe in (Recipe, ControlRecipe))
+    for name, field in own.items():
+        text = f"{field.metadata['help']} (default: {field.default}"
+        text += f"; of a ControlNet {others[name].default})" if name in others else "; not of a ControlNet)"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), help=text)
     args = parser.parse_args()
     options = BuildOptions(
         every=args.report_every,
@@ -43,8 +48,14 @@ def main() -> None:
         compute=Compute(False if args.eager else None, mx.float32 if args.float32 else None),
         report=_print_line,
     )
+    given = {name: value for name in own if (value := getattr(args, name)) is not None}
     try:
-        build(args.output, Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}), options)
+        if args.control_for is None:
+            build(args.output, Recipe(**given), options)
+        elif strange := [name for name in given if name not in others]:
+            raise ConfigError(f"a ControlNet has no `{strange[0]}`")
+        else:
+            build_control(args.control_for, args.output, ControlRecipe(**given), options)
     except ZImageError as error:
         sys.exit(f"error: {error}")
 

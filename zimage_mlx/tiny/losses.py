@@ -8,6 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from zimage_mlx.networks.hints import Hints
 from zimage_mlx.networks.text_encoder import TextEncoder
 from zimage_mlx.networks.token_layout import TokenLayout
 from zimage_mlx.networks.transformer import Conditioning, Transformer
@@ -47,11 +48,13 @@ class Denoiser(nn.Module):
 
 
 def denoising_loss(
-    model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: TokenLayout
-) -> mx.array:
+    model: Denoiser, key: mx.array, x_0: mx.array, ids: mx.array, lengths: mx.array, layout: TokenLayout,
+    control: Hints | None = None,
+) -> mx.array:  # fmt: skip
     """The flow-matching loss for x_0 (B, C, h, w) with captions ids (B, TOKENS) of lengths (B,).
 
-    `layout` is made for one caption. It fits all captions, because all are padded to one length.
+    `layout` is made for one caption. It fits all captions, because all are padded to one length. control: a ControlNet
+    with B maps.
     """
     B, _, h, w = x_0.shape
     for_noise, for_time = mx.random.split(key)
@@ -64,5 +67,5 @@ def denoising_loss(
     shift = resolution_shift(h * w // transformer.config.patch_size**2)
     sigma = shifted(mx.random.uniform(shape=(B,), key=for_time), shift)
     x = add_noise(x_0, noise, sigma[:, None, None, None])
-    raw = transformer.denoise(x, model_time(sigma), Conditioning(tokens, layout)).astype(mx.float32)
+    raw = transformer.denoise(x, model_time(sigma), Conditioning(tokens, layout, control)).astype(mx.float32)
     return mx.mean(mx.square(raw - training_target(x_0, noise)))

@@ -124,8 +124,9 @@ def idle_remark(config: CacheConfig, sigmas: Sequence[float]) -> tuple[str, ...]
 def kept_values(request: Request, model: ModelFolder) -> int:
     """The numbers that the cache keeps for one picture, with guidance for two rows of a batch."""
     choice = choice_for(request.config, request.sigmas)
-    tokens = request.width * request.height // model.size_multiple**2 + CAPTION_TOKENS
-    rows = 1 + (request.guidance.scale > 0)
+    tiles = request.tiles
+    tokens = tiles.rows * tiles.columns // model.transformer.patch_size**2 + CAPTION_TOKENS
+    rows = len(tiles.places) * (1 + (request.guidance.scale > 0))
     return rows * _KEPT[choice.name] * tokens * model.transformer.dim if choice else 0
 
 

@@ -20,6 +20,7 @@ from .control_options import check_control, with_control
 from .presets import by_model
 from .samplers import SAMPLERS
 from .sizes import DEFAULT_SIDE, SIDE_MULTIPLE, check_area, check_side, parse_size
+from .upscale import STRENGTH, TILE_SIZE, check_upscale
 
 VARIETY_UNTIL = 0.2  # of the steps
 IMAGE_STRENGTH, MASK_STRENGTH = 0.6, 1.0  # defaults of diffusers' img2img and inpaint pipelines
@@ -33,12 +34,13 @@ class GenerateGroup(Group):
     DENOISING = "Denoising"
     START = "Start from a picture"
     CONTROL = "Follow a picture"
+    UPSCALE = "Enlarge a picture"
     OUTPUT = "Output"
     RECORD = "Make a picture again"
     SPEED = "Memory and engine"
 
 
-MODEL, PICTURE, DENOISING, START, CONTROL, _, _, _ = GenerateGroup
+MODEL, PICTURE, DENOISING, START, CONTROL, UPSCALE, _, _, _ = GenerateGroup
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,23 @@ class GenerateConfig:
     )
     control_start: float = option(0.0, "Share of the steps after which the ControlNet begins to act.", CONTROL)
     control_end: float = option(1.0, "Share of the steps after which it no longer acts.", CONTROL)
+    upscale: float | None = option(
+        None,
+        "Factor on both sides, such as 2: a second pass enlarges the picture and adds details. "
+        "`init_image` without `strength` is enlarged as it is.",
+        UPSCALE,
+        value="X",
+    )
+    upscale_strength: float | None = option(
+        None, f"How much the second pass changes, 0 to 1. With auto, {STRENGTH:g}.", UPSCALE, auto=True
+    )
+    tile_size: int | None = option(
+        None,
+        "Side in pixels of the tiles of the second pass. A picture that fits in one is not cut. "
+        f"With auto, {TILE_SIZE}.",
+        UPSCALE,
+        auto=True,
+    )
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -183,6 +202,7 @@ class GenerateConfig:
             check_area(self.width, self.height)
         check_control(self)
         check_cache(self)
+        check_upscale(self)
         check_choices(self)
         if self.variety_until is not None and not self.variety:
             raise ConfigError("`variety_until` needs `variety`")

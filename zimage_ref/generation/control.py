@@ -6,15 +6,16 @@ Sources: pipeline_z_image_controlnet.py and pipeline_z_image_controlnet_inpaint.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
+from zimage_ref.errors import ConfigError
 from zimage_ref.formats.tensors import Array
 from zimage_ref.pictures.images import Picture, fit, to_array
-from zimage_ref.pictures.maps import map_of
+from zimage_ref.pictures.maps import KINDS, map_of
 
 from .config import GenerateConfig
 from .control_options import control_and_scale
@@ -25,10 +26,11 @@ class Control:
     """A ControlNet and the map that a picture follows."""
 
     file: ControlFile
-    picture: Picture  # the map, at the size of the result
+    picture: Picture | None  # the map, at the size of the result; None: made of the picture that is enlarged
     scale: float
     start: float  # shares of the steps
     end: float
+    kind: str = KINDS[0]  # of the map
 
     @classmethod
     def of(cls, config: GenerateConfig, source: Picture | None, model: ModelFolder) -> Control | None:
@@ -36,12 +38,17 @@ class Control:
 
         Raises the errors of `ControlFile.open` and `map_of`.
         """
-        if config.control is None or source is None or config.width is None or config.height is None:
+        if config.control is None or config.width is None or config.height is None:
             return None
         path, scale = control_and_scale(config.control)
-        file = ControlFile.open(path, model)
-        picture = map_of(fit(source, config.width, config.height, config.fit), config.control_kind)
-        return cls(file, picture, scale, config.control_start, config.control_end)
+        own = cls(
+            ControlFile.open(path, model), None, scale, config.control_start, config.control_end, config.control_kind
+        )
+        return own.following(source, config.width, config.height, config.fit)
+
+    def following(self, source: Picture | None, width: int, height: int, fit_as: str) -> Control:
+        """The same for a picture of width x height. source: the RGB picture to follow."""
+        return replace(self, picture=None if source is None else map_of(fit(source, width, height, fit_as), self.kind))
 
     @property
     def digests(self) -> dict[str, str]:
@@ -60,7 +67,12 @@ class Control:
         encode: pixels (1, 3, H, W) -> latents (1, C, h, w). start, mask: of the request. A network that takes masks
         gets the mask, 1 for kept pixels, and the latents of the kept part; zeros without a mask.
         """
-        latents = encode(_pixels(self.picture))
+        picture = self.picture
+        if picture is None and start is not None:
+            picture = map_of(start, self.kind)
+        if picture is None:
+            raise ConfigError("`control` needs `control_image`")
+        latents = encode(_pixels(picture))
         missing = self.file.config.control_in_dim - latents.shape[1]
         if not missing:
             return latents

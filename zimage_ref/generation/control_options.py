@@ -11,7 +11,7 @@ from zimage_ref.errors import ConfigError
 from zimage_ref.options import path_and_scale
 from zimage_ref.pictures.maps import KINDS
 
-# fields of GenerateConfig. A server does not offer them: a client may not name files
+# fields of GenerateConfig
 CONTROL_FIELDS = ("control", "control_image", "control_kind", "control_start", "control_end")
 _GIVEN = ("depth", "pose", "hed", "mlsd", "scribble", "tile")  # maps that other programs make
 
@@ -29,6 +29,8 @@ class ControlConfig(Protocol):
     def control_start(self) -> float: ...
     @property
     def control_end(self) -> float: ...
+    @property
+    def upscale(self) -> float | None: ...
 
 
 def check_control(config: ControlConfig) -> None:
@@ -47,7 +49,7 @@ def check_control(config: ControlConfig) -> None:
             if needs:
                 raise ConfigError(f"`{name}` needs `control`")
         return
-    if config.control_image is None:
+    if config.control_image is None and config.upscale is None:
         raise ConfigError("`control` needs `control_image`")
     if config.control_start >= config.control_end:
         raise ConfigError(

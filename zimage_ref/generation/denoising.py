@@ -14,6 +14,7 @@ import numpy as np
 
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.flow import add_noise, sigmas
+from zimage_ref.model.steering import Box
 from zimage_ref.model.step_cache import StepCache
 
 from .caching import cache_for
@@ -22,6 +23,7 @@ from .jobs import Request
 from .samplers import SAMPLERS, Guidance, Predict
 from .starts import Start, Steer, steering
 from .steering import Words, words_of
+from .tiles import Done, Place, Tiles
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,49 @@ class DenoisingStep(Generic[ArrayT]):
     reused: float = 0.0  # the share of the passes so far that a step cache spared
 
 
+class Caches(Generic[ArrayT]):
+    """The step caches of one pass over a batch: one for each tile, if the pass has any."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._caches: dict[Place, StepCache[ArrayT]] = {}
+        self._states: dict[Place, object] = {}  # of captions and control in the step before
+
+    def at(self, place: Place, state: object) -> StepCache[ArrayT] | None:
+        """That of a tile. It begins anew if the state of captions and control has changed. None: every step counts."""
+        if place not in self._caches:
+            cache = cache_for(self._request.config, self._request.sigmas)
+            if cache is None:
+                return None
+            self._caches[place] = cache
+        if self._states.get(place) != state:
+            self._caches[place].restart()
+            self._states[place] = state
+        return self._caches[place]
+
+    @property
+    def reused(self) -> float:
+        """The share of the passes through the layers that was spared so far."""
+        shares = [cache.reused for cache in self._caches.values()]
+        return sum(shares) / max(len(shares), 1)
+
+
 def denoised(
     engine: Engine[ArrayT, ConditioningT],
     batch: Sequence[Request],
     captions: Mapping[str, ArrayT],
     begin: Start[ArrayT],
+    tile_done: Done = lambda: None,
 ) -> Iterator[DenoisingStep[ArrayT]]:
     """Yields the steps of `batch`, requests that can be denoised together (see `Request.batches_with`).
 
-    captions: features (T, cap_feat_dim) by text. begin: what was encoded for all requests.
+    captions: features (T, cap_feat_dim) by text. begin: what was encoded for all requests. tile_done: is called after
+    each tile of pictures that are computed in tiles.
     """
     start = begin.latents
     first, noise = batch[0], engine.to_backend(np.stack([request.noise for request in batch]))  # (B, C, h, w)
     x = noise if start is None else add_noise(start, noise, first.sigmas[0])
-    h, w = x.shape[2:]
-    mask = first.latent_mask(h, w)
+    mask = first.latent_mask(*x.shape[2:])
     painted = None if mask is None else engine.to_backend(mask)  # (h, w)
 
     def blend(x: ArrayT, sigma: float) -> ArrayT:
@@ -58,11 +88,12 @@ def denoised(
             x = painted * x + (1 - painted) * add_noise(start, noise, sigma)
         return engine.settle(x)
 
-    words, cache = words_of(batch, captions, engine), cache_for(first.config, first.sigmas)
-    predict = predictor(engine, words, first.guidance, (h, w), steering(engine, first, begin.context), cache)
+    words, caches = words_of(batch, captions, engine), Caches[ArrayT](first)
+    steer = steering(engine, first, begin.context)
+    predict = predictor(engine, words, first.guidance, first.tiles, steer, tile_done, caches)
     steps = SAMPLERS[first.config.sampler](x, first.sigmas, predict, blend)
     for i, (x, predicted) in enumerate(steps, start=1):
-        yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted, cache.reused if cache else 0.0)
+        yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted, caches.reused)
 
 
 def plain_steps(
@@ -71,7 +102,8 @@ def plain_steps(
     """Yields the latents (B, C, h, w) after each Euler step from the noise x (B, C, h, w). See `Pipeline.denoise`."""
     h, w = x.shape[2:]
     schedule = sigmas(steps, engine.folder.scheduler, h * w // engine.folder.transformer.patch_size**2)
-    predict = predictor(engine, Words(captions[: len(x)], captions[len(x) :]), Guidance(guidance), (h, w))
+    words = Words(captions[: len(x)], captions[len(x) :])
+    predict = predictor(engine, words, Guidance(guidance), Tiles.of(h, w, None))
     for x, _ in SAMPLERS["euler"](x, schedule, predict, lambda x, sigma: engine.settle(x)):
         yield x
 
@@ -80,37 +112,40 @@ def predictor(
     engine: Engine[ArrayT, ConditioningT],
     words: Words[ArrayT],
     guidance: Guidance,
-    size: tuple[int, int],
-    steer: Steer[ConditioningT] = lambda conditioning, sigma: conditioning,
-    cache: StepCache[ArrayT] | None = None,
+    tiles: Tiles,
+    steer: Steer[ConditioningT] = lambda conditioning, sigma, place: conditioning,
+    tile_done: Done = lambda: None,
+    caches: Caches[ArrayT] | None = None,
 ) -> Predict[ArrayT]:
-    """A function that gives the network's guided raw output for a batch of latents of `size` (h, w).
+    """A function that gives the network's guided raw output for a batch of latents, as a blend of `tiles`.
 
-    steer: changes the conditioning of a noise level. cache: of this batch; it begins anew if captions or control do.
+    steer: changes the conditioning of a noise level and a tile. tile_done: is called after each of several tiles.
     """
 
-    @functools.cache
-    def conditioning(is_guided: bool, is_early: bool) -> ConditioningT:
-        return words.conditioning(engine, size, is_guided, is_early)
+    @functools.lru_cache(maxsize=4)  # with a picture in one piece, these are all
+    def conditioning(is_guided: bool, is_early: bool, tile: Box | None) -> ConditioningT:
+        return words.conditioning(engine, (tiles.rows, tiles.columns), is_guided, is_early, tile)
 
-    last: tuple[bool, bool] | None = None  # captions and control of the step before
+    def raw_of(x: ArrayT, sigma: float, is_guided: bool, place: Place) -> ArrayT:
+        """The raw output for one tile x (B, C, rows, columns); with guidance, (2 B, C, rows, columns)."""
+        tile = tiles.box(place) if words.depends_on_place and not tiles.single else None
+        plain = conditioning(is_guided, words.is_early(sigma), tile)
+        own = steer(plain, sigma, place)
+        if caches is not None and (cache := caches.at(place, (words.is_early(sigma), own is plain))):
+            own = engine.cached(own, cache)
+        return engine.predict(x, sigma, own, copies=1 + is_guided)
 
-    def steered(sigma: float) -> ConditioningT:
-        nonlocal last
-        plain = conditioning(guidance.active(sigma), words.is_early(sigma))
-        own = steer(plain, sigma)
-        if cache is None:
-            return own
-        now = words.is_early(sigma), own is plain
-        if now != last:
-            cache.restart()
-        last = now
-        return engine.cached(own, cache)
+    def raw_of_all(x: ArrayT, sigma: float, is_guided: bool) -> ArrayT:
+        if tiles.single:
+            return raw_of(x, sigma, is_guided, tiles.places[0])
+        return engine.to_backend(
+            tiles.blend(lambda place: np.asarray(raw_of(x[place.index()], sigma, is_guided, place)), done=tile_done)
+        )
 
     def predict(x: ArrayT, sigma: float) -> ArrayT:
         if not guidance.active(sigma):
-            return engine.settle(engine.predict(x, sigma, steered(sigma)))
-        raw = engine.predict(x, sigma, steered(sigma), copies=2)  # (2 B, C, h, w)
+            return engine.settle(raw_of_all(x, sigma, False))
+        raw = raw_of_all(x, sigma, True)  # (2 B, C, h, w)
         return engine.settle(guidance(raw[: len(x)], raw[len(x) :]))
 
     return predict

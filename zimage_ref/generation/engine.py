@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
+
 from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
@@ -22,11 +24,13 @@ from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_maps, checked_numbers
+from zimage_ref.model.shared_moments import SharedMoments
 from zimage_ref.model.steering import Steering
 from zimage_ref.model.step_cache import StepCache
 from zimage_ref.model.tokenizer import Tokenizer
 
 from .enhancing import NextToken, Written, answer, check_can_write, checked_system, drawn, text_of
+from .tiles import Place, Tiles
 
 ConditioningT = TypeVar("ConditioningT")
 
@@ -162,17 +166,35 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
             made = answer(self.writer(), ids, self.tokenizer.stops, drawn(seed), written=written)
         return text_of(self.tokenizer, made, prompt)
 
-    def encode(self, pixels: Array) -> ArrayT:
-        """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays."""
-        with self.turn():
-            check_maps("pixels", pixels.shape, self.folder.vae.in_channels, self.folder.vae.factor, batch=1)
-            return self.settle(self._encode(checked_numbers("pixels", pixels)))
+    def encode(self, pixels: Array, tiles: Tiles | None = None) -> ArrayT:
+        """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays.
 
-    def decode(self, x: ArrayT) -> Array:
-        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]. Raises ConfigError for other arrays."""
+        tiles: of the latents, to take the memory of one; None takes that of the whole picture.
+        """
+        with self.turn():
+            factor = self.folder.vae.factor
+            check_maps("pixels", pixels.shape, self.folder.vae.in_channels, factor, batch=1)
+            values = checked_numbers("pixels", pixels)
+            if tiles is None or tiles.single:
+                return self.settle(self._encode(values))
+            shared: SharedMoments[ArrayT] = SharedMoments()
+            return self.to_backend(
+                tiled(tiles, shared, lambda place: np.asarray(self._encode(values[place.index(factor)], shared)))
+            )
+
+    def decode(self, x: ArrayT, tiles: Tiles | None = None) -> Array:
+        """Latents (1, C, h, w) -> pixels (3, H, W), roughly in [-1, 1]; tiles as in `encode`.
+
+        Raises ConfigError for other arrays.
+        """
         with self.turn():
             check_maps("latents", x.shape, self.folder.vae.latent_channels, 1, batch=1)
-            return self._decode(x)
+            if tiles is None or tiles.single:
+                return self._decode(x)
+            shared: SharedMoments[ArrayT] = SharedMoments()
+            factor = self.folder.vae.factor
+            pixels: Array = tiled(tiles, shared, lambda place: self._decode(x[place.index()], shared)[None], factor)[0]
+            return pixels
 
     @abstractmethod
     def _encode_prompt(self, text: str) -> ArrayT:
@@ -190,11 +212,11 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """The text encoder as a language model at the beginning of a text; it remembers what it is given."""
 
     @abstractmethod
-    def _encode(self, pixels: Array) -> ArrayT:
+    def _encode(self, pixels: Array, shared: SharedMoments[ArrayT] | None = None) -> ArrayT:
         """See `encode`."""
 
     @abstractmethod
-    def _decode(self, x: ArrayT) -> Array:
+    def _decode(self, x: ArrayT, shared: SharedMoments[ArrayT] | None = None) -> Array:
         """See `decode`."""
 
     @abstractmethod
@@ -244,6 +266,22 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def settle(self, array: ArrayT) -> ArrayT:
         """The array, fully computed. An engine with lazy arrays evaluates it here."""
+
+
+def tiled(tiles: Tiles, shared: SharedMoments[ArrayT], make: Callable[[Place], Array], factor: int = 1) -> Array:
+    """A picture that the autoencoder makes tile by tile, (1, C, factor h, factor w).
+
+    shared: the statistics of its norms. make: a tile -> (1, C, factor rows, factor columns), with these statistics.
+    """
+
+    def part(place: Place) -> Array:
+        shared.begin()
+        return make(place)
+
+    for place in tiles.places:
+        part(place)
+    shared.close()
+    return tiles.blend(part, factor)
 
 
 def _mode(lean: bool, stream: bool) -> Mode:

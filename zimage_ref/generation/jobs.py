@@ -26,6 +26,8 @@ from .presets import defaults_for
 from .samplers import Guidance
 from .sizes import DEFAULT_SIDE, check_area, shrunk
 from .steering import check_steering, check_words
+from .tiles import Tiles
+from .upscale import STRENGTH, TILE_SIZE, enlarged, only_enlarges
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,34 @@ class Request:
         default_factory=dict
     )  # SHA-256 of the files of pictures, by field; `Control.digests`
     control: Control | None = None  # the ControlNet and the map to follow
+    tile: int | None = None  # the largest side of a tile, in latents; None: the picture is computed whole
+    second: Request | None = None  # the second pass, which enlarges the picture; see `begun_from`
     remarks: tuple[str, ...] = ()  # on what is not used, of these files or of the options
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.width, self.height
 
     @property
     def noise(self) -> Array:
         """The noise to start from, (C, h, w) float32. It is made when it is asked for: a run may have many requests."""
         return starting_noise(self.config.seed, self.shape) if self.given_noise is None else self.given_noise
+
+    @property
+    def result(self) -> Request:
+        """The last pass."""
+        return self.second or self
+
+    @property
+    def passes(self) -> tuple[Request, ...]:
+        """The passes, one or two."""
+        return (self,) if self.second is None else (self, self.second)
+
+    @property
+    def tiles(self) -> Tiles:
+        """The parts that the networks see one at a time."""
+        return Tiles.of(*self.shape[1:], self.tile)
+
+    def begun_from(self, picture: Picture, config: GenerateConfig) -> Request:
+        """This second pass for the `picture` that the first has made by `config`."""
+        own = replace(config, variety=None, variety_until=None)  # variety is for a picture that begins
+        return replace(self, config=own, picture=fit(picture, self.width, self.height, "crop"))
 
     def latent_mask(self, h: int, w: int) -> Array | None:
         """The mask for latents, (h, w) float32: 1 if any pixel of a latent is to be painted again, else 0."""
@@ -149,28 +168,62 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
     if painted is not None and not painted.any():
         raise ConfigError(f"`mask` {_named(config.mask)} is black: paint the parts to change white")
     control = Control.of(config, followed, folder)
-    schedule = _sigmas(config, folder, width * height)
-    remarks = tuple(remark for each in given.values() for remark in each.remarks)
-    shape = (folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor)
-    return Request(
+    request = Request(
         config=config,
         width=width,
         height=height,
-        sigmas=schedule,
+        sigmas=_sigmas(config, folder, width * height, config.strength),
         guidance=Guidance(config.guidance or 0.0, config.cfg_normalization, config.cfg_truncation),
-        shape=shape,
+        shape=_shape(folder, width, height),
         picture=None if picture is None else fit(picture, width, height, config.fit),
         mask=painted,
         control=control,
         digests={name: each.digest for name, each in given.items()} | (control.digests if control else {}),
-        remarks=(*remarks, *idle_remark(config, schedule)),
+        remarks=tuple(remark for each in given.values() for remark in each.remarks),
     )
+    if config.upscale is not None:
+        request = _with_upscale(request, folder, picture, followed)
+    idle = [remark for each in request.passes for remark in idle_remark(config, each.sigmas)]
+    return replace(request, remarks=(*request.remarks, *idle))
+
+
+def _with_upscale(request: Request, folder: ModelFolder, picture: Picture | None, followed: Picture | None) -> Request:
+    """`request` with its second pass, or the second pass alone if `picture`, the one to start from, is only enlarged.
+
+    followed: the picture that a ControlNet follows; without one, it acts in the second pass and follows the picture.
+    """
+    config, control = request.config, request.control
+    width, height = enlarged(request.width, request.height, config.upscale or 1.0, folder.size_multiple)
+    side = config.tile_size or TILE_SIZE
+    tile_width, tile_height = min(width, side), min(height, side)
+    _check_size(tile_width, tile_height, folder)
+    second = replace(
+        request,
+        width=width,
+        height=height,
+        sigmas=_sigmas(config, folder, tile_width * tile_height, config.upscale_strength),
+        shape=_shape(folder, width, height),
+        mask=None,
+        control=control and control.following(followed, width, height, config.fit),
+        tile=side // folder.vae.factor,
+    )
+    if only_enlarges(config) and picture is not None:
+        return replace(second, picture=fit(picture, width, height, config.fit))
+    return replace(request, second=replace(second, picture=None), control=control if followed else None)
+
+
+def _shape(folder: ModelFolder, width: int, height: int) -> tuple[int, int, int]:
+    """That of the latents of a picture."""
+    return folder.transformer.in_channels, height // folder.vae.factor, width // folder.vae.factor
 
 
 def _decided(config: GenerateConfig, scheduler: SchedulerConfig) -> GenerateConfig:
-    """`config` with steps, guidance and strength decided. Raises ConfigError if options do not fit each other."""
+    """`config` with steps, guidance and strengths decided. Raises ConfigError if options do not fit each other."""
     defaults, strength = defaults_for(scheduler), config.strength
-    if strength is None and config.init_image is not None:
+    if config.upscale is not None:
+        own = config.upscale_strength or STRENGTH
+        config = replace(config, upscale_strength=own, tile_size=config.tile_size or TILE_SIZE)
+    if strength is None and config.init_image is not None and not only_enlarges(config):
         strength = IMAGE_STRENGTH if config.mask is None else MASK_STRENGTH
     return replace(
         config,
@@ -204,11 +257,12 @@ def _check_size(width: int, height: int, folder: ModelFolder) -> None:
     check_area(width, height)
 
 
-def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int) -> tuple[float, ...]:
+def _sigmas(config: GenerateConfig, folder: ModelFolder, pixels: int, share: float | None) -> tuple[float, ...]:
+    """The noise levels of a pass that sees `pixels` pixels at a time. share: its strength; None is 1."""
     scheduler = folder.scheduler
     if config.shift is not None:
         scheduler = replace(scheduler, shift=config.shift, use_dynamic_shifting=False)
-    steps, strength = config.steps or defaults_for(scheduler).steps, 1.0 if config.strength is None else config.strength
+    steps, strength = config.steps or defaults_for(scheduler).steps, 1.0 if share is None else share
     schedule = sigmas(steps, scheduler, pixels // folder.size_multiple**2, strength, config.spacing)
     if len(schedule) < 2:
         raise ConfigError(f"`strength` {strength:g} leaves none of {steps} steps: give a higher one")

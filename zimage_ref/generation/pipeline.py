@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
-import numpy as np
-
 from zimage_ref.bounds import RUN
 from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
@@ -23,22 +21,22 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import LoadedModel, Mode, Stage, generation_stages, largest
 from zimage_ref.model.arrays import ArrayT
-from zimage_ref.model.checks import check_finite, checked_numbers
-from zimage_ref.pictures.images import Picture, to_picture, to_unit
+from zimage_ref.model.checks import checked_numbers
+from zimage_ref.pictures.images import Picture, to_picture
 
 from .caching import kept_values
 from .config import GenerateConfig, config_of
-from .denoising import DenoisingStep, denoised, plain_steps
+from .denoising import DenoisingStep, plain_steps
 from .engine import ConditioningT, Engine, Terms
 from .jobs import Request, configs_for, in_batches, plan_requests
 from .loras import LoRACache, LoRASource
+from .passes import Output, Passes, decoded, done_with, units_of
 from .starts import Start, starts_of
 from .steering import all_texts, predictions_of
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
-Output = Literal["pil", "array", "latents"]
 StageProgress = Callable[[str, int, int], None]  # stage (encode, denoise, decode), units done, units in all
 Watch = Callable[[range, DenoisingStep[ArrayT]], None]  # indices of a batch's requests, from 0, and its step
 
@@ -153,9 +151,9 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self, requests: Sequence[Request], terms: Terms, progress: StageProgress
     ) -> Iterator[DenoisingStep[ArrayT]]:
         captions, (start,) = self._prepared(requests, terms.lean, progress)
-        own = terms.scaled(requests[0].config.lora_scale)
-        yield from self._in_turns(denoised(self, requests, captions, start), own)
-        self._done_with("transformer", terms.lean)
+        for _, step in Passes(self, captions, terms, terms.lean).steps(requests, start):
+            yield step
+        done_with(self, "transformer", terms.lean)
 
     def denoise(self, x: ArrayT, captions: Sequence[ArrayT], steps: int, guidance: float) -> Iterator[ArrayT]:
         """Yields the latents (B, C, h, w) after each of `steps` Euler steps from the noise `x` (B, C, h, w).
@@ -167,12 +165,7 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
 
     def picture(self, x: ArrayT) -> Picture:
         """Latents (1, C, h, w) as a picture. Raises ConfigError if they are not, or the picture is not finite."""
-        return to_picture(self._unit(x))
-
-    def _unit(self, x: ArrayT) -> Array:
-        pixels = self.decode(x)
-        check_finite("the pixels of this picture", pixels)  # it would be a black picture
-        return to_unit(pixels)
+        return to_picture(decoded(self, x))
 
     def read_loras(self, loras: Sequence[LoRASource]) -> list[tuple[LoRAFile, float]]:
         """The LoRA files of `loras` with their scales. See `LoRACache.read`."""
@@ -239,13 +232,17 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         mode, batch = mode or self.mode, min(batch_size, len(requests))
         footprint = self.footprint(mode)
         loads = {
-            (r.size, predictions_of(r), kept_values(r, self.folder), r.control.file if r.control else None)
-            for r in requests
-        }
+            (tiles, predictions_of(each), kept_values(each, self.folder), 1 if each is request.second else batch,
+             each.control.file if each.control else None)
+            for request in requests for each in request.passes for tiles in (each.tiles,)
+        }  # fmt: skip
         return largest(
-            generation_stages(self._loaded_with(file), footprint, size, batch * count, mode != "fast", batch * kept)
-            for size, count, kept, file in loads
-        )
+            generation_stages(
+                self._loaded_with(file), footprint, tiles.pixels(self.folder.vae.factor), count * predictions,
+                mode != "fast", 0 if tiles.single else tiles.pixels_in_all(self.folder.vae.factor), count * kept,
+            )
+            for tiles, predictions, kept, count, file in loads
+        )  # fmt: skip
 
     def _loaded_with(self, file: ControlFile | None) -> LoadedModel:
         return LoadedModel(file.beside(self.folder) if file else self.folder, self.precision, self.quantization)
@@ -261,35 +258,29 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
     ) -> Iterator[Picture | Array]:
         """What `generate` makes of each request, in batches of at most `size`."""
         captions, starts = self._prepared(requests, terms.lean, progress)
-        batches = list(in_batches(requests, size))
+        batches = [(places, requests[places.start : places.stop]) for places in in_batches(requests, size)]
         apart = terms.lean and not self._fit_together(requests, size, terms.mode)  # then each batch loads all anew
-        done, total = 0, sum(len(requests[places[0]].sigmas) - 1 for places in batches)
-        for places in batches:
-            batch = requests[places.start : places.stop]
-            own = terms.scaled(batch[0].config.lora_scale)
-            for step in self._in_turns(denoised(self, batch, captions, starts[places[0]]), own):
-                watch(places, step)
-                done += 1
-                progress("denoise", done, total)
-            self._done_with("transformer", apart or (terms.lean and places is batches[-1]))
+        done, total = 0, sum(units_of(batch) for _, batch in batches)
+
+        def unit_done() -> None:
+            nonlocal done
+            done += 1
+            progress("denoise", done, total)
+
+        passes = Passes(self, captions, terms, apart, unit_done)
+        for places, batch in batches:
+            latents: dict[int, ArrayT] = {}
+            for those, step in passes.steps(batch, starts[places.start]):
+                watch(places[those.start : those.stop], step)
+                latents |= {i: step.x[n : n + 1] for n, i in enumerate(those)}
+            done_with(self, "transformer", apart or (terms.lean and places.stop == len(requests)))
             for i, request in enumerate(batch):
                 with self.turn():
-                    made = self._finish(request, step.x[i : i + 1], output)
+                    made = passes.finished(request, latents[i], output)
                 yield made
                 progress("decode", places[i] + 1, len(requests))
-            self._done_with("vae", apart)
-        self._done_with("vae", terms.lean)
-
-    def _in_turns(self, steps: Iterator[DenoisingStep[ArrayT]], terms: Terms) -> Iterator[DenoisingStep[ArrayT]]:
-        """Yields `steps`. Each is computed in a turn of its own, so other requests can compute between two steps."""
-        while True:
-            with self.turn(terms):
-                step = next(steps, None)
-                if step is None:
-                    return
-                self.settle(step.x_0)  # another thread may compute while this step is looked at
-                check_finite(f"the latents after step {step.index} of {step.total}", np.asarray(step.x))
-            yield step
+            done_with(self, "vae", apart)
+        done_with(self, "vae", terms.lean)
 
     def _fit_together(self, requests: Sequence[Request], size: int, mode: Mode) -> bool:
         """Whether transformer and autoencoder fit into memory together, while one of them computes."""
@@ -300,29 +291,15 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         self, requests: Sequence[Request], lean: bool, progress: StageProgress
     ) -> tuple[dict[str, ArrayT], list[Start[ArrayT]]]:
         """The features of every text, and for each request what was encoded of its pictures."""
-        self._done_with("transformer", lean)  # an interrupted run may have left both loaded
-        self._done_with("vae", lean)
+        done_with(self, "transformer", lean)  # an interrupted run may have left both loaded
+        done_with(self, "vae", lean)
         texts = all_texts(request.config for request in requests)
         captions = {}
         for i, text in enumerate(texts, start=1):
             captions[text] = self.encode_prompt(text)
             progress("encode", i, len(texts))
-        self._done_with("text_encoder", lean)
+        done_with(self, "text_encoder", lean)
         return captions, starts_of(self, requests)
-
-    def _done_with(self, component: str, free: bool) -> None:
-        if free:
-            with self.turn():
-                self.release(component)
-
-    def _finish(self, request: Request, x: ArrayT, output: Output) -> Picture | Array:
-        if output == "latents":
-            latents: Array = np.asarray(x, np.float32)[0]
-            return latents
-        pixels = self._unit(x)  # (H, W, 3)
-        if request.picture is not None and request.mask is not None:
-            pixels = np.where(request.mask[..., None], pixels, np.asarray(request.picture, np.float32) / 255)
-        return to_picture(pixels) if output == "pil" else pixels
 
 
 AnyPipeline = Pipeline[Any, Any]  # a pipeline of any engine

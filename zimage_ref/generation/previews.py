@@ -13,6 +13,7 @@ from zimage_ref.pictures.images import Picture, fit, to_picture, to_unit
 
 from .engine import ConditioningT
 from .pipeline import Pipeline
+from .upscale import TILE_SIZE
 
 
 def averaged(x: Array) -> Array:
@@ -24,24 +25,31 @@ def averaged(x: Array) -> Array:
 
 
 def quick_picture(
-    pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, width: int, height: int,
-    decoder: Callable[[ArrayT], Array] | None = None,
-) -> Picture:  # fmt: skip
-    """The picture of the latents x (1, C, h, w), width x height pixels.
+    pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, decoder: Callable[[ArrayT], Array] | None = None
+) -> Picture:
+    """The picture of the latents x (1, C, h, w). It takes no more memory than a tile.
 
-    decoder: from `Engine.tiny_decoder`. Without one, the latents are decoded at half the sides and the result is
-    enlarged: that costs a quarter of a decoding.
-    Raises ConfigError if the picture is not finite.
+    decoder: from `Engine.tiny_decoder`. Without one, the latents are decoded at half the sides or less, and the result
+    is enlarged. Raises ConfigError if the picture is not finite.
     """
-    if decoder is not None:
-        with pipe.turn():
-            pixels = decoder(x)
-        check_finite("the pixels of this preview", pixels)
-        return fit(to_picture(to_unit(pixels)), width, height, "stretch")
-    small = pipe.picture(pipe.to_backend(averaged(np.asarray(x, np.float32))))
-    return fit(small, width, height, "stretch")
+    factor, (_, _, h, w) = pipe.folder.vae.factor, x.shape
+    small = np.asarray(x, np.float32)
+    if decoder is None:
+        small = averaged(small)
+    while factor**2 * small.shape[2] * small.shape[3] > TILE_SIZE**2:
+        small = averaged(small)
+    latents = pipe.to_backend(small)
+    return fit(pipe.picture(latents) if decoder is None else _decoded(pipe, latents, decoder),
+               factor * w, factor * h, "stretch")  # fmt: skip
+
+
+def _decoded(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, decoder: Callable[[ArrayT], Array]) -> Picture:
+    with pipe.turn():
+        pixels = decoder(x)
+    check_finite("the pixels of this preview", pixels)
+    return to_picture(to_unit(pixels))
 
 
 def preview_bytes(pixels: int) -> int:
     """The memory that TAEF1's decoder takes for a picture: four arrays of its width at full size, float32."""
-    return pixels * 64 * 4 * 4
+    return min(pixels, TILE_SIZE**2) * 64 * 4 * 4

@@ -207,8 +207,19 @@ class GenerationRun:
             asked,
             {mode: self._memory(requests, mode) for mode in modes},
             pipe.memory_limit(),
-            lambda mode: pipe.measured_seconds(mode, first.width * first.height, passes_of(first)),
+            lambda mode: self.seconds(first, mode),
         )
+
+    def seconds(self, request: Request, mode: Mode) -> float | None:
+        """The seconds of a picture in `mode` by measurements of this machine. None if they are not known."""
+        total = 0.0
+        for each in request.passes:
+            width, height = each.tiles.pixels(self.pipeline.folder.vae.factor)
+            one = self.pipeline.measured_seconds(mode, width * height, passes_of(each))
+            if one is None:
+                return None
+            total += one
+        return total
 
     def make(
         self,
@@ -225,14 +236,16 @@ class GenerationRun:
         """
         adapters, pipe, decoder = self.read_loras(loras), self.pipeline, self._preview_decoder()
         records = self._records(requests, adapters)
-        every, reused = self.settings.preview_steps, dict.fromkeys(range(len(requests)), 0.0)
+        every = self.settings.preview_steps
+        spared: dict[int, list[tuple[int, float]]] = {}  # of each picture: the steps of its passes, and shares
 
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
-            reused.update(dict.fromkeys(places, step.reused))
+            for place in places:
+                passes = spared.setdefault(place, [])
+                passes[-1 if step.index > 1 else len(passes) :] = [(step.total, step.reused)]
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
-                    first = requests[places.start]
-                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], *first.size, decoder))
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], decoder))
 
         with pipe.turn():  # no other thread may change the mode before `generate` has read it
             pipe.set_mode(self.memory(requests).mode)
@@ -243,7 +256,10 @@ class GenerationRun:
                 progress=progress,
                 watch=watch,
             )
-        return (MadePicture(i, request, picture, records[i], reused[i]) for i, (request, picture) in enumerate(made))
+        return (
+            MadePicture(i, request, picture, records[i], _mean(spared.get(i, [])))
+            for i, (request, picture) in enumerate(made)
+        )
 
     def _preview_decoder(self) -> Callable[[Any], Array] | None:
         file = self.settings.preview_decoder
@@ -267,3 +283,8 @@ class GenerationRun:
 def _idea(config: GenerateConfig) -> tuple[str, int]:
     """The prompt of the user, and the seed."""
     return config.original_prompt or config.prompt, config.seed
+
+
+def _mean(shares: Sequence[tuple[int, float]]) -> float:
+    """The mean of shares, each with its weight."""
+    return sum(weight * share for weight, share in shares) / max(sum(weight for weight, _ in shares), 1)

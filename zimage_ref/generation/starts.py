@@ -14,8 +14,9 @@ from zimage_ref.pictures.images import to_array
 
 from .engine import ConditioningT, Engine
 from .jobs import Request
+from .tiles import Place
 
-Steer = Callable[[ConditioningT, float], ConditioningT]  # conditioning, sigma -> the conditioning at this sigma
+Steer = Callable[[ConditioningT, float, Place], ConditioningT]  # conditioning, sigma, tile -> what holds there
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def starts_of(engine: Engine[ArrayT, ConditioningT], requests: Sequence[Request]
     before: tuple[object, ...] | None = None
     for request in requests:
         given = _given(request)
-        starts.append(starts[-1] if given == before else _start(engine, request))
+        starts.append(starts[-1] if given == before else start_of(engine, request))
         before = given
     return starts
 
@@ -44,19 +45,21 @@ def _given(request: Request) -> tuple[object, ...]:
     """
     control = request.control
     if control is None or not control.scale:
-        return (request.picture,)
+        return request.picture, request.tile
     mask = None if request.mask is None else request.mask.tobytes()  # its sides are those of the pictures
-    return request.picture, control.picture, control.file.stamp, mask
+    return request.picture, request.tile, control.picture, control.kind, control.file.stamp, mask
 
 
-def _start(engine: Engine[ArrayT, ConditioningT], request: Request) -> Start[ArrayT]:
+def start_of(engine: Engine[ArrayT, ConditioningT], request: Request) -> Start[ArrayT]:
+    """That of one request."""
+
     def encode(pixels: Array) -> Array:
-        return np.asarray(engine.encode(pixels))
+        return np.asarray(engine.encode(pixels, request.tiles))
 
     control, context = request.control, None
     if control is not None and control.scale:
         context = engine.to_backend(control.context(encode, request.picture, request.mask))
-    latents = None if request.picture is None else engine.encode(to_array(request.picture)[None])
+    latents = None if request.picture is None else engine.encode(to_array(request.picture)[None], request.tiles)
     return Start(latents, context)
 
 
@@ -64,9 +67,9 @@ def steering(engine: Engine[ArrayT, ConditioningT], request: Request, context: A
     """A function that adds the ControlNet of `request` to a conditioning at the noise levels at which it acts."""
     control = request.control
 
-    def steer(conditioning: ConditioningT, sigma: float) -> ConditioningT:
+    def steer(conditioning: ConditioningT, sigma: float, place: Place) -> ConditioningT:
         if control is None or context is None or not control.acts(sigma, request.sigmas):
             return conditioning
-        return engine.controlled(conditioning, control.file, context, control.scale)
+        return engine.controlled(conditioning, control.file, context[place.index()], control.scale)
 
     return steer

@@ -101,7 +101,7 @@ def prompts_of(config: GenerateConfig) -> list[str]:
 
 def predictions_of(request: Request) -> float:
     """How many plain predictions of the transformer one step of this picture takes, in memory and about in time."""
-    config, image = request.config, request.shape[1] * request.shape[2] // 4
+    config, image = request.config, request.tiles.rows * request.tiles.columns // 4
     nag, prompts = uses_nag(config), prompts_of(config)
     tokens = image + CAPTION_TOKENS * (len(prompts) + nag)
     pairs = tokens**2 if len(prompts) > 1 else 0
@@ -110,13 +110,18 @@ def predictions_of(request: Request) -> float:
 
 
 def passes_of(request: Request) -> int:
-    """How many plain predictions of the transformer this picture takes in all, about in time.
+    """How many plain predictions of the transformer a pass takes in all, about in time.
 
     Those that a step cache spares are left out, if they are known before the work.
     """
-    steps, share = len(request.sigmas) - 1, computed_share(request.config, request.sigmas)
-    calls = 2 * steps - 1 if request.config.sampler in TWICE else steps
-    return round((1 if share is None else share) * calls * predictions_of(request))
+    share = computed_share(request.config, request.sigmas)
+    return round((1 if share is None else share) * predictions_in(request) * predictions_of(request))
+
+
+def predictions_in(request: Request) -> int:
+    """How often the transformer is asked in a pass: for each step of the sampler, and for each tile."""
+    steps = len(request.sigmas) - 1
+    return (2 * steps - 1 if request.config.sampler in TWICE else steps) * len(request.tiles.places)
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,18 @@ class Words(Generic[ArrayT]):
     steering: Steering[ArrayT] | None = None
 
     def conditioning(
-        self, engine: Engine[ArrayT, ConditioningT], size: tuple[int, int], is_guided: bool, is_early: bool
-    ) -> ConditioningT:
-        """The engine's conditioning for latents of `size` (h, w)."""
+        self, engine: Engine[ArrayT, ConditioningT], size: tuple[int, int], is_guided: bool, is_early: bool,
+        tile: Box | None = None,
+    ) -> ConditioningT:  # fmt: skip
+        """The engine's conditioning for latents of `size` (h, w), those of a part `tile` of the pictures."""
         captions = [*(self.varied if is_early else self.positive), *(self.negative if is_guided else ())]
-        return engine.condition(captions, *size, self.steering)
+        steering = self.steering.seen_from(tile) if self.steering and tile else self.steering
+        return engine.condition(captions, *size, steering)
+
+    @property
+    def depends_on_place(self) -> bool:
+        """Whether the conditioning of a tile depends on its place."""
+        return self.steering is not None and bool(self.steering.boxes)
 
     def is_early(self, sigma: float) -> bool:
         """Whether the features with noise are used at `sigma`."""

@@ -6,9 +6,10 @@ The arrays of both are an `Arithmetic`. A function that takes an `ArrayT` return
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 T = TypeVar("T")
+_Slice: TypeAlias = "slice[int | None, int | None, None]"
 
 
 class Number(Protocol):
@@ -32,7 +33,7 @@ class Arithmetic(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self: T, index: slice[int | None, int | None, None], /) -> T: ...
+    def __getitem__(self: T, index: _Slice | tuple[_Slice, _Slice, _Slice, _Slice], /) -> T: ...
 
     def __neg__(self: T) -> T: ...
 

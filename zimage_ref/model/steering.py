@@ -12,7 +12,7 @@ Sources: Normalized Attention Guidance, arXiv 2505.21179, with its defaults of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import numpy as np
@@ -50,6 +50,13 @@ class Box:
         inside_columns = (right >= self.left) & (right < self.left + self.width)
         return np.asarray(inside_rows[:, None] & inside_columns)
 
+    def seen_from(self, other: Box) -> Box:
+        """The same part in shares of `other`. It may lie outside."""
+        return Box(
+            (self.left - other.left) / other.width, (self.top - other.top) / other.height,
+            self.width / other.width, self.height / other.height,
+        )  # fmt: skip
+
     def shift(self, rows: int, columns: int) -> tuple[float, float]:
         """How far the middle of the box is from that of the picture, in rows and columns of a grid."""
         return (self.top + self.height / 2 - 0.5) * rows, (self.left + self.width / 2 - 0.5) * columns
@@ -66,6 +73,10 @@ class Steering(Generic[ArrayT]):
     boxes: tuple[Box, ...] = ()
     nag: Nag | None = None
     negatives: Sequence[ArrayT] = ()  # features (T_i, cap_feat_dim)
+
+    def seen_from(self, tile: Box) -> Steering[ArrayT]:
+        """That of a tile of the pictures."""
+        return replace(self, boxes=tuple(box.seen_from(tile) for box in self.boxes))
 
 
 def region_ids(boxes: Sequence[Box], length: int, rows: int, columns: int) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
+from zimage_ref.model.shared_moments import SharedMoments
 
 _QUERY_CHUNK = 512  # rows of attention scores in memory at once, so that memory grows linearly with the sequence
 
@@ -43,11 +44,21 @@ def layer_norm(x: Array, eps: float) -> Array:
     return normed
 
 
-def group_norm(x: Array, weight: Array, bias: Array, groups: int, eps: float) -> Array:
-    """x (B, C, h, w), normalized over each of `groups` groups of neighbouring channels."""
+def group_norm(
+    x: Array, weight: Array, bias: Array, groups: int, eps: float, shared: SharedMoments[Array] | None = None
+) -> Array:
+    """x (B, C, h, w), normalized over each of `groups` groups of neighbouring channels.
+
+    shared: the statistics of a picture that x is a tile of.
+    """
     B, C, h, w = x.shape
-    y = layer_norm(x.reshape(B, groups, -1), eps).reshape(B, C, h, w)
-    return y * weight[:, None, None] + bias[:, None, None]
+    parts = x.reshape(B, groups, -1)
+    if shared is None:
+        y = layer_norm(parts, eps)
+    else:
+        mean, variance = shared.of(parts.mean(axis=-1, keepdims=True), parts.var(axis=-1, keepdims=True))
+        y = (parts - mean) / np.sqrt(variance + eps)
+    return y.reshape(B, C, h, w) * weight[:, None, None] + bias[:, None, None]
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:

@@ -6,7 +6,7 @@ It knows the shapes and colours of `drawings`. It does not know how a picture wa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,8 @@ from .drawings import COLOURS, OUTLINES, Scene, Thing, draw
 
 _MASK = 32  # outlines are compared at this side, in pixels
 _LARGEST = 0.5  # a shape covers at most this share of the picture
+CONTRAST, SMALLEST = 55.0, 60  # see `look`
+OVERLAP = 0.6  # a shape is in its place if its intersection over union with the drawn one is above this
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,36 @@ class Seen:
     things: tuple[tuple[str, str], ...]  # (shape, colour); the shape is "" if no known shape is similar
 
 
-def look(picture: Picture, contrast: float = 55.0, smallest: int = 60, alike: float = 0.72) -> Seen:
+def look(picture: Picture, contrast: float = CONTRAST, smallest: int = SMALLEST, alike: float = 0.72) -> Seen:
     """Reads a picture of SIDE x SIDE.
 
     contrast: a pixel at least this far from the background, in RGB levels, belongs to a patch.
     smallest: a patch has at least this many pixels.
     alike: a patch has a shape if its intersection over union with the drawn shape is at least this.
     """
+    ground, patches = _seen_patches(picture, contrast, smallest)
+    return Seen(_nearest(ground), tuple((_shape(inside, alike), _nearest(colour)) for inside, colour in patches))
+
+
+def _seen_patches(picture: Picture, contrast: float, smallest: int) -> tuple[Array, list[tuple[Array, Array]]]:
+    """The colour of the background, and each patch on it: a mask (SIDE, SIDE) and its colour. Colours are RGB levels.
+
+    contrast, smallest: see `look`.
+    """
     pixels = np.asarray(picture.convert("RGB"), np.float32)  # (SIDE, SIDE, 3)
     sides = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
     frame = np.concatenate([side.reshape(-1, 3) for side in sides])
-    ground = np.median(frame, axis=0)
+    ground: Array = np.median(frame, axis=0)
     distance = np.linalg.norm(pixels - ground, axis=-1)
     labels = _patches(distance > contrast)
     sizes = np.bincount(labels.ravel())
-    things = []
+    seen = []
     for patch in (labels == i for i in np.flatnonzero(sizes >= smallest) if i):
         core = patch & (distance >= np.median(distance[patch]))  # without the edge, because colours mix there
-        colour = np.median(pixels[core], axis=0)
+        colour: Array = np.median(pixels[core], axis=0)
         # A blurred edge changes gradually into the background. The outline is at half of that change
-        inside = patch & (distance > np.linalg.norm(colour - ground) / 2)
-        things.append((_shape(inside, alike), _nearest(colour)))
-    return Seen(_nearest(ground), tuple(things))
+        seen.append((patch & (distance > np.linalg.norm(colour - ground) / 2), colour))
+    return ground, seen
 
 
 def shows(seen: Seen, scene: Scene) -> bool:
@@ -62,6 +72,20 @@ def shows(seen: Seen, scene: Scene) -> bool:
 def share_shown(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> float:
     """The share of pictures that show their scene: picture i should show scene i."""
     return sum(shows(look(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)) / len(scenes)
+
+
+def in_place(picture: Picture, scene: Scene) -> bool:
+    """Whether each thing of the scene has a patch of the picture in its place, whatever the colours."""
+    _, patches = _seen_patches(picture, CONTRAST, SMALLEST)
+    return all(
+        any((inside & mask).sum() > OVERLAP * (inside | mask).sum() for inside, _ in patches)
+        for mask in map(_mask_of, scene.things)
+    )
+
+
+def share_in_place(pictures: Sequence[Picture], scenes: Sequence[Scene]) -> float:
+    """The share of pictures with every thing of their scene in its place: picture i is of scene i."""
+    return sum(in_place(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)) / len(scenes)
 
 
 def _nearest(rgb: Array) -> str:
@@ -111,8 +135,11 @@ def _cut(patch: Array) -> Array:
 
 @lru_cache(maxsize=1)
 def _known_masks() -> dict[str, Array]:
-    masks = {}
-    for name in OUTLINES:
-        scene = Scene((Thing(name, "black", radius=40),), "white", "")
-        masks[name] = _cut(np.asarray(draw(scene, np.random.default_rng(0)).convert("L")) < 128)
-    return masks
+    return {name: _cut(_mask_of(Thing(name, "black", radius=40))) for name in OUTLINES}
+
+
+def _mask_of(thing: Thing) -> Array:
+    """The pixels of a thing, (SIDE, SIDE) boolean."""
+    scene = Scene((replace(thing, colour="black"),), "white", "")
+    mask: Array = np.asarray(draw(scene, np.random.default_rng(0)).convert("L")) < 128
+    return mask

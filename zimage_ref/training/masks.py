@@ -18,23 +18,23 @@ from zimage_ref.pictures.formats import format_of
 from zimage_ref.pictures.images import Picture, alpha, brightness, mask_array, mirror, picture_bytes
 from zimage_ref.pictures.reading import decode
 
-_SUFFIX = ".mask.png"
+MASK_SUFFIX = ".mask.png"
 
 
 def mask_file(picture: Path) -> Path:
     """The name of the file with the mask of `picture`."""
-    return picture.with_name(picture.stem + _SUFFIX)
+    return picture.with_name(picture.stem + MASK_SUFFIX)
 
 
 def masks_among(files: Sequence[Path]) -> set[Path]:
     """Those of `files` that are masks: their names say so, and the picture lies beside them."""
-    pictures = {mask_file(path) for path in files if format_of(path) and not path.name.lower().endswith(_SUFFIX)}
+    pictures = {mask_file(path) for path in files if format_of(path) and not path.name.lower().endswith(MASK_SUFFIX)}
     return pictures & set(files)
 
 
 def orphans(files: Sequence[Path], masks: AbstractSet[Path]) -> list[Path]:
     """Those of `files` that are named as masks and are not among `masks`: they have no picture beside them."""
-    return [path for path in files if path.name.lower().endswith(_SUFFIX) and path not in masks]
+    return [path for path in files if path.name.lower().endswith(MASK_SUFFIX) and path not in masks]
 
 
 def check_mask(path: Path, size: tuple[int, int]) -> bytes:

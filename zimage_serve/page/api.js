@@ -93,11 +93,11 @@ export async function ask(method, path, body = undefined) {
 export const get = (path) => ask("GET", path);
 
 /** Sends one file with other fields of a form. */
-export function send(path, file, fields = {}) {
+export function send(path, file, fields = {}, method = "POST") {
   const form = new FormData();
   form.append("file", file, file.name || "picture.png");
   for (const [name, value] of Object.entries(fields)) form.append(name, value);
-  return ask("POST", path, form);
+  return ask(method, path, form);
 }
 
 /** One part of a path, so that no name can change the path. */

@@ -1,20 +1,21 @@
 // The form for pictures.
 
-import { ask, get, send } from "./api.js";
+import { ask, get } from "./api.js";
 import { hear, tell } from "./bus.js";
-import { $, attempt, say, takesFiles } from "./dom.js";
+import { $, attempt, say } from "./dom.js";
 import { bodyOf, field, fill, remember, values } from "./fields.js";
 import { Gallery } from "./gallery.js";
-import { paintMask } from "./mask.js";
 import { beginPicker } from "./picker.js";
+import { beginSources, picturesOf, setPictures, showSliders, withPictures } from "./sources.js";
 
 const SHAPES = [["Square", 1, 1], ["Landscape 4:3", 4, 3], ["Landscape 3:2", 3, 2], ["Wide 16:9", 16, 9],
   ["Portrait 3:4", 3, 4], ["Portrait 2:3", 2, 3], ["Tall 9:16", 9, 16]];
 const USUAL_SIDE = 1024;
 const PLACED = ["init_image", "mask", "count", "preview_steps", "loras", "prompt", "negative_prompt", "width", "height",
-  "steps", "guidance", "seed", "strength"]; // have inputs of their own
+  "steps", "guidance", "seed", "strength", "control", "control_image", "control_scale", "control_kind", "control_start",
+  "control_end"]; // have inputs of their own
 const PREVIEWS = 4; // of a picture
-const picture = { init: null, mask: null };
+const USUAL_CONTROL = { control_scale: 1, control_kind: "none", control_start: "", control_end: "" };
 let [form, picker, keep] = [null, null, null];
 
 function sizes(model) {
@@ -57,13 +58,8 @@ function order() {
   for (const name of ["lock", "previews"]) delete asked[name];
   if (!$("lock").checked) delete asked.seed;
   asked.loras = picker.chosen();
-  if (picture.init) {
-    asked.init_image = picture.init;
-    asked.strength = Number($("strength").value);
-    if (picture.mask) asked.mask = picture.mask;
-  }
   if ($("previews").checked) asked.preview_steps = Math.max(1, Math.round((asked.steps || 8) / PREVIEWS));
-  return asked;
+  return withPictures(asked);
 }
 
 async function make(event) {
@@ -76,64 +72,25 @@ async function make(event) {
   tell("queued", job);
 }
 
-/** Where a picture is that the server keeps: an upload, or one of the gallery. */
-async function sourceOf(id) {
-  const upload = `/api/uploads/${id}`;
-  return new Promise((resolve) => {
-    const trial = new Image();
-    trial.onload = () => resolve(upload);
-    trial.onerror = () => resolve(`/api/pictures/${id}/file`);
-    trial.src = upload;
-  });
-}
-
-function beginInit() {
-  const upload = async (files) => {
-    const got = await attempt(() => send("/api/uploads", files[0]));
-    if (got) setInit(got.id, got.mask);
-  };
-  takesFiles($("init-drop"), $("init-file"), upload);
-  $("init-clear").addEventListener("click", () => setInit(null, null));
-  $("mask-clear").addEventListener("click", () => setInit(picture.init, null));
-  $("mask-open").addEventListener("click", async () => {
-    const blob = await paintMask($("init-picture").src);
-    const got = blob && (await attempt(() => send("/api/uploads", blob)));
-    if (got) setInit(picture.init, got.id);
-  });
-  const shown = () => ($("strength-shown").textContent = $("strength").value);
-  $("strength").addEventListener("input", shown);
-  shown();
-}
-
-async function setInit(init, mask) {
-  [picture.init, picture.mask] = [init, init ? mask : null];
-  $("init").hidden = !init;
-  $("init-drop").hidden = Boolean(init);
-  $("mask-figure").hidden = $("mask-clear").hidden = !picture.mask;
-  sessionStorage.setItem("pictures", JSON.stringify(picture));
-  if (init) $("init-picture").src = await sourceOf(init);
-  if (picture.mask) $("mask-picture").src = await sourceOf(picture.mask);
-}
-
 /** Writes the settings of a picture into the form. */
 async function use(row) {
   let asked = row.record;
-  let loras = [];
+  let [loras, known] = [[], false];
   if (row.job) {
     try {
       asked = { ...row.record, ...(await get(`/api/jobs/${row.job}`)).asked };
       loras = asked.loras || [];
+      known = true;
     } catch {
       // the server has forgotten the job; the record of the picture is enough
     }
   }
-  fill(form, { negative_prompt: "", ...asked, seed: row.record.seed, count: 1 });
+  fill(form, { negative_prompt: "", ...USUAL_CONTROL, ...asked, seed: row.record.seed, count: 1 });
   for (const name of ["width", "height", "steps", "guidance"]) $(name).value = row.record[name] ?? $(name).value;
   $("lock").checked = true;
   picker.choose(loras);
-  if (asked.strength) $("strength").value = asked.strength;
-  $("strength").dispatchEvent(new Event("input"));
-  await setInit(row.job ? asked.init_image || null : null, asked.mask || null);
+  showSliders();
+  await setPictures(picturesOf(known ? asked : {}));
   $("width").dispatchEvent(new Event("input"));
   keep();
   location.hash = "#create";
@@ -147,7 +104,9 @@ export async function beginCreate(model) {
   const more = Object.entries(properties).filter(([name]) => !PLACED.includes(name));
   $("create-more").replaceChildren(...more.map(([name, schema]) => field("create", name, schema)));
   picker = beginPicker(() => keep());
+  await beginSources(properties.control_kind.enum);
   keep = remember(form, "create");
+  showSliders();
   const [first, sizeShown] = offerSizes(model);
   const { steps, guidance } = model.defaults;
   const usual = { width: first[1], height: first[2], steps, guidance };
@@ -155,14 +114,11 @@ export async function beginCreate(model) {
   $("steps").max = model.limits.steps;
   $("count").max = model.limits.count;
   sizeShown();
-  beginInit();
-  const kept = JSON.parse(sessionStorage.getItem("pictures") || "{}");
-  setInit(kept.init || null, kept.mask || null);
   $("seed").addEventListener("input", () => ($("lock").checked = $("seed").value !== ""));
   form.addEventListener("submit", make);
   hear("use settings", use);
   hear("start from", async (row) => {
-    await setInit(row.id, null);
+    await setPictures({ init: row.id, mask: null });
     location.hash = "#create";
   });
   hear("use LoRA", (lora) => {

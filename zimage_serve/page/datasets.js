@@ -3,9 +3,11 @@
 import { ask, get, part, send } from "./api.js";
 import { hear, tell } from "./bus.js";
 import { $, attempt, dangerous, el, say, takesFiles } from "./dom.js";
+import { paintMask } from "./mask.js";
 
 const KEY = "dataset";
 const MARK = "[trigger]";
+const MASK_SUFFIX = ".mask.png"; // of files that are masks of others
 let [rows, crops] = [[], new Map()];
 let chosen = "";
 
@@ -19,7 +21,8 @@ function showCrop(name, node) {
   box.style.setProperty("aspect-ratio", `${width} / ${height}`);
   const shown = crop ? `trained at ${crop.sizes.map((size) => size.join(" x ")).join(", ")}${crop.held_out ? ", held out" : ""}`
     : `${row.width} x ${row.height}`;
-  node.querySelector(".shown").textContent = row.problem || shown;
+  node.querySelector(".shown").textContent = row.problem || shown + (row.mask ? ", with a mask" : "");
+  node.querySelector(".mask-remove").hidden = !row.mask;
 }
 
 async function write(captions) {
@@ -37,9 +40,25 @@ function item(row) {
     await attempt(() => ask("DELETE", `${path()}/pictures/${part(row.name)}`));
     await load();
   };
+  const mask = `${path()}/pictures/${part(row.name)}/mask`;
+  const paint = async () => {
+    const blob = await paintMask(`${path()}/pictures/${part(row.name)}`, "White parts are learned.");
+    if (!blob || !(await attempt(() => send(mask, blob, {}, "PUT")))) return;
+    tell("mask given");
+    await load();
+  };
+  const unmask = async () => {
+    await attempt(() => ask("DELETE", mask));
+    await load();
+  };
+  const button = (label, onclick, className = "") => el("button", {
+    type: "button", className, textContent: label, "aria-label": `${label}: ${row.name}`, onclick,
+  });
   const node = el("li", {},
     el("div", { className: "crop" }, el("img", { src: `${path()}/pictures/${part(row.name)}/thumbnail`, alt: row.name, loading: "lazy" })),
-    el("div", {}, caption, el("p", { className: "help" }, `${row.name}, `, el("span", { className: "shown" })), dangerous("Delete", remove)));
+    el("div", {}, caption, el("p", { className: "help" }, `${row.name}, `, el("span", { className: "shown" })),
+      el("div", { className: "acts" },
+        button("Paint a mask", paint), button("Remove mask", unmask, "mask-remove"), dangerous("Delete", remove))));
   node.dataset.name = row.name;
   return node;
 }
@@ -83,6 +102,7 @@ async function list(wanted) {
   if (!names.length) $("dataset").append(new Option("none yet", ""));
   $("dataset").value = chosen;
   $("dataset").disabled = !names.length;
+  tell("datasets", names);
   $("dataset-delete").hidden = $("replace").hidden = !names.length;
   await load();
 }
@@ -105,12 +125,15 @@ async function add(files) {
   if (!chosen && !(await make("pictures"))) return;
   const texts = new Map();
   for (const file of files.filter((each) => each.name.endsWith(".txt"))) texts.set(stem(file.name), (await file.text()).trim());
-  const pictures = files.filter((each) => !each.name.endsWith(".txt")).sort((a, b) => a.name.localeCompare(b.name));
+  const isMask = (file) => file.name.endsWith(MASK_SUFFIX);
+  const pictures = files.filter((each) => !each.name.endsWith(".txt")) // a mask comes after its picture
+    .sort((a, b) => isMask(a) - isMask(b) || a.name.localeCompare(b.name));
   let done = 0;
   for (const file of pictures) {
     $("dataset-facts").textContent = `Sending ${(done += 1)} of ${pictures.length}`;
     await attempt(() => send(`${path()}/pictures`, tame(file), { caption: texts.get(stem(file.name)) || "" }));
   }
+  if (pictures.some(isMask)) tell("mask given");
   await load();
   const known = new Set(pictures.map((file) => stem(file.name)));
   const late = Object.fromEntries([...texts].filter(([name]) => !known.has(name))

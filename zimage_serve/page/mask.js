@@ -1,4 +1,4 @@
-// A brush for masks. White parts are painted anew, as in every mask of this project.
+// A brush for masks. White parts are the chosen ones, as in every mask of this project.
 
 import { $, el } from "./dom.js";
 
@@ -95,8 +95,11 @@ function made() {
   return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 }
 
-/** Lets the user paint over the picture at `source`. Returns the mask as a blob; null if there is none. */
-export async function paintMask(source) {
+/** Lets the user paint over the picture at `source`. Returns the mask as a blob; null if there is none.
+ *
+ * meaning: a sentence that says what white parts are for.
+ */
+export async function paintMask(source, meaning) {
   if (!canvas) {
     canvas = $("paint");
     listen();
@@ -105,6 +108,7 @@ export async function paintMask(source) {
   await under.decode();
   [canvas.width, canvas.height] = [under.naturalWidth, under.naturalHeight];
   $("paint-under").src = source;
+  $("paint-meaning").textContent = meaning;
   cursor = [canvas.width / 2, canvas.height / 2];
   [strokes.length, file] = [0, null];
   paint();

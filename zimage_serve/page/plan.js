@@ -7,7 +7,8 @@ import { $, attempt, bytes, duration, el, facts, later, plain, say } from "./dom
 import { bodyOf, field, fill, remember, values } from "./fields.js";
 
 const PLACED = ["name", "dataset", "training_adapter", "trigger", "steps", "resolution", "rank", "preview_prompt",
-  "preview_every", "save_every", "validation"]; // have inputs of their own
+  "preview_every", "save_every", "validation", "kind", "mask", "regularization"]; // have inputs of their own
+const KEPT = ["name", "trigger", "preview_prompt", "training_adapter", "init_lora", "mask", "regularization"]; // by a preset
 let [form, presets, asked] = [null, [], 0];
 
 function order() {
@@ -59,7 +60,7 @@ function offerPresets() {
 /** Writes the options of a preset. The trigger and the prompts of the user stay. */
 function use(preset) {
   for (const input of form.querySelectorAll("[name]")) {
-    if (["name", "trigger", "preview_prompt", "training_adapter", "init_lora"].includes(input.name)) continue;
+    if (KEPT.includes(input.name)) continue;
     if (input.type === "checkbox") input.checked = input.defaultChecked;
     else if (input.tagName === "SELECT") input.value = input.dataset.usual ?? "";
     else input.value = "";
@@ -79,10 +80,21 @@ async function start(event) {
   tell("run started", run);
 }
 
-function offerAdapters(loras) {
-  const kept = $("adapter").value;
-  $("adapter").replaceChildren(new Option("none", ""), ...loras.filter((lora) => !lora.problem).map((lora) => new Option(lora.name)));
-  $("adapter").value = loras.some((lora) => lora.name === kept) ? kept : "";
+/** Offers `names` in a select, after "none". It keeps what is chosen. */
+function offer(select, names) {
+  const kept = select.value;
+  select.replaceChildren(new Option("none", ""), ...names.map((name) => new Option(name)));
+  select.value = names.includes(kept) ? kept : "";
+}
+
+const offerAdapters = (loras) => offer($("adapter"), loras.filter((lora) => !lora.problem).map((lora) => lora.name));
+
+/** Masks that were painted or sent are meant to be used. */
+function useMasks() {
+  if ($("train-mask").value === "file") return;
+  $("train-mask").value = "file";
+  form.dispatchEvent(new Event("change"));
+  say("The run uses masks now.");
 }
 
 /** Begins the form. */
@@ -92,7 +104,13 @@ export async function beginPlan(model) {
   presets = found;
   const more = Object.entries(properties).filter(([name]) => !PLACED.includes(name));
   $("train-more").replaceChildren(...more.map(([name, schema]) => field("train", name, schema)));
-  for (const select of $("train-more").querySelectorAll("select")) select.dataset.usual = select.value;
+  for (const [id, name] of [["kind", "kind"], ["train-mask", "mask"]]) {
+    $(id).replaceChildren(...properties[name].enum.map((value) => new Option(value)));
+    $(id).value = properties[name].default;
+    $(`${id}-help`).textContent = plain(properties[name].description);
+  }
+  offer($("regularization"), await get("/api/datasets"));
+  for (const select of form.querySelectorAll("select")) select.dataset.usual = select.value;
   offerPresets();
   offerAdapters(loras);
   const fresh = !sessionStorage.getItem("train");
@@ -107,6 +125,8 @@ export async function beginPlan(model) {
   form.addEventListener("submit", start);
   hear("dataset changed", soon);
   hear("loras", offerAdapters);
+  hear("datasets", (names) => offer($("regularization"), names));
+  hear("mask given", useMasks);
   hear("run over", soon);
   hear("view", (name) => name === "train" && soon());
 }

@@ -6,6 +6,7 @@ import { $, attempt, dangerous, facts, say } from "./dom.js";
 import { beginCompare } from "./gallery.js";
 
 const file = (row) => `/api/pictures/${row.id}/file`;
+const fileName = (path) => String(path).split(/[/\\]/).at(-1);
 let [shown, rows] = [null, []];
 
 function show(row) {
@@ -17,7 +18,8 @@ function show(row) {
   facts($("viewer-facts"), [
     ["Size", `${row.width} x ${row.height}`], ["Seed", record.seed], ["Steps", record.steps], ["Guidance", record.guidance],
     ["Negative", record.negative_prompt], ["Sampler", record.sampler], ["Strength", record.strength],
-    ["LoRAs", (record.loras || []).map((lora) => `${String(lora.path ?? lora.name ?? "").split("/").at(-1)} ${lora.scale ?? ""}`).join(", ")],
+    ["LoRAs", (record.loras || []).map((lora) => `${fileName(lora.file)} ${lora.scale}`).join(", ")],
+    ["ControlNet", record.control && fileName(record.control)],
     ["Made", new Date(row.created * 1000).toLocaleString()],
   ]);
   const link = $("viewer-download");

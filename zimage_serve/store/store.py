@@ -4,6 +4,8 @@ studio.db      jobs, pictures, runs
 pictures/      results, ID.png
 uploads/       pictures that clients sent, by the hash of their pixels
 loras/         LoRAs, and the runs that trained them
+controls/      ControlNets that the user put there
+checkpoints/   weights of networks: made here, or put there by the user
 datasets/      NAME/: pictures and captions to train on
 """
 
@@ -32,11 +34,12 @@ _THUMBNAIL = 384  # pixels
 class Store:
     """The folder and the database of a server."""
 
-    def __init__(self, folder: Path, loras: Path) -> None:
+    def __init__(self, folder: Path, loras: Path, controls: Path) -> None:
         """Makes the folders that are missing. Raises ConfigError if they cannot be used, or if another server does."""
         self.folder, self.loras = folder, loras
         self.pictures, self.uploads, self.datasets = (folder / name for name in ("pictures", "uploads", "datasets"))
-        for each in (self.pictures, self.uploads, self.datasets, loras):
+        self.checkpoints = folder / "checkpoints"
+        for each in (self.pictures, self.uploads, self.datasets, self.checkpoints, loras, controls):
             try:
                 each.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -59,7 +62,7 @@ class Store:
 
     def _recover(self) -> None:
         """Ends what a killed server had not ended. Pictures whose file was written, but not their row, are found."""
-        for each in (self.folder, self.pictures, self.uploads, self.loras):
+        for each in (self.folder, self.pictures, self.uploads, self.checkpoints, self.loras):
             remove_stale(each)
         remove_stale(self.datasets, deep=True)
         self.database.interrupt_jobs(INTERRUPTED)

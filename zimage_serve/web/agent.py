@@ -20,7 +20,7 @@ from zimage_serve.work.jobs import Job, State
 from zimage_serve.work.studio import Studio
 
 from .app import Addition
-from .bodies import from_base64
+from .given_pictures import with_ids
 from .streams import of_client
 
 PATH = "/mcp"
@@ -65,10 +65,20 @@ class Tools:
         return server
 
     async def generate(
-        self, prompt: Prompt, width: Side = None, height: Side = None, seed: Seed = None, loras: LoRAs = None
+        self,
+        prompt: Prompt,
+        width: Side = None,
+        height: Side = None,
+        seed: Seed = None,
+        loras: LoRAs = None,
+        control: Annotated[str | None, Field(description="Name of a ControlNet, see status.")] = None,
+        control_image: Annotated[str | None, Field(description="Picture to follow: its id, or base64.")] = None,
     ) -> list[Image | str]:
-        """Makes a picture from a prompt. The answer is the picture and its id."""
-        asked: dict[str, object] = {"prompt": prompt, "width": width, "height": height, "seed": seed, "loras": loras}
+        """Makes a picture from a prompt. With `control` it follows another. The answer is the picture and its id."""
+        asked: dict[str, object] = {
+            "prompt": prompt, "width": width, "height": height, "seed": seed, "loras": loras, "control": control,
+            "control_image": control_image,
+        }  # fmt: skip
         return await self._made(asked)
 
     async def edit(
@@ -81,9 +91,7 @@ class Tools:
     ) -> list[Image | str]:
         """Changes a picture as the prompt says. The answer is the new picture and its id."""
         asked: dict[str, object] = {"prompt": prompt, "strength": strength, "seed": seed}
-        asked["init_image"] = await to_thread.run_sync(self._kept, picture, "picture")
-        asked["mask"] = None if mask is None else await to_thread.run_sync(self._kept, mask, "mask")
-        return await self._made(asked)
+        return await self._made({**asked, "init_image": picture, "mask": mask})
 
     async def list_loras(self) -> list[dict[str, object]]:
         """Lists the LoRAs of this server, with their trigger words."""
@@ -108,16 +116,16 @@ class Tools:
     def _state(self) -> dict[str, object]:
         studio = self._studio
         runs, datasets = [run.facts() for run in studio.runs.all()], studio.datasets.names()
-        return {**studio.status(), "model": studio.model_facts(), "runs": runs, "datasets": datasets}
+        return {
+            **studio.status(), "model": studio.model_facts(), "runs": runs, "datasets": datasets,
+            "controls": [studio.controls.facts(name) for name in studio.controls.names()],
+        }  # fmt: skip
 
-    def _kept(self, picture: str, what: str) -> str:
-        """The id of a picture: `picture` itself if there is one with this id, else that of the picture in base64."""
-        if self._studio.store.has_picture(picture):
-            return picture
-        return self._studio.store.receive(from_base64(picture, what), what)[0]
+    def _submitted(self, asked: dict[str, object]) -> Job:
+        return self._studio.submit(with_ids(asked, self._studio), _CLIENT)
 
     async def _made(self, asked: dict[str, object]) -> list[Image | str]:
-        job: Job = await to_thread.run_sync(self._studio.submit, asked, _CLIENT)
+        job: Job = await to_thread.run_sync(self._submitted, asked)
         async for _ in of_client(job, self._studio):
             pass
         if job.state is not State.DONE:

@@ -14,7 +14,7 @@ from zimage_ref.version import __version__
 from zimage_serve.refusals import RefusedError
 from zimage_serve.work.studio import Studio
 
-from . import lora_api, openai_api, page, picture_api, reference, run_api, sdapi
+from . import dataset_api, library_api, lora_api, openai_api, page, picture_api, reference, run_api, sd_control, sdapi
 from .access import COOKIE, Gate
 from .bodies import json_object
 from .errors import answer_errors, refusal
@@ -43,7 +43,7 @@ def application(studio: Studio, addition: Addition | None = None) -> ASGIApp:
     )
     app.state.studio = studio
     answer_errors(app)
-    for interface in (picture_api, lora_api, run_api, openai_api, sdapi):
+    for interface in (picture_api, library_api, lora_api, dataset_api, run_api, openai_api, sdapi, sd_control):
         app.include_router(interface.router)
     for path, function in (("/docs", docs), ("/docs/style.css", style), ("/health", health)):
         app.add_api_route(path, function, include_in_schema=False)

@@ -10,10 +10,9 @@ from fastapi import Depends, Request
 
 from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig
-from zimage_ref.generation.control_options import CONTROL_FIELDS
 from zimage_ref.options import choices_of
 from zimage_ref.training.config import TrainConfig
-from zimage_serve.work.runs import NOT_ASKED
+from zimage_serve.work.runs import MASKS_HERE, NOT_ASKED
 from zimage_serve.work.studio import Studio
 
 _TYPES = {int: "integer", float: "number", bool: "boolean"}
@@ -28,21 +27,35 @@ def studio_of(request: Request) -> Studio:
 GivenStudio: TypeAlias = Annotated[Studio, Depends(studio_of)]
 
 _ID = "the id of an upload or of a picture"
+LORAS_FIELD: JsonObject = {
+    "type": "array",
+    "description": "LoRAs by name.",
+    "items": {"type": "object", "properties": {"name": {"type": "string"}, "scale": {"type": "number"}}},
+}
 PICTURE_FIELDS: dict[str, JsonObject] = {
     "init_image": {"type": "string", "description": f"Picture to start from: {_ID}."},
     "mask": {"type": "string", "description": f"White parts are painted anew: {_ID}."},
+    "control": {"type": "string", "description": "Name of a ControlNet of this server."},
+    "control_image": {"type": "string", "description": f"Picture to follow, if there is a `control`: {_ID}."},
+    "control_scale": {"type": "number", "description": "How strongly the ControlNet acts.", "default": 1.0},
     "count": {"type": "integer", "description": "Pictures to make. Their seeds are seed, seed + 1, ..."},
     "preview_steps": {"type": "integer", "description": "Steps from one preview to the next. 0 sends none."},
-    "loras": {
-        "type": "array",
-        "description": "LoRAs by name.",
-        "items": {"type": "object", "properties": {"name": {"type": "string"}, "scale": {"type": "number"}}},
-    },
+    "loras": LORAS_FIELD,
 }
 RUN_FIELDS: dict[str, JsonObject] = {
     "name": {"type": "string", "description": "Name of the LoRA to make."},
     "dataset": {"type": "string", "description": "Name of a dataset of this server."},
+    "regularization": {
+        "type": "string",
+        "description": "Name of a dataset of ordinary pictures of the class; they get no trigger.",
+    },
     "training_adapter": {"type": "string", "description": "Name of a LoRA of this server; for Turbo."},
+    "mask": {
+        "type": "string",
+        "enum": list(MASKS_HERE),
+        "default": MASKS_HERE[0],
+        "description": "Part of a picture that is learned. file: the white of its mask.",
+    },
     "init_lora": {"type": "string", "description": "Name of a LoRA of this server to go on from."},
 }
 
@@ -51,7 +64,7 @@ def body(config: type[GenerateConfig] | type[TrainConfig], own: Mapping[str, Jso
     """The part of the OpenAPI page for a body with the fields of `config` and its `own`."""
     hints, properties = get_type_hints(config), dict(own)
     for each in fields(config):
-        if each.name in (*own, *CONTROL_FIELDS) or (config is TrainConfig and each.name in NOT_ASKED):
+        if each.name in own or (config is TrainConfig and each.name in NOT_ASKED):
             continue
         kind = next((t for t in (hints[each.name], *get_args(hints[each.name])) if t in _TYPES), str)
         schema: JsonObject = {"type": _TYPES.get(kind, "string"), "description": each.metadata["help"]}

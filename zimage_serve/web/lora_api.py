@@ -1,4 +1,4 @@
-"""The server's own interface for LoRAs and datasets."""
+"""The server's own interface for LoRAs and ControlNets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse
 
 from .bodies import json_object
 from .given import GivenStudio
@@ -54,58 +54,7 @@ def delete(name: str, studio: GivenStudio) -> None:
     studio.loras.delete(name)
 
 
-@router.get("/datasets", tags=["datasets"])
-def datasets(studio: GivenStudio) -> list[str]:
-    """The names of all datasets."""
-    return studio.datasets.names()
-
-
-@router.put("/datasets/{name}", tags=["datasets"], status_code=201)
-def make_dataset(name: str, studio: GivenStudio) -> dict[str, object]:
-    """Makes an empty dataset."""
-    return studio.datasets.facts(studio.datasets.make(name))
-
-
-@router.get("/datasets/{name}", tags=["datasets"])
-def dataset(name: str, studio: GivenStudio) -> dict[str, object]:
-    """The pictures of a dataset, with sizes and captions."""
-    return studio.datasets.facts(name)
-
-
-@router.delete("/datasets/{name}", tags=["datasets"], status_code=204)
-def delete_dataset(name: str, studio: GivenStudio) -> None:
-    """Deletes a dataset with its pictures."""
-    studio.datasets.delete(name)
-
-
-@router.post("/datasets/{name}/pictures", tags=["datasets"], status_code=201)
-def add_picture(
-    name: str, file: Annotated[UploadFile, File()], studio: GivenStudio, caption: Annotated[str, Form()] = ""
-) -> dict[str, object]:
-    """Adds a picture with its caption."""
-    return studio.datasets.add(name, file.filename or "picture", file.file.read(), caption)
-
-
-@router.patch("/datasets/{name}/captions", tags=["datasets"])
-async def captions(name: str, request: Request, studio: GivenStudio) -> dict[str, object]:
-    """Writes captions: a JSON object of names of pictures and captions. An empty caption is deleted."""
-    await run_in_threadpool(studio.datasets.caption, name, await json_object(request))
-    return await run_in_threadpool(studio.datasets.facts, name)
-
-
-@router.get("/datasets/{name}/pictures/{picture}", tags=["datasets"])
-def picture_file(name: str, picture: str, studio: GivenStudio) -> FileResponse:
-    """A picture of a dataset."""
-    return FileResponse(studio.datasets.picture(name, picture))
-
-
-@router.get("/datasets/{name}/pictures/{picture}/thumbnail", tags=["datasets"])
-def picture_thumbnail(name: str, picture: str, studio: GivenStudio) -> Response:
-    """A picture of a dataset as a small JPEG."""
-    return Response(studio.datasets.thumbnail(name, picture), media_type="image/jpeg")
-
-
-@router.delete("/datasets/{name}/pictures/{picture}", tags=["datasets"], status_code=204)
-def remove_picture(name: str, picture: str, studio: GivenStudio) -> None:
-    """Deletes a picture of a dataset and its caption."""
-    studio.datasets.remove(name, picture)
+@router.get("/controls", tags=["ControlNets"])
+def controls(studio: GivenStudio) -> list[dict[str, object]]:
+    """All ControlNets. problem: why one cannot be used."""
+    return [studio.controls.facts(name) for name in studio.controls.names()]

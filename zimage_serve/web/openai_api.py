@@ -23,6 +23,7 @@ from zimage_serve.work.studio import Studio
 from .bodies import json_object, picture_format, to_base64
 from .errors import refusal
 from .given import PICTURE_BODY, GivenStudio
+from .given_pictures import with_ids
 from .streams import client_of, event_text, finished, of_client, stream
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -69,7 +70,7 @@ async def edits(request: Request, studio: GivenStudio) -> Response:
     async with request.form(max_files=4) as form:
         for name, value in form.multi_items():
             key = name.removesuffix("[]")
-            if key in ("image", "mask") and isinstance(value, UploadFile):
+            if key in ("image", "mask", "control_image") and isinstance(value, UploadFile):
                 if key in fields:
                     raise RefusedError(f"`{key}`: this model takes one picture")
                 data = await value.read()
@@ -138,6 +139,9 @@ class Asked:
         mask = self.fields.get("mask")
         if mask is not None:
             order["mask"] = (mask["mask"] or mask["id"]) if isinstance(mask, Mapping) else mask
+        followed = self.fields.get("control_image")
+        if isinstance(followed, Mapping):
+            order["control_image"] = followed["id"]
         if self.streams and self.partial():
             made = order.get("steps") or steps
             order["preview_steps"] = max(1, int(str(made)) // (self.partial() + 1)) if str(made).isdecimal() else 1
@@ -151,7 +155,7 @@ class Asked:
 async def _answer(asked: Asked, studio: Studio, request: Request) -> Response:
     _ = asked.format  # refused before any work
     order = asked.order(studio.usual_steps)
-    job = await run_in_threadpool(studio.submit, order, client_of(request))
+    job = await run_in_threadpool(lambda: studio.submit(with_ids(order, studio), client_of(request)))
     if asked.streams:
         return stream(_events(asked, job, studio))
     await finished(job, studio, request)

@@ -24,7 +24,9 @@ from zimage_serve.work.studio import Studio
 from .bodies import from_base64, json_object, to_base64
 from .errors import refusal
 from .given import GivenStudio
+from .given_pictures import kept
 from .prompt_loras import split_loras
+from .sd_control import SCRIPT, fields_of, scripts_of, unit_of
 from .streams import client_of, finished
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
@@ -33,7 +35,9 @@ _RENAMED = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "width": "width", "height": "height", "steps": "steps",
     "cfg_scale": "guidance", "seed": "seed", "denoising_strength": "strength", "loras": "loras",
 }  # fmt: skip
+_CONTROL = ("control", "control_scale", "control_kind", "control_start", "control_end")  # as in the own interface
 _ELSEWHERE = {
+    *_CONTROL, "control_image", "alwayson_scripts",
     "init_images", "mask", "resize_mode", "inpainting_mask_invert", "batch_size", "n_iter", "sampler_name",
     "sampler_index", "send_images", "save_images", "include_init_images",
 }  # fmt: skip
@@ -77,12 +81,21 @@ def _start(asked: Mapping[str, object], picture: object, studio: Studio) -> dict
 
 
 async def _make(asked: JsonObject, start: Mapping[str, object], studio: Studio, request: Request) -> Response:
-    order, notes = _order(asked, start, studio)
+    order, notes = _order(asked, {**start, **await run_in_threadpool(_followed, asked, studio)}, studio)
     job = await run_in_threadpool(studio.submit, order, client_of(request))
     await finished(job, studio, request)
     if job.state is not State.DONE:
         return refusal(500, job.error or "the job was interrupted")
     return JSONResponse(await run_in_threadpool(_results, asked, job, studio, notes))
+
+
+def _followed(asked: JsonObject, studio: Studio) -> dict[str, object]:
+    """The fields of the own interface for the picture to follow. Given as such they count before those of a unit."""
+    found = {name: asked[name] for name in _CONTROL if name in asked}
+    if asked.get("control_image") is not None:
+        found["control_image"] = kept(asked["control_image"], "control_image", studio)
+    unit = unit_of(asked)
+    return found if unit is None else {**fields_of(unit, studio), **found}
 
 
 def _order(asked: JsonObject, start: Mapping[str, object], studio: Studio) -> tuple[dict[str, object], list[str]]:
@@ -111,6 +124,7 @@ def _order(asked: JsonObject, start: Mapping[str, object], studio: Studio) -> tu
         notes.append(f"sampler {sampler} is not known: euler was used")
     steps = order.get("steps")
     order["preview_steps"] = max(1, (steps if isinstance(steps, int) else studio.usual_steps) // _PREVIEWS)
+    notes += [f"script {name} is not used" for name in scripts_of(asked) if name != SCRIPT]
     for name, value in asked.items():
         if name not in _RENAMED and name not in _ELSEWHERE and (value is True or value not in _USELESS):
             notes.append(f"{name} is not used")

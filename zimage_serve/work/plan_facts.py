@@ -60,9 +60,10 @@ def checked_plan(config: TrainConfig) -> TrainPlan:
 
 
 def _without(config: TrainConfig, text: str) -> str:
-    """`text` without the folder of the dataset, which clients know by its name."""
-    for end in ("/", ": "):
-        text = text.replace(f"{config.dataset}{end}", "")
+    """`text` without the folders of datasets, which clients know by their names."""
+    for each in config.sets:
+        for end in ("/", ": "):
+            text = text.replace(f"{each.folder}{end}", "")
     return text
 
 
@@ -86,7 +87,7 @@ def _step_seconds(plan: TrainPlan, precision: str, mode: Mode, rate: float | Non
 
 
 def _crops(plan: TrainPlan) -> list[dict[str, object]]:
-    """The sizes at which each picture is trained. It is scaled until it covers a size, then cropped at its centre."""
+    """The sizes at which each picture of the first dataset is trained. It is scaled to cover one, then cropped."""
     sizes: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for item in plan.batches.items:
         if item.size not in sizes[item.example]:
@@ -96,6 +97,7 @@ def _crops(plan: TrainPlan) -> list[dict[str, object]]:
     return [
         {"picture": example.picture.name, "sizes": found, "held_out": held_out}
         for example, found, held_out in [*learned, *tested]
+        if example.picture.parent == plan.config.sets[0].folder
     ]
 
 

@@ -1,32 +1,22 @@
-"""Sets of training options to begin with: those of the built-in model, and the examples beside the code."""
+"""Sets of training options to begin with: one for the built-in model, and the presets of the library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from zimage_ref.options_file import read_options
-from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.presets import PRESETS
 
-EXAMPLES = Path(__file__).parents[2] / "examples"  # an installed package comes without them
-_STEM = "train-"
+ABOUT = {
+    "character": "A person, a pet or a figure: 10 to 30 pictures in different poses, places and light",
+    "style": "The look of many pictures: their lines, colours and grain",
+    "object": "One thing with its small parts and labels",
+}
 
 
-def presets(own: Mapping[str, object], not_asked: set[str], examples: Path = EXAMPLES) -> list[dict[str, object]]:
-    """The name, a line of explanation and the options of each set.
-
-    own: options for the model of this server. not_asked: options that clients do not set.
-    """
-    found: list[dict[str, object]] = []
-    if own:
-        found.append(
-            {"name": "lesson", "about": "Eight drawings of a new word, for the built-in model", "options": own}
-        )
-    for path in sorted(examples.glob(f"{_STEM}*.toml")):
-        options = read_options(path, TrainConfig)
-        if "datasets" in options:  # a run here has one dataset
-            continue
-        about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").partition(":")[0]
-        asked = {name: value for name, value in options.items() if name not in not_asked}
-        found.append({"name": path.stem.removeprefix(_STEM), "about": about, "options": asked})
+def presets(own: Mapping[str, object]) -> list[dict[str, object]]:
+    """The name, a line of explanation and the options of each set. own: options for the model of this server."""
+    about = "Eight drawings of a new word, for the built-in model"
+    found: list[dict[str, object]] = [{"name": "lesson", "about": about, "options": own}] if own else []
+    for name, options in PRESETS.items():
+        found.append({"name": name, "about": ABOUT[name], "options": options})
     return found

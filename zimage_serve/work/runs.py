@@ -12,6 +12,7 @@ from typing import get_type_hints
 from zimage_ref.errors import ZImageError
 from zimage_ref.options_file import to_json, typed
 from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.dataset_options import REGULARIZATION, DatasetOptions
 from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, Saved, Started, Step, Stopped, Validated
 from zimage_ref.training.metrics_lines import line_of, read_lines, step_lines
 from zimage_ref.training.run_folder import RunFolder
@@ -31,6 +32,7 @@ NOT_ASKED = {
     "model_dir", "dataset", "datasets", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer",
     "training_adapter", "init_lora", "resume", "resume_anyway", "overwrite", "force",
 }  # fmt: skip
+MASKS_HERE = ("none", "file")  # pictures are kept without their alpha
 BY_NAME = ("training_adapter", "init_lora")  # of these, clients give the name of a LoRA
 
 
@@ -99,7 +101,7 @@ class RunDesk:
         return run
 
     def config(self, asked: Mapping[str, object]) -> tuple[str, TrainConfig]:
-        """The name and the options of a run: `name`, `dataset`, those of BY_NAME, and other fields of TrainConfig.
+        """The name and the options of a run: `name`, those of `_datasets` and BY_NAME, other fields of TrainConfig.
 
         Raises RefusedError, UnknownError or ConfigError.
         """
@@ -107,7 +109,7 @@ class RunDesk:
         name = checked_name(given.pop("name", None), "`name` of the LoRA").removesuffix(".safetensors")
         sources, hints = self._sources, get_type_hints(TrainConfig)
         options: dict[str, object] = {
-            "model_dir": sources.model, "dataset": sources.find_dataset(given.pop("dataset", None)),
+            "model_dir": sources.model, **self._datasets(given),
             "output": sources.loras / f"{name}.safetensors", "cache": sources.cache, **sources.parts,
         }  # fmt: skip
         for field_name in BY_NAME:
@@ -117,9 +119,19 @@ class RunDesk:
             if field_name not in hints or field_name in NOT_ASKED:
                 raise RefusedError(f"`{field_name}` is not an option of a run here")
             options[field_name] = typed(value, hints[field_name], f"`{field_name}`")
+        if options.get("mask", MASKS_HERE[0]) not in MASKS_HERE:
+            raise RefusedError(f"`mask` {options['mask']}: pictures of this server have masks beside them: give file")
         if options.get("validation"):
             _check_share(options["validation"])
         return name, TrainConfig(**options)  # type: ignore[arg-type]
+
+    def _datasets(self, given: dict[str, object]) -> dict[str, object]:
+        """Takes `dataset` and `regularization`, names of datasets, out of `given`. Returns them as options of a run."""
+        names = [given.pop("dataset", None), given.pop("regularization", None)]
+        folders = [self._sources.find_dataset(name) for name in names[: 1 if names[1] is None else 2]]
+        if len(folders) == 1:
+            return {"dataset": folders[0]}
+        return {"datasets": (DatasetOptions(folder=folders[0]), DatasetOptions(folder=folders[1], kind=REGULARIZATION))}
 
     def plan(self, asked: Mapping[str, object]) -> dict[str, object]:
         """What a run would do: crops, steps, memory, time, warnings. Nothing is started and no weights are read."""
@@ -128,7 +140,7 @@ class RunDesk:
 
     def presets(self, own: Mapping[str, object]) -> list[dict[str, object]]:
         """Sets of options to begin with. own: those for the model of this server."""
-        return presets(own, NOT_ASKED)
+        return presets(own)
 
     def _rate(self) -> float | None:
         """Seconds of a pixel in the last run that was measured."""
@@ -269,7 +281,9 @@ def _shown(config: TrainConfig) -> dict[str, object]:
     names = [each.name for each in fields(TrainConfig) if each.name not in NOT_ASKED]
     files = {name: getattr(config, name) for name in BY_NAME}
     loras = {name: file.name if file else None for name, file in files.items()}
-    return {"dataset": config.sets[0].folder.name, **loras, **{name: values[name] for name in names}}
+    others = [each.folder.name for each in config.sets[1:]]
+    sets = {"dataset": config.sets[0].folder.name, "regularization": others[0] if others else None}
+    return {**sets, **loras, **{name: values[name] for name in names}}
 
 
 def _check_share(validation: object) -> None:

@@ -16,12 +16,17 @@ from zimage_serve.store.database import Row
 from zimage_serve.store.names import checked_id, new_id
 from zimage_serve.store.store import Store
 
+from .checkpoints import CheckpointShelf
+from .controls import ControlShelf
+from .conversions import ConversionDesk
+from .datasets import DatasetShelf
 from .jobs import Job, State
 from .maker import Maker
 from .orders import OrderDesk, facts_of
 from .queue import FairQueue
 from .runs import RunDesk, RunSources
-from .shelf import DatasetShelf, LoRAShelf
+from .shelf import LoRAShelf
+from .tasks import TaskDesk
 from .worker import GRACE, Worker
 
 _REMEMBERED = 200  # ended jobs that stay in memory; the database has all
@@ -34,10 +39,16 @@ class Studio:
         """Opens the model's headers and the store. Raises ConfigError, FormatError or WeightError."""
         self.settings, self.engines = settings, engines
         self.model = ModelFolder.open(engines.model_dir, engines.parts)
-        self.store = Store(settings.folder, settings.loras)
+        self.store = Store(settings.folder, settings.loras, settings.controls)
         self.loras = LoRAShelf(settings.loras, self.model.transformer)
         self.datasets = DatasetShelf(self.store.datasets)
-        self.desk = OrderDesk(self.model, settings, engines.defaults, self.store.upload_path, self.loras.path)
+        self.checkpoints = CheckpointShelf(self.store.checkpoints, self.model)
+        self.tasks = TaskDesk()
+        self.conversions = ConversionDesk(self.loras, self.checkpoints, self.tasks)
+        self.controls = ControlShelf(settings.controls, self.model)
+        self.desk = OrderDesk(
+            self.model, settings, engines.defaults, self.store.upload_path, self.loras.path, self.controls.path
+        )
         self._queue = FairQueue(settings.queue_size)
         self._maker = Maker(engines.open, settings, self.store)
         sources = RunSources(
@@ -60,12 +71,14 @@ class Studio:
             self.closing.set()
             for job in self._queue.close():
                 self._give_up(job, State.FAILED, INTERRUPTED)
+            self.tasks.close()
             self._worker.stop()
 
     def join(self) -> None:
         """Waits until the worker has saved what it must."""
         if self._worker.is_alive():
             self._worker.join(2 * GRACE)
+        self.tasks.join(GRACE)
         self.store.close()
 
     def submit(self, asked: Mapping[str, object], client: str) -> Job:
