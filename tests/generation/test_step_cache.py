@@ -136,6 +136,16 @@ def test_a_picture_depends_on_no_other_of_its_batch(pipe: Any, cache: str) -> No
 
 
 @mlx_only
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["first-block:0.55", "taylor:3"])
+def test_each_tile_of_a_second_pass_has_its_own_state(cache: str, reference: Any, model_dir: Path) -> None:
+    second = {"width": 64, "upscale": 2.0, "tile_size": 64, "upscale_strength": 0.8}
+    plain, theirs = made(reference, PROMPTS[:1], **second), made(reference, PROMPTS[:1], cache=cache, **second)
+    assert_parity(made(pipeline("mlx", model_dir), PROMPTS[:1], cache=cache, **second)[0], theirs[0], "twin")
+    assert np.abs(theirs[0] - plain[0]).max() > 1e-3 * np.abs(plain[0]).max()
+
+
+@mlx_only
 @pytest.mark.parametrize("cache", ["first-block:0.55", "taylor:3"])
 def test_lean_and_streamed_weights_give_the_same_picture(cache: str, model_dir: Path) -> None:
     plain, lean, streamed = (
