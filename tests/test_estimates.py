@@ -48,10 +48,11 @@ def official() -> ModelFolder:
     def stored(shapes: Any) -> dict[str, Tensor]:
         return {name: Tensor(shape, BFLOAT16, lambda: np.zeros(0)) for name, shape in shapes.items()}
 
-    encoder = stored(text_encoder_parameters(OFFICIAL_TEXT_ENCODER))
+    encoder = text_encoder_parameters(OFFICIAL_TEXT_ENCODER)
+    unused = text_encoder_unused(OFFICIAL_TEXT_ENCODER)
     weights = {
         "transformer": stored(transformer_parameters(OFFICIAL_TRANSFORMER)),
-        "text_encoder": {n: t for n, t in encoder.items() if n not in text_encoder_unused(OFFICIAL_TEXT_ENCODER)},
+        "text_encoder": stored({name: shape for name, shape in encoder.items() if name not in unused}),
         "vae": stored(vae_parameters(OFFICIAL_VAE)),
     }
     configs = {"transformer": OFFICIAL_TRANSFORMER, "text_encoder": OFFICIAL_TEXT_ENCODER, "vae": OFFICIAL_VAE}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
+from support.pages import read
+from support.sources import nodes, parsed
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -119,10 +120,10 @@ def package_of(path: Path) -> str:
     return ".".join([PACKAGES[first], *folders])
 
 
-def imports(path: Path, tree: ast.AST) -> set[str]:
+def imports(path: Path, source: str) -> set[str]:
     """Every module and every name that `path` imports, absolute: {"zimage_ref.errors", "zimage_ref.errors.listing"}."""
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -144,10 +145,10 @@ def room(name: str) -> str | None:
     return next((place for place in (f"{top}.{below[0]}" if below else top, top) if place in ROOMS), name)
 
 
-def rooms_imported(path: Path, tree: ast.AST) -> set[str]:
+def rooms_imported(path: Path, source: str) -> set[str]:
     """The rooms that the file `path` imports from, but its own."""
     own = room(package_of(path)) if path.name == "__init__.py" else room(f"{package_of(path)}.{path.stem}")
-    deepest = imports(path, tree)
+    deepest = imports(path, source)
     deepest = {name for name in deepest if not any(other.startswith(f"{name}.") for other in deepest)}
     return {place for name in deepest if (place := room(name)) is not None} - {own or ""}
 
@@ -169,39 +170,39 @@ def test_the_table_has_no_circle() -> None:
         assert allowed(place) <= set(list(ROOMS)[:i]), place
 
 
-@pytest.mark.parametrize("path", FILES, ids=identify)
-def test_imports_follow_the_table(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    own = room(package_of(path) if path.name == "__init__.py" else f"{package_of(path)}.{path.stem}")
-    assert own is not None
-    assert rooms_imported(path, tree) <= allowed(own)
-    forbidden = FORBIDDEN[PACKAGES[path.relative_to(ROOT).parts[0]]]
-    assert not sorted(name for name in imports(path, tree) if within(name, forbidden, "."))
+def test_imports_follow_the_table() -> None:
+    for path in FILES:
+        source = read(path)
+        own = room(package_of(path) if path.name == "__init__.py" else f"{package_of(path)}.{path.stem}")
+        assert own is not None, identify(path)
+        assert rooms_imported(path, source) <= allowed(own), identify(path)
+        forbidden = FORBIDDEN[PACKAGES[path.relative_to(ROOT).parts[0]]]
+        assert not sorted(name for name in imports(path, source) if within(name, forbidden, ".")), identify(path)
 
 
 def test_the_table_allows_no_more_than_is_used() -> None:
     used: dict[str, set[str]] = {place: set() for place in ROOMS}
     for path in FILES:
         own = room(package_of(path) if path.name == "__init__.py" else f"{package_of(path)}.{path.stem}")
-        used[own or ""] |= rooms_imported(path, ast.parse(path.read_text(encoding="utf-8")))
+        used[own or ""] |= rooms_imported(path, read(path))
     assert {place: sorted(allowed(place) - found) for place, found in used.items() if allowed(place) - found} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=identify)
-def test_each_library_is_imported_where_it_is_at_home(path: Path) -> None:
-    found = imports(path, ast.parse(path.read_text(encoding="utf-8")))
-    strangers = [lib for lib, homes in HOMES.items() if not within(identify(path), homes, "/")]
-    assert not sorted(name for name in found if within(name, set(strangers), "."))
+def test_each_library_is_imported_where_it_is_at_home() -> None:
+    for path in FILES:
+        found = imports(path, read(path))
+        strangers = [lib for lib, homes in HOMES.items() if not within(identify(path), homes, "/")]
+        assert not sorted(name for name in found if within(name, set(strangers), ".")), identify(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=identify)
-def test_imports_stand_at_the_top_and_only_cli_prints(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
-        hidden = [n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
-        assert not hidden, f"{function.name} imports on line {hidden[0]}"
-    prints = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "print"]
-    assert path.is_relative_to(ROOT / "cli") or not prints, f"print on line {prints[0]}"
+def test_imports_stand_at_the_top_and_only_cli_prints() -> None:
+    for path in FILES:
+        found = nodes(read(path))
+        for function in (n for n in found if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+            hidden = [n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not hidden, f"{identify(path)}: {function.name} imports on line {hidden[0]}"
+        prints = [n.lineno for n in found if isinstance(n, ast.Name) and n.id == "print"]
+        assert path.is_relative_to(ROOT / "cli") or not prints, f"{identify(path)}: print on line {prints[0]}"
 
 
 def test_few_files_import_late() -> None:
@@ -209,7 +210,7 @@ def test_few_files_import_late() -> None:
     late = {
         identify(path)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes(read(path))
         if isinstance(node, ast.Name | ast.Attribute)
         and (node.id if isinstance(node, ast.Name) else node.attr) in ("import_module", "__import__")
     }
@@ -221,7 +222,7 @@ def test_tests_are_skipped_for_libraries_only() -> None:
     names = {
         str(ast.literal_eval(node.args[0]))
         for path in (ROOT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in (nodes(read(path)) if "importorskip" in read(path) else ())
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
         if isinstance(node.args[0], ast.Constant)
     }
@@ -235,23 +236,23 @@ def test_tests_are_skipped_for_libraries_only() -> None:
         assert top in libraries or file.with_suffix(".py").is_file() or (file / "__init__.py").is_file(), file
 
 
-@pytest.mark.parametrize("init", [path for path in FILES if path.name == "__init__.py"], ids=identify)
-def test_each_folder_says_what_it_knows_may_import_and_must_never_know(init: Path) -> None:
-    if init.parent.parent == ROOT:
-        return  # the packages say more
-    text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
-    assert [line.partition(":")[0] for line in text.split("\n")] == ["Knows", "May import", "Must never know"]
+def test_each_folder_says_what_it_knows_may_import_and_must_never_know() -> None:
+    folders = [p for p in FILES if p.name == "__init__.py" and p.parent.parent != ROOT]  # the packages say more
+    for init in folders:
+        text = ast.get_docstring(parsed(read(init))) or ""
+        heads = [line.partition(":")[0] for line in text.split("\n")]
+        assert heads == ["Knows", "May import", "Must never know"], identify(init)
 
 
 def test_the_rules_catch_what_they_are_for() -> None:
     """The same functions on source that breaks every rule."""
-    source = ast.parse("from zimage_ref.networks.ops import silu\nfrom zimage_ref import networks\nimport PIL.Image")
+    source = "from zimage_ref.networks.ops import silu\nfrom zimage_ref import networks\nimport PIL.Image"
     path = ROOT / "zimage_mlx" / "networks" / "x.py"
     assert rooms_imported(path, source) == {"zimage_ref.networks"} and "zimage_ref.networks" not in allowed(
         "zimage_mlx.networks"
     )
-    assert rooms_imported(path, ast.parse("from .ops import silu")) == set()
-    assert rooms_imported(path, ast.parse("from zimage_ref import __version__")) == {"zimage_ref"}
+    assert rooms_imported(path, "from .ops import silu") == set()
+    assert rooms_imported(path, "from zimage_ref import __version__") == {"zimage_ref"}
     assert within("PIL.Image", {"PIL"}, ".") and not within("PILOT", {"PIL"}, ".")
 
 
@@ -259,8 +260,5 @@ def test_both_packages_have_the_same_networks_under_the_same_names() -> None:
     """A class of zimage_mlx's networks that exists in zimage_ref stands in the file of the same name, in that order."""
     for module in ("transformer", "text_encoder", "vae", "controlnet", "hints"):
         files = (ROOT / package / "networks" / f"{module}.py" for package in ("zimage_ref", "zimage_mlx"))
-        ref, mlx = (
-            [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
-            for file in files
-        )
+        ref, mlx = ([n.name for n in parsed(read(file)).body if isinstance(n, ast.ClassDef)] for file in files)
         assert [name for name in mlx if name in ref] == ref

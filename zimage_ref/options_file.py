@@ -72,7 +72,7 @@ def _table(value: Mapping[str, Any], config: type[AnyConfig], what: str) -> AnyC
 
 def dump_options(config: Any) -> str:
     """All options of `config` as TOML, in the form that `read_options` reads."""
-    tables = {f.name for f in fields(config) if any(map(is_dataclass, get_args(get_type_hints(type(config))[f.name])))}
+    tables = {name for name, hint in get_type_hints(type(config)).items() if any(map(is_dataclass, get_args(hint)))}
     values = to_json(config)
     lines = _toml_lines({name: value for name, value in values.items() if name not in tables})
     for name in tables:

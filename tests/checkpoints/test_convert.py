@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
+from support.daily import SIGNALS
 
 from zimage_cli.app import main
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
@@ -188,7 +188,7 @@ def test_a_failure_half_way_leaves_nothing_and_keeps_what_was_there(output: str,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, code: int, model: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from zimage_ref.formats import tensors; slow = tensors.write_data\n"
@@ -201,8 +201,8 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, code: int, model
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(0.1)
-    os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=30)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert b"Traceback" not in errors and not list(tmp_path.iterdir())
 

@@ -26,6 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model_folder(tmp_path_factory.mktemp("cli") / "model")
 
 
+@pytest.mark.slow
 def test_a_picture_is_made_without_mlx(model: Path, tmp_path: Path) -> None:
     program = "import sys; sys.modules['mlx'] = None; from zimage_cli.app import main; sys.exit(main(sys.argv[1:]))"
     argv = ["generate", f"--model-dir={model}", "--prompt=a fox", "--width=32", "--height=48", "--steps=2"]

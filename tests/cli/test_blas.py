@@ -57,6 +57,7 @@ def test_where_mlx_does_not_use_the_reference_blas_nothing_is_loaded(
     assert blas.preload() is None and blas.advice() is None
 
 
+@pytest.mark.slow
 def test_mlx_multiplies_matrices_faster_after_it() -> None:
     if blas.preload() is None:
         pytest.skip("this machine has no fast BLAS for MLX, or MLX needs none")

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from support.daily import daily
 from support.errands import Errands
 from support.networks import HAS_MLX
 
@@ -16,6 +17,7 @@ from zimage_cli.terminal.parser import CommandParser, shown_default
 
 ROOT = root_parser()
 EXAMPLES = [(name, command) for name, parser in ROOT.commands.items() for _, command in parser.examples]
+LONG = ("--steps 2500", "--config", "--grid")  # what makes an example take seconds
 
 
 @pytest.fixture
@@ -131,7 +133,9 @@ def test_help_is_plain_where_there_is_no_terminal_and_coloured_on_request(
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == helps("train", "--help")
 
 
-@pytest.mark.parametrize(("command", "example"), EXAMPLES)
+@pytest.mark.parametrize(
+    ("command", "example"), daily(EXAMPLES, *(e for e in EXAMPLES if not any(word in e[1] for word in LONG)))
+)
 def test_examples_run(command: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if command in ("demo", "doctor", "completions", "serve") or (command == "train" and not HAS_MLX):

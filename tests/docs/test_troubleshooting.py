@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 from support.messages import FILES, messages, plain
 from support.pages import ROOT, identify, read
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
 
-@pytest.fixture(scope="module")
-def page() -> str:
-    return plain(read(PAGE))
-
-
-@pytest.mark.parametrize("path", FILES, ids=identify)
-def test_every_message_is_on_the_page(path: Path, page: str) -> None:
-    missing = [f"line {line}: {text}" for line, text in messages(read(path)) if text not in page]
+def test_every_message_is_on_the_page() -> None:
+    page = plain(read(PAGE))
+    missing = [
+        f"{identify(path)}, line {line}: {text}"
+        for path in FILES
+        for line, text in messages(read(path))
+        if text not in page
+    ]
     assert missing == []
 
 

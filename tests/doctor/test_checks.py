@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.daily import daily
 
 from zimage_mlx.doctor.cases import Case
 from zimage_mlx.doctor.catalogue import catalogue
@@ -76,7 +77,7 @@ def test_the_reference_is_computed_once_for_all_dtypes_of_a_size(monkeypatch: py
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", daily(["f32", "bf16"], "bf16"))
 def test_the_picture_of_the_built_in_model(dtype: str) -> None:
     assert built_in(dtype).right
 

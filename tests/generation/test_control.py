@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import controls, tiny
+from support.daily import daily
 from support.networks import BACKENDS, mlx_only, pipeline
 from support.parity import assert_parity
 
@@ -69,7 +70,7 @@ def test_the_steps_in_which_it_acts() -> None:
 
 
 @mlx_only
-@pytest.mark.parametrize("variant", controls.SMALL)
+@pytest.mark.parametrize("variant", daily(controls.SMALL, "1.0", "2.1"))
 def test_engines_agree_with_guidance_and_a_mask(variant: str, model_dir: Path, nets: dict[str, Path]) -> None:
     options = {"control": [(nets[variant], MAP, 0.8)], "guidance": 2.0, "init_image": PHOTO, "mask": MASK}
     expected, actual = (drawn(pipeline(backend, model_dir), **options) for backend in ("numpy", "mlx"))
@@ -116,7 +117,7 @@ def test_a_picture_is_encoded_once_for_pictures_that_follow_it_in_other_steps(
 
 
 @mlx_only
-@pytest.mark.parametrize("variant", ["1.0", "2.1"])
+@pytest.mark.parametrize("variant", daily(["1.0", "2.1"], "2.1"))
 def test_memory_modes_change_nothing(variant: str, model_dir: Path, nets: dict[str, Path]) -> None:
     control = [(nets[variant], MAP, 1.0)]
     fast, lean, stream = (
@@ -127,7 +128,14 @@ def test_memory_modes_change_nothing(variant: str, model_dir: Path, nets: dict[s
 
 
 @mlx_only
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"quantize": 8, "group_size": 32}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float16"},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"quantize": 8, "group_size": 32}, marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions(settings: dict[str, Any], model_dir: Path, nets: dict[str, Path]) -> None:
     control = [(nets["2.1"], MAP, 1.0)]
     exact, other = (drawn(pipeline("mlx", model_dir, **each), control=control) for each in ({}, settings))

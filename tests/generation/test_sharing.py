@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cases import random_lora
+from support.daily import daily
 from support.networks import BACKENDS, mlx_only, pipeline
 
 from zimage_ref import GenerateConfig
@@ -40,7 +41,7 @@ def last(stream: Any) -> np.ndarray:
     return np.array(list(stream)[-1].x)[0]
 
 
-@pytest.mark.parametrize("mode", ["fast", "lean", "stream"])
+@pytest.mark.parametrize("mode", daily(["fast", "lean", "stream"], "fast", "stream"))
 def test_a_stream_keeps_its_loras_while_others_use_the_pipeline(
     pipe: Any, loras: list[Path], tmp_path: Path, mode: Mode
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import lora_makers, tiny
+from support.daily import daily
 from support.tiny_loras import ALPHA, BASE, FACTORS, LAYERS, RANK, SHAPES, make
 
 pytest.importorskip("mlx.core", reason="compares with MLX", exc_type=ImportError)
@@ -85,8 +87,7 @@ def picture(pipe: Pipeline, *loras: object) -> np.ndarray:
     return pipe(**REQUEST, loras=loras)[0]
 
 
-@pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+@pytest.mark.parametrize(("backend", "bits"), daily(product(["numpy", "mlx"], [32, 8, 4]), ("numpy", 32), ("mlx", 4)))
 def test_every_dialect_gives_the_picture_of_the_default_one(
     backend: str, bits: int, model: Path, tmp_path: Path
 ) -> None:
@@ -153,8 +154,9 @@ def pipe_output(pipe: zimage_mlx.ZImagePipeline) -> np.ndarray:
     return np.array(raw.astype(mx.float32))
 
 
-@pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "merge"), daily(product([32, 8, 4], [False, True]), (32, False), (32, True), (4, False), (8, True))
+)
 def test_changing_loras_neither_reloads_nor_drifts(bits: int, merge: bool, model: Path, files: dict[str, Path]) -> None:
     pipe = make_pipeline(model, "mlx", bits)
     assert isinstance(pipe, zimage_mlx.ZImagePipeline)

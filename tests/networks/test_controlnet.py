@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import cases, controls, tiny
 from support.controls import SCALE, SEED, TRANSFORMER, VARIANTS
+from support.daily import daily
 from support.networks import BACKENDS, PARAMETERS, control, mlx_only, native, network
 from support.parity import assert_parity
 
@@ -37,7 +38,7 @@ def test_golden(variant: str, backend: str) -> None:
     assert_parity(denoised(backend, variant, inputs, dtype, SCALE), cases.read("controlnet")[variant], kind, dtype)
 
 
-@every_variant
+@pytest.mark.parametrize("variant", daily(VARIANTS, "2.1", "lite"))
 @mlx_only
 def test_engines_agree(variant: str) -> None:
     inputs = controls.inputs(VARIANTS[variant], "batch", 5)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
+from support.daily import daily
 from support.networks import HAS_MLX, network
 
 if not HAS_MLX:
@@ -24,7 +25,7 @@ from zimage_mlx.lora.layers import add_trainable_loras
 from zimage_mlx.networks import half, running
 from zimage_mlx.networks.transformer import Block, Transformer
 from zimage_mlx.networks.vae import VAE
-from zimage_mlx.training.gradient import BlockContext, backward, forward
+from zimage_mlx.training.block_gradient import BlockContext, backward, forward
 from zimage_ref.checkpoints.hub import TINY
 from zimage_ref.model import parameters
 
@@ -109,14 +110,14 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("programs")
-@pytest.mark.parametrize("run", [in_blocks, in_pieces])
+@pytest.mark.parametrize("run", daily([in_blocks, in_pieces], in_pieces))
 def test_programs_hold_them(hot: dict[str, np.ndarray], run: Callable[[Transformer], None]) -> None:
     model = transformer(hot, "float16")
     run(model)
     assert psnr(model(*inputs()), transformer(hot, "float32")(*inputs())) > 50
 
 
-@pytest.mark.parametrize("run", [Block.__call__, in_blocks, in_pieces])
+@pytest.mark.parametrize("run", daily([Block.__call__, in_blocks, in_pieces], Block.__call__, in_pieces))
 def test_float16_holds_the_values_of_the_real_model(hot: dict[str, np.ndarray], run: Any) -> None:
     exact = transformer(hot, "float32")
     assert ranges(exact) == pytest.approx((ATTENTION, PRODUCT, FEED_FORWARD), rel=0.1)
@@ -148,8 +149,7 @@ def test_plain_float16_overflows(hot: dict[str, np.ndarray], monkeypatch: pytest
     assert not np.isfinite(np.array(transformer(hot, "float16")(*inputs()))).all()
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(("bits", "batch"), daily([(None, 1), (None, 2), (8, 1), (8, 2)], (None, 2), (8, 1)))
 def test_the_gradient_holds_them_too(hot: dict[str, np.ndarray], bits: int | None, batch: int) -> None:
     """Of the input and of LoRAs, through one block, against float32. bits: the base is quantized."""
     results = []

@@ -53,6 +53,7 @@ print(max(seen), before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 def test_a_full_size_transformer_needs_less_than_three_gigabytes_of_its_own(tmp_path: Path) -> None:
     shapes = parameters.transformer_parameters(OFFICIAL_TRANSFORMER)

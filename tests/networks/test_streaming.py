@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import lora_makers, tiny
+from support.daily import daily
 from support.networks import mlx_only
 
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
@@ -68,7 +70,9 @@ def picture(model: Path, dtype: str = "float32", quantize: int | None = None, pa
     return made
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", daily(FORMS, "f16.safetensors", "bf16.npz", "comfy.safetensors", "4.safetensors", "shards")
+)
 def test_every_container_makes_the_picture_of_weights_in_memory(form: str, model_dir: Path, tmp_path: Path) -> None:
     parts = written(model_dir, tmp_path, form)
     lean, streamed = (picture(model_dir, parts=parts, stream=stream) for stream in (False, True))
@@ -93,8 +97,10 @@ def test_guidance_and_several_prompts_come_in_any_order(model_dir: Path) -> None
     np.testing.assert_array_equal(streamed_many, lean_many)
 
 
-@pytest.mark.parametrize("quantize", [None, 4])
-@pytest.mark.parametrize("kind", ["comfy", "lokr", "lycoris_dora"])
+@pytest.mark.parametrize(
+    ("kind", "quantize"),
+    daily(product(["comfy", "lokr", "lycoris_dora"], [None, 4]), ("comfy", None), ("lokr", 4), ("lycoris_dora", None)),
+)
 def test_loras_are_merged_into_each_block_or_stay_beside_it(
     kind: str, quantize: int | None, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -287,10 +293,11 @@ def test_a_block_without_its_weights_computes_nan(model_dir: Path) -> None:
     pipe.release("transformer")
 
 
-@pytest.mark.parametrize("reads_on_cpu", [True, False])
-@pytest.mark.parametrize(
-    ("form", "dtype", "quantize"), [("bf16.npz", "bfloat16", None), ("f16.safetensors", "float32", 4)]
-)
+WAYS = [("bf16.npz", "bfloat16", None), ("f16.safetensors", "float32", 4)]
+GPUS = [(*way, reads) for way in WAYS for reads in (True, False)]
+
+
+@pytest.mark.parametrize(("form", "dtype", "quantize", "reads_on_cpu"), daily(GPUS, GPUS[1], GPUS[2]))
 def test_what_a_gpu_converts_itself_is_the_same(
     form: str, dtype: str, quantize: int | None, reads_on_cpu: bool, model_dir: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 from support import cases, tiny
+from support.daily import daily
 from support.networks import BACKENDS, HAS_MLX, mlx_only, native, network, stored
 from support.parity import assert_parity, dtype_name
 
@@ -31,9 +33,14 @@ def denoise(backend: str, config: str, weights: dict[str, np.ndarray], inputs: c
     return model(native(backend, inputs["x"]), native(backend, inputs["t"]), captions)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("case", cases.CASES)
-@pytest.mark.parametrize("config", tiny.TRANSFORMERS)
+@pytest.mark.parametrize(
+    ("config", "case", "dtype"),
+    daily(
+        product(tiny.TRANSFORMERS, cases.CASES, ["float64", "float32"]),
+        *product(tiny.TRANSFORMERS, ["padded", "batch"], ["float64"]),
+        ("tiny", "exact", "float64"), ("tiny", "batch", "float32"), ("wide", "padded", "float32"),
+    ),
+)  # fmt: skip
 def test_numpy_matches_the_official_transformer(config: str, case: str, dtype: str) -> None:
     inputs = cases.read(f"transformer_{config}", case)
     actual = denoise("numpy", config, weights_of(config), inputs, dtype)
@@ -41,9 +48,15 @@ def test_numpy_matches_the_official_transformer(config: str, case: str, dtype: s
 
 
 @mlx_only
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", cases.CASES)
-@pytest.mark.parametrize("config", tiny.TRANSFORMERS)
+@pytest.mark.parametrize(
+    ("config", "case", "dtype"),
+    daily(
+        product(tiny.TRANSFORMERS, cases.CASES, ["float32", "float16", "bfloat16"]),
+        *product(["tiny", "narrow"], cases.CASES, ["float32"]),
+        ("wide", "padded", "float32"), ("tiny", "batch", "float16"), ("narrow", "padded", "float16"),
+        ("tiny", "batch", "bfloat16"), ("wide", "exact", "bfloat16"),
+    ),
+)  # fmt: skip
 def test_mlx_matches_numpy_and_keeps_the_dtype_of_its_stream(config: str, case: str, dtype: str) -> None:
     inputs, weights = cases.read(f"transformer_{config}", case), stored(weights_of(config), dtype)
     expected = denoise("numpy", config, weights, inputs, "float64")

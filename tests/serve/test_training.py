@@ -17,7 +17,7 @@ from support.serving import Served, serving
 from zimage_cli.app import main
 
 OPTIONS: dict[str, Any] = {
-    "name": "fox", "dataset": "dog", "trigger": "zorp", "resolution": [32], "steps": 6, "rank": 2, "warmup": 1,
+    "name": "fox", "dataset": "dog", "trigger": "zorp", "resolution": [32], "steps": 2, "rank": 2, "warmup": 1,
 }  # fmt: skip
 
 
@@ -81,21 +81,23 @@ def test_sizes_of_pictures_follow_their_files(served: Served, tmp_path: Path) ->
 @mlx_only
 def test_a_run_is_planned_trained_and_used(served: Served, tmp_path: Path) -> None:
     plan = served.client.post("/api/runs/plan", json=OPTIONS).json()
-    assert (plan["pictures"], plan["steps"], plan["sizes"][0]["width"]) == (3, 6, 32) and plan["memory_bytes"] > 0
-    id = start(served, preview_prompt=["a zorp"], preview_every=3, preview_size=32, preview_steps=1, save_every=3)
+    assert (plan["pictures"], plan["steps"], plan["sizes"][0]["width"]) == (3, 2, 32) and plan["memory_bytes"] > 0
+    id = start(served, preview_prompt=["a zorp"], preview_every=1, preview_size=32, preview_steps=1, save_every=1)
     text = served.client.get(f"/api/runs/{id}/events").text
     for kind in ("running", "prepared", "begun", "step", "preview", "saved", "done"):
         assert f"event: {kind}\n" in text or kind in ("running", "prepared")
     run = reaches(served, id, "done")
-    assert run["lora"] == "fox.safetensors" and run["checkpoints"] == ["fox.step3.safetensors"]
+    assert run["lora"] == "fox.safetensors" and run["checkpoints"] == ["fox.step1.safetensors"]
     lines = served.client.get(f"/api/runs/{id}/metrics").json()
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     preview = next(line["preview"] for line in lines if "preview" in line).rpartition("/")[2]
     assert served.client.get(f"/api/runs/{id}/previews/{preview}").headers["content-type"] == "image/png"
     assert next(each for each in served.client.get("/api/loras").json() if each["name"] == "fox.safetensors")["trigger"]
     assert served.make(prompt="a zorp", loras=[{"name": "fox"}])["state"] == "done"
     assert served.client.post("/api/runs", json=OPTIONS).status_code == 409
     assert served.client.post("/api/runs", json={**OPTIONS, "name": "b", "lr": "fast"}).status_code == 400
+    whole = served.client.post("/api/runs", json={**OPTIONS, "name": "b", "kind": "full"})
+    assert whole.status_code == 400 and "use zimage train" in whole.json()["detail"]
     path = str(tmp_path / "loras" / "fox.safetensors")
     assert served.client.post("/api/runs", json={**OPTIONS, "name": "b", "init_lora": path}).status_code in (400, 404)
     onward = reaches(served, start(served, name="b", steps=1, init_lora="fox"), "done")

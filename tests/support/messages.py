@@ -11,6 +11,7 @@ from zimage_ref import errors
 from zimage_serve import refusals
 
 from .pages import ROOT
+from .sources import nodes
 
 FILES = [
     path
@@ -41,7 +42,7 @@ def parts(node: ast.expr) -> list[str]:
 
 def messages(source: str) -> Iterator[tuple[int, str]]:
     """Line and longest fixed part of every message in `source`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Call) and node.args:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             longest = max(map(plain, parts(node.args[0])), key=len, default="")
@@ -60,9 +61,8 @@ def sentences(source: str) -> Iterator[tuple[int, str]]:
 
     Docstrings are not among them, nor are pages for a browser.
     """
-    tree = ast.parse(source)
     inner: set[int] = set()  # parts of a text that is found as a whole
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             inner.add(id(cast(ast.Expr, node.body[0]).value))
         if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) and id(node) not in inner:

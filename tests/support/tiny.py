@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -62,19 +63,21 @@ SCHEDULER = SchedulerConfig(shift=3.0)
 
 def random_weights(shapes: parameters.Shapes, salt: str = "") -> dict[str, np.ndarray]:
     """float32 weights that keep activations near 1: Linear and Conv scaled by fan-in, norms near 1."""
-    weights = {}
-    for name, shape in shapes.items():
-        rng = np.random.RandomState(zlib.crc32((salt + name).encode()))
-        scale = 0.5 + rng.uniform()
-        values = rng.standard_normal(shape)
-        if ("norm" in name and name.endswith("weight")) or name == "cap_embedder.0.weight":
-            values = 1 + 0.2 * values
-        elif len(shape) > 1 and "token" not in name:
-            values = values * scale / np.sqrt(prod(shape[1:]))
-        else:
-            values = values * scale * 0.3
-        weights[name] = values.astype(np.float32)
-    return weights
+    return {name: _random_weight(name, tuple(shape), salt).copy() for name, shape in shapes.items()}
+
+
+@lru_cache(2000)  # several small models
+def _random_weight(name: str, shape: tuple[int, ...], salt: str) -> np.ndarray:
+    rng = np.random.RandomState(zlib.crc32((salt + name).encode()))
+    scale = 0.5 + rng.uniform()
+    values = rng.standard_normal(shape)
+    if ("norm" in name and name.endswith("weight")) or name == "cap_embedder.0.weight":
+        values = 1 + 0.2 * values
+    elif len(shape) > 1 and "token" not in name:
+        values = values * scale / np.sqrt(prod(shape[1:]))
+    else:
+        values = values * scale * 0.3
+    return values.astype(np.float32)
 
 
 def write_model_folder(folder: Path, dtype: str = "f32", scheduler: SchedulerConfig = SCHEDULER) -> Path:

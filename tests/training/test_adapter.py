@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tiny
+from support.daily import daily
 from support.training_runs import Workshop, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
 import mlx.core as mx
 
+import zimage_mlx.training.block_gradient
 import zimage_mlx.training.learner
 from zimage_mlx import Done, ZImagePipeline
 from zimage_mlx.lora.adapter import TrainingAdapter
@@ -42,7 +44,7 @@ def adapter(shop: Workshop) -> Path:
     return shop.folder / "adapter.safetensors"
 
 
-@pytest.mark.parametrize("precision", ["f32", "8"])
+@pytest.mark.parametrize("precision", daily(["f32", "8"], "f32"))
 def test_the_training_adapter_is_in_the_base_for_training_only(shop: Workshop, adapter: Path, precision: str) -> None:
     options = {"steps": 2, "preview_prompt": "a fox", "preview_steps": 1, "lr": 1e-9, "base_precision": precision}
     without = shop.train(f"without{precision}", **options)
@@ -80,7 +82,7 @@ def test_training_turbo_without_the_adapter_is_warned_about_once(shop: Workshop,
 def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, forward = [], zimage_mlx.training.gradient.forward
     monkeypatch.setattr(zimage_mlx.training.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
-    monkeypatch.setattr(zimage_mlx.training.gradient, "_kept_again", lambda *args: pytest.fail("kept nothing"))
+    monkeypatch.setattr(zimage_mlx.training.block_gradient, "_kept_again", lambda *args: pytest.fail("kept nothing"))
     fast = shop.train("fast", steps=2, memory="fast")
     assert len(kept) == 2 * 4  # two steps, four blocks
     monkeypatch.undo()

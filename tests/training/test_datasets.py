@@ -57,7 +57,11 @@ def test_each_dataset_has_its_own_options(shop: Workshop, two: tuple[Path, Path]
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [({"flip": True}, {}), ({"caption_dropout": 1.0}, {}), ({"trigger": "zzz"}, {})],
+    [
+        ({"caption_dropout": 1.0}, {}),
+        pytest.param({"flip": True}, {}, marks=pytest.mark.slow),
+        pytest.param({"trigger": "zzz"}, {}, marks=pytest.mark.slow),
+    ],
     ids=lambda value: "-".join(value),
 )
 def test_an_option_of_a_dataset_changes_its_pictures_alone(
@@ -163,7 +167,11 @@ def everything(shop: Workshop) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("optimizer", "more"),
-    [("prodigy", {"ema": 0.9, "lora_plus": 1.0}), ("schedulefree", {"ema": 0.0}), ("adamw8bit", {})],
+    [
+        ("adamw8bit", {}),
+        pytest.param("prodigy", {"ema": 0.9, "lora_plus": 1.0}, marks=pytest.mark.slow),
+        pytest.param("schedulefree", {"ema": 0.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_with_all_of_it_is_resumed_bit_for_bit(shop: Workshop, optimizer: str, more: dict[str, Any]) -> None:
     options = everything(shop) | {"optimizer": optimizer, **more}

@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.daily import SIGNALS
 from support.training_runs import EVERYTHING, Workshop, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
 
 from zimage_ref.options_file import dump_options
 from zimage_ref.training.run_folder import RunFolder
+
+_PATIENCE = 300  # seconds: a machine with other work to do may be slow
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +31,32 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(shop.folder, shop.model, pictures(shop.folder / "shapes", *sizes))
 
 
-def launched(shop: Workshop, name: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`zimage train` in a process of its own."""
+@contextmanager
+def launched(shop: Workshop, name: str, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """`zimage train` in a process of its own, which does not outlive the test."""
     file = shop.folder / f"{name}.toml"
     file.write_text(dump_options(shop.config(name, **options)), encoding="utf-8")
     command = [sys.executable, "-m", "zimage_cli", "train", "--config", str(file), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _await(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + _PATIENCE
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int, code: int) -> None:
     name, options = f"signal{number}", {"steps": 400, "save_every": 2}
-    process = launched(shop, name, **options)
-    _await(shop.folder / f"{name}.step2.safetensors", process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    with launched(shop, name, **options) as process:
+        _await(shop.folder / f"{name}.step2.safetensors", process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == code, err
     saved, _ = RunFolder(shop.folder / f"{name}.safetensors").latest()
     assert saved is not None and 2 <= saved.step < 400
@@ -55,28 +64,46 @@ def test_a_signal_finishes_the_step_saves_and_exits(shop: Workshop, number: int,
     assert "Traceback" not in err and f"{name}.step2.safetensors" in out
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) -> None:
     options = {"steps": 400, "resume_every": 1, "grad_accumulation": 80, "repeats": 80}  # steps last, with any BLAS
-    process = launched(shop, "impatient", **options)
-    _await(shop.folder / "impatient.run" / "resume" / "step1", process)
-    time.sleep(0.3)  # the second step has begun
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with launched(shop, "impatient", **options) as process:
+        _await(shop.folder / "impatient.run" / "resume" / "step1", process)
+        time.sleep(0.3)  # the second step has begun
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 130, err
     assert err.strip().endswith("error: interrupted")
     saved, faults = RunFolder(shop.folder / "impatient.safetensors").latest()
     assert saved is not None and saved.step == 1 and not faults
 
 
+@pytest.mark.slow
+def test_kill_9_of_a_run_of_the_whole_transformer_and_resuming_changes_no_bit(shop: Workshop) -> None:
+    """Once while the state is written, once at another moment."""
+    options: dict[str, Any] = {
+        "kind": "full", "rank": 16, "alpha": 16.0, "base_precision": "bf16", "steps": 8, "resume_every": 2,
+        "caption_dropout": 0.3, "batch_size": 2,
+    }  # fmt: skip
+    assert not _killed(shop, "whole", [], lambda: False, **options)
+    expected = (shop.folder / "whole.safetensors").read_bytes()
+    for name, part in (("whole-saving", ".step4.tmp"), ("whole-later", "step2")):
+        moment = shop.folder / f"{name}.run/resume/{part}"
+        assert _killed(shop, name, [], moment.exists, **options)
+        assert not _killed(shop, name, ["--resume"], lambda: False, **options)
+        assert (shop.folder / f"{name}.safetensors").read_bytes() == expected
+        assert not list(shop.folder.glob(f".{name}*")) and not list((shop.folder / f"{name}.run").rglob(".*"))
+
+
 def _killed(shop: Workshop, name: str, arguments: list[str], ready: Callable[[], bool], **options: Any) -> bool:
     """Runs until `ready`, then kills it; False where it ended before."""
-    process = launched(shop, name, *arguments, **options)
-    while process.poll() is None and not ready():
-        time.sleep(0.0005)
-    process.kill()
-    _, err = process.communicate(timeout=120)
+    with launched(shop, name, *arguments, **options) as process:
+        while process.poll() is None and not ready():
+            time.sleep(0.0005)
+        process.kill()
+        _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode in (0, -signal.SIGKILL), err
     return process.returncode != 0
 

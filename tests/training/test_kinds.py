@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 from support import tiny
+from support.daily import daily
 from support.networks import HAS_MLX, mlx_only, network
 from support.parity import assert_parity
 from support.tiny_loras import SHAPES
@@ -37,8 +39,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return workshop(tmp_path_factory.mktemp("kinds"))
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-@pytest.mark.parametrize("keep", [0, math.inf])
+@pytest.mark.parametrize(
+    ("kind", "keep"),
+    daily(product(TRAINED, [0, math.inf]), ("lora", math.inf), ("lokr", 0), ("loha", math.inf), ("dora", 0)),
+)
 def test_the_gradient_by_blocks_is_that_of_the_whole_network(kind: str, keep: float, shop: Workshop) -> None:
     plan = make_plan(shop.config("gradient", kind=kind, rank=3, alpha=6.0, targets="all"))
     model = network("mlx", "transformer", tiny.TRANSFORMER, tiny.random_weights(SHAPES), "float32")
@@ -62,6 +66,7 @@ def test_the_gradient_by_blocks_is_that_of_the_whole_network(kind: str, keep: fl
         assert mx.abs(array).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopping_and_resuming_changes_no_bit(kind: str, shop: Workshop) -> None:
     options: dict[str, Any] = {**EVERYTHING, "kind": kind, "targets": ("attention", "layers.0.feed_forward.*=5/2")}
@@ -74,8 +79,10 @@ def test_stopping_and_resuming_changes_no_bit(kind: str, shop: Workshop) -> None
     assert rest.of(Started) == [Started(4, 5)] and rest.bytes == whole.bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["f32", "4/32"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    daily(product(KINDS, ["f32", "4/32"]), ("lokr", "f32"), ("loha", "4/32"), ("dora", "4/32")),
+)
 def test_a_kind_trains_on_any_base_and_its_file_holds_what_the_plan_counts(
     kind: str, precision: str, shop: Workshop
 ) -> None:
@@ -91,11 +98,9 @@ def test_a_kind_trains_on_any_base_and_its_file_holds_what_the_plan_counts(
     assert "mflux refuses" in run.notices and np.isfinite(run.losses).all()
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-def test_the_first_loss_is_that_of_the_base(kind: str, shop: Workshop) -> None:
-    first = shop.train(f"{kind}-first", **PLAIN, kind=kind, steps=1).losses[0]
-    base = shop.train(f"{kind}-lora", **PLAIN, steps=1).losses[0]
-    assert first == pytest.approx(base, rel=1e-5)
+def test_the_first_loss_is_that_of_the_base(shop: Workshop) -> None:
+    first = {kind: shop.train(f"{kind}-first", **PLAIN, kind=kind, steps=1).losses[0] for kind in TRAINED}
+    assert first == {kind: pytest.approx(first["lora"], rel=1e-5) for kind in TRAINED}
 
 
 def test_whole_matrices_have_no_ranks_to_rest(shop: Workshop) -> None:
@@ -139,7 +144,7 @@ def test_the_memory_estimate_counts_the_matrices_of_the_kind(shop: Workshop) -> 
     assert stages["loha"].activations > stages["lora"].activations  # a matrix of the size of a weight
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS, "dora"))
 def test_a_base_that_stays_in_its_file_gives_the_same(kind: str, shop: Workshop) -> None:
     """The first magnitudes of DoRA are then read from the file."""
     runs = [shop.train(f"{kind}-{mode}", kind=kind, memory=mode, steps=2) for mode in ("lean", "stream")]

@@ -56,7 +56,7 @@ import sys; from zimage_cli.app import main; sys.exit(main(sys.argv[1:]))"
         started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
     done = []
     for process in started:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         done.append(subprocess.CompletedProcess(command, process.returncode, out, err))
     return done
 
@@ -68,8 +68,8 @@ def _free_port() -> int:
 
 
 def test_two_machines_with_batch_b_train_as_one_with_batch_2b(shop: Workshop) -> None:
-    alone = shop.train("alone", batch_size=2, epochs=2, rank_dropout=0.3)
-    first, second = together(shop, "ring", batch_size=1, epochs=2, rank_dropout=0.3)
+    alone = shop.train("alone", batch_size=2, epochs=1, rank_dropout=0.3)
+    first, second = together(shop, "ring", batch_size=1, epochs=1, rank_dropout=0.3)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert str(shop.folder / "ring.safetensors") in first.stdout
     assert not (second.stdout + second.stderr).strip()  # only the first writes and reports
@@ -99,6 +99,13 @@ def test_machines_compare_every_fact_that_decides_the_result(fact: str, monkeypa
     machine.agree(facts)
     with pytest.raises(TrainingError, match="the machines differ in pictures, model or options"):
         machine.agree({**facts, fact: "another"})
+
+
+def test_all_machines_stop_if_one_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, others = Machines(lambda: False), iter([0.0, 1.0])  # how many of the others were asked
+    machine.alone = False
+    monkeypatch.setattr(machines, "summed", lambda array, group: array + next(others))
+    assert [machine.asked_to_stop() for _ in range(2)] == [False, True]
 
 
 @pytest.mark.slow

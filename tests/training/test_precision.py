@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import lora_makers, tiny
+from support.daily import daily
 from support.training_runs import Workshop, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
@@ -59,7 +60,7 @@ def parameters(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(model.parameters())}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", daily([8, 4], 4))
 def test_the_base_is_quantized_where_the_rule_says(bits: int, shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     real = zimage_mlx.training.loop.Learner
@@ -120,7 +121,7 @@ def test_parts_are_taken_from_where_the_options_say(shop: Workshop, tmp_path: Pa
     assert entries == sorted(path.name for path in (tmp_path / "cache").rglob("*.safetensors"))  # nothing anew
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae", "tokenizer"])
+@pytest.mark.parametrize("part", daily(["transformer", "text_encoder", "vae", "tokenizer"], "vae", "tokenizer"))
 def test_a_part_of_another_model_changes_the_training_and_is_no_resumption(
     part: str, shop: Workshop, tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ def test_texts_of_a_run_cannot_change_its_page(tmp_path: Path) -> None:
     assert not re.search(r"<(b|i|u|s|em)>", html)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_the_report_opens_in_a_browser_and_needs_nothing_else(run: Run, tmp_path: Path) -> None:
     report = tmp_path / "alone.html"  # far from the run: everything is in it
@@ -160,7 +161,7 @@ def test_the_report_opens_in_a_browser_and_needs_nothing_else(run: Run, tmp_path
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shot = tmp_path / "shot.png"
     command = [BROWSER, *options, "--window-size=1280,1700", f"--screenshot={shot}", report.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=90)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     pixels = np.asarray(Image.open(shot).convert("RGB"), np.int16)
     background = pixels[2, 2]
     inked = np.abs(pixels - background).max(-1) > 40
@@ -169,7 +170,7 @@ def test_the_report_opens_in_a_browser_and_needs_nothing_else(run: Run, tmp_path
     assert blue.sum() > 200  # the loss curve
 
     command = [BROWSER, *options, "--dump-dom", report.as_uri()]
-    dom = subprocess.run(command, check=True, capture_output=True, timeout=90, text=True).stdout
+    dom = subprocess.run(command, check=True, capture_output=True, timeout=300, text=True).stdout
     assert dom.count("<polyline") >= 8 and dom.count("<img") == 6  # 2 + 4 + 1 + 1 lines; 2 prompts at 3 steps
     assert "a &lt;b&gt;fox&lt;/b&gt; &amp; an owl" in dom and "σ 0.25" in dom and "grad-clip" in dom
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support import tiny
+from support.daily import daily
 from support.training_runs import EVERYTHING, Run, Workshop, after, pictures, workshop
 
 pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
@@ -38,7 +39,7 @@ def whole(shop: Workshop) -> Run:
     return shop.train("whole", **EVERYTHING)
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", daily([1, 4], 4))
 def test_stopping_after_step_k_and_resuming_changes_no_bit(
     shop: Workshop, whole: Run, preparation: int, k: int
 ) -> None:

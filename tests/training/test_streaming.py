@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
+from support.daily import daily
 from support.training_runs import EVERYTHING, Run, Workshop, after, workshop
 
 from zimage_ref.errors import ConfigError, FormatError
@@ -64,7 +65,7 @@ def test_the_lora_is_that_of_weights_in_memory(options: dict[str, Any], shop: Wo
     assert [e.losses for e in streamed.of(zimage_mlx.Validated)] == [e.losses for e in lean.of(zimage_mlx.Validated)]
 
 
-@pytest.mark.parametrize("precision", ["f32", "8"])
+@pytest.mark.parametrize("precision", daily(["f32", "8"], "8"))
 def test_the_adapter_and_previews_are_the_same_too(precision: str, shop: Workshop, adapter: Path) -> None:
     options = {"steps": 3, "preview_prompt": "a fox", "preview_steps": 2, "preview_every": 2}
     lean, streamed = both(shop, f"adapted{precision}", base_precision=precision, training_adapter=adapter, **options)
@@ -73,7 +74,7 @@ def test_the_adapter_and_previews_are_the_same_too(precision: str, shop: Worksho
     assert len(pairs) == 3 and all(a.path.read_bytes() == b.path.read_bytes() for a, b in pairs)
 
 
-@pytest.mark.parametrize("modes", [("lean", "stream"), ("stream", "lean")])
+@pytest.mark.parametrize("modes", [("lean", "stream"), pytest.param(("stream", "lean"), marks=pytest.mark.slow)])
 def test_a_run_is_resumed_in_the_other_mode(modes: tuple[str, str], shop: Workshop) -> None:
     whole = shop.train(f"whole-{modes[0]}", steps=4, memory="lean")
     name = f"resumed-{modes[0]}"

@@ -87,5 +87,6 @@ def count_numbered(tensors: Tensors, pattern: str, default: int) -> int:
 
     `default` if no name matches.
     """
-    numbers = {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
+    known = re.compile(pattern)
+    numbers = {int(match[1]) for name in tensors if (match := known.match(name))}
     return min(max(numbers) + 1, len(tensors)) if numbers else default
