@@ -29,6 +29,7 @@ __all__ = [
     "Quantization",
     "RunSettings",
     "Saved",
+    "Saving",
     "SchedulerConfig",
     "Started",
     "Step",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time the table below 
         Notice,
         Previewed,
         Saved,
+        Saving,
         Started,
         Step,
         Stopped,
@@ -110,8 +112,8 @@ else:
     __getattr__, __dir__ = lazy.attributes(__name__, {
         "zimage_ref": zimage_ref.__all__,  # the pipeline is this package's own, further down
         "zimage_ref.training.events": [
-            "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Started", "Step", "Stopped",
-            "Validated",
+            "Checkpointed", "Done", "Encoded", "Event", "Notice", "Previewed", "Saved", "Saving", "Started", "Step",
+            "Stopped", "Validated",
         ],
         "zimage_ref.training.plan": ["TrainPlan", "make_plan"],
         ".doctor.run": ["diagnose"],

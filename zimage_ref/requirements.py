@@ -18,6 +18,7 @@ from .memory import (
 from .model.parameters import lora_modules, transformer_parameters
 from .streaming import can_stream
 from .training.config import TrainConfig
+from .training.kinds import learning_kind
 from .training.optimizers import OPTIMIZERS
 
 WEIGHT_BITS = (16, 8, 4)
@@ -33,9 +34,9 @@ def memory_needs(folder: ModelFolder) -> dict[int, dict[str, int]]:
     margin that `generate` and `train` have there.
     """
     footprint, streamed = (footprint_of_mlx(mode, on_apple_silicon()) for mode in _MODES)
-    layers = lora_modules(folder.transformer, TrainConfig.targets)
+    layers = lora_modules(folder.transformer, learning_kind(TrainConfig.kind).targets)
     trainable = trainable_parameters(transformer_parameters(folder.transformer), layers, TrainConfig.rank)
-    lora = lora_bytes(trainable, OPTIMIZERS[TrainConfig.optimizer].slots)
+    lora = lora_bytes(trainable, OPTIMIZERS[learning_kind(TrainConfig.kind).optimizer].slots)
     tokens, needs = (_SIDE // folder.size_multiple) ** 2, {}
     for bits in WEIGHT_BITS:
         model = LoadedModel(folder, "bfloat16", Quantization(bits) if bits < 16 else None)

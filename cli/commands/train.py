@@ -12,15 +12,16 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.errors import ZImageError
 from zimage_ref.formats.quantize import Quantization
-from zimage_ref.lora.trained import TRAINED
 from zimage_ref.memory import peak
 from zimage_ref.options_file import dump_options, read_options
-from zimage_ref.training.events import Encoded, Event, Notice, Saved, Started, Step, Stopped, Validated
+from zimage_ref.training.events import Encoded, Event, Notice, Saved, Saving, Started, Step, Stopped, Validated
 from zimage_ref.training.groups import TrainGroup
+from zimage_ref.training.kinds import FULL, learning_kind
 from zimage_ref.training.plan import TrainPlan, make_plan
-from zimage_ref.training.presets import PRESETS
+from zimage_ref.training.presets import PRESETS, preset_options
 from zimage_ref.training.run_folder import RunFolder
 from zimage_ref.training.targets import by_module, ranges
+from zimage_ref.training.whole_room import room
 
 from ..terminal import blas
 from ..terminal.awake import keep_awake
@@ -31,7 +32,6 @@ from ..terminal.options import add_fields, from_args
 from ..terminal.parser import CommandParser
 from ..terminal.signals import noted
 
-_TITLE = {name: kind.title for name, kind in TRAINED.items()}
 _LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
 _EXAMPLES = (
     (
@@ -42,6 +42,11 @@ _EXAMPLES = (
         "Train, save every 500 steps, and draw a preview now and then:",
         'zimage train --model-dir ~/Z-Image --dataset dog --trigger "sks dog" --output dog.safetensors '
         '--resolution 768 --steps 2500 --save-every 500 --preview-prompt "a photo of sks dog in snow"',
+    ),
+    (
+        "See what training the whole transformer takes:",
+        "zimage train --model-dir ~/Z-Image --dataset paintings --kind full --output paintings-z --resolution 512 "
+        "--dry-run",
     ),
     (
         "Take the options from a file:",
@@ -78,7 +83,8 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Trains, shows the progress and each written file. Returns 0, or 128 + the signal that stopped the run."""
     file = read_options(args.config, TrainConfig) if args.config else {}
-    config = from_args(TrainConfig, args, {**PRESETS.get(args.preset, {}), **file})
+    kind = getattr(args, "kind", file.get("kind"))
+    config = from_args(TrainConfig, args, {**preset_options(args.preset, kind), **file})
     if args.dump_config:
         console.print(dump_options(config).rstrip("\n"))
         return 0
@@ -116,13 +122,17 @@ def _show_options(config: TrainConfig, console: Console) -> None:
     console.facts("train", {
         "model": config.model_dir, "dataset": ", ".join(str(each.folder) for each in config.sets),
         "output": config.output,
-        _TITLE[config.kind]: f"rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets)}",
+        learning_kind(config.kind).title: _size(config) + ", ".join(config.targets),
         **({"goes on from": config.init_lora} if config.init_lora else {}),
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
         "report": RunFolder(config.output).report, **_time(config),
     })  # fmt: skip
+
+
+def _size(config: TrainConfig) -> str:
+    return "" if config.kind == FULL else f"rank {config.rank}, alpha {config.alpha:g}, on "
 
 
 def _time(config: TrainConfig) -> dict[str, str]:
@@ -167,6 +177,8 @@ class _Display:
                 self._console.note(f"going on after step {step} of {total}")
             case Validated():
                 self._validated(event)
+            case Saving(step, nbytes):
+                self._console.note(f"step {step}: saving {nbytes / 1e9:.1f} GB of weights")
             case Saved(path):
                 self.saved.append(path)
             case Stopped(step):
@@ -203,7 +215,9 @@ class _Display:
 
 
 def _ranks(plan: TrainPlan) -> str:
-    return ", ".join(str(rank) for rank in sorted({size.rank for size in plan.layers.values()}))
+    if plan.parameters:
+        return ""
+    return ", rank " + ", ".join(str(rank) for rank in sorted({size.rank for size in plan.layers.values()}))
 
 
 def _show_plan(config: TrainConfig, console: Console) -> None:
@@ -222,7 +236,7 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     console.table(("plan", ""), [
         ("pictures", f"{len(plan.examples)}, {len(plan.held_out) or 'none'} held out"),
         ("base", f"{'Turbo' if plan.turbo else 'base model'} in {bits or dtype}"),
-        (_TITLE[config.kind], f"{len(plan.layers)} layers, rank {_ranks(plan)}: {plan.trainable:,} parameters"),
+        (learning_kind(config.kind).title, f"{len(plan.layers)} layers{_ranks(plan)}: {plan.trainable:,} parameters"),
         ("targets", ", ".join(config.targets)),
         ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
@@ -230,25 +244,35 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
     ])  # fmt: skip
     if config.datasets:
         _show_datasets(plan, console)
-    console.table(("layers", "blocks", "rank", "alpha"), [
-        (module, ranges(blocks), str(rank), f"{alpha:g}")
+    sized = not plan.parameters
+    console.table(("layers", "blocks", *(("rank", "alpha") if sized else ())), [
+        (module, ranges(blocks), *((str(rank), f"{alpha:g}") if sized else ()))
         for (module, rank, alpha), blocks in by_module(plan.layers).items()
     ])  # fmt: skip
     sizes = sorted(plan.batches.sizes().items())
     console.table(("width", "height", "pictures", "tokens"), [(*size, n, plan.tokens(size)) for size, n in sizes])
+    _show_memory(plan, dtype, quantization, console)
+
+
+def _show_memory(plan: TrainPlan, dtype: str, quantization: Quantization | None, console: Console) -> None:
+    """The memory of each stage, and the room on disk if it is much."""
+    engine = pipeline("mlx")
     frugal, streamed = engine.footprint("lean"), engine.footprint("stream")
     captions, pictures, train = plan.memory(dtype, quantization, "lean", frugal)
     fast, stream = (
         plan.memory(dtype, quantization, "fast", frugal),
         plan.memory(dtype, quantization, "stream", streamed),
     )
+    what = "optimizer" if plan.parameters else "LoRA and optimizer"
     console.table(("memory, about", "GB"), [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in {
         "encode captions": captions.total, "encode pictures": pictures.total,
-        "train": train.total, "  base": train.weights, "  LoRA and optimizer": train.lora,
+        "train": train.total, "  base": train.weights, f"  {what}": train.lora,
         "  activations, --memory lean": train.activations, "  activations, --memory fast": fast[-1].activations,
         "largest stage": peak((captions, pictures, train)).total,
-        "  the same, --memory stream": peak(stream).total,
+        **({"  the same, --memory stream": peak(stream).total} if plan.can_stream or plan.parameters else {}),
     }.items()])  # fmt: skip
+    if plan.parameters:
+        console.note(room(plan, dtype))
 
 
 def _show_datasets(plan: TrainPlan, console: Console) -> None:

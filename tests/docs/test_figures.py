@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from support.pages import ROOT, read
@@ -15,6 +16,9 @@ from zimage_ref.memory import (
     LEAN,
     METAL_FAST,
     METAL_LEAN,
+    METAL_STREAM,
+    STREAM,
+    Footprint,
     LoadedModel,
     generation_stages,
     lora_bytes,
@@ -23,6 +27,7 @@ from zimage_ref.memory import (
     training_stages,
 )
 from zimage_ref.model.parameters import lora_modules, transformer_parameters
+from zimage_ref.training.full import state_bytes, with_step
 from zimage_ref.training.optimizers import OPTIMIZERS
 
 FOOTPRINTS = {True: (METAL_LEAN, METAL_FAST), False: (LEAN, FAST)}  # by whether it is a Mac, and then fast
@@ -71,6 +76,24 @@ def row(text: str, start: str) -> list[str]:
 )
 def test_what_fits_which_mac(memory: str, figures: list[str]) -> None:
     assert row(read(README), memory) == figures
+
+
+def whole(side: int, optimizer: str, master_weights: bool = False, footprint: Footprint = METAL_LEAN) -> str:
+    """GB that training the whole transformer takes."""
+    model, shapes = official(), transformer_parameters(official().transformer)
+    state = state_bytes(shapes, optimizer, master_weights)
+    loaded, tokens = LoadedModel(model, "bfloat16"), side * side // model.size_multiple**2
+    *before, train = training_stages(loaded, tokens, state, footprint=footprint)
+    return f"{peak([*before, with_step(train, shapes, loaded.itemsize, optimizer, footprint)]).total / 1e9:.1f}"
+
+
+@pytest.mark.parametrize("side", [512, 768, 1024])
+def test_training_the_whole_transformer(side: int) -> None:
+    kinds: list[Any] = [("adafactor",), ("adamw8bit",), ("adafactor", True), ("adafactor", False, METAL_STREAM)]
+    assert row(read(TRAINING), f"{side}x{side}") == [whole(side, *kind) for kind in kinds]
+    assert f"512 x 512 with `adafactor` takes {whole(512, 'adafactor', footprint=LEAN)} GB" in read(TRAINING)
+    assert float(whole(512, "adafactor", footprint=LEAN)) < 12.3 + 4
+    assert f"`--memory stream` {whole(512, 'adafactor', footprint=STREAM)} GB in all" in read(ROOT / "CHANGELOG.md")
 
 
 @pytest.mark.parametrize("side", [512, 768, 1024])

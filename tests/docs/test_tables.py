@@ -47,7 +47,7 @@ def test_a_row_has_flag_default_and_meaning(tables: ModuleType) -> None:
 
 def test_a_table_can_be_a_group(tables: ModuleType) -> None:
     assert tables.names_of("train", "rank alpha") == ["rank", "alpha"]
-    assert tables.names_of("train", "group: Memory") == ["base_precision", "memory", "force"]
+    assert tables.names_of("train", "group: Memory") == ["base_precision", "master_weights", "memory", "force"]
     with pytest.raises(KeyError, match="no group 'Nothing'"):
         tables.names_of("train", "group: Nothing")
 

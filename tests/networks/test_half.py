@@ -25,7 +25,7 @@ from zimage_mlx.lora.layers import add_trainable_loras
 from zimage_mlx.networks import half, running
 from zimage_mlx.networks.transformer import Block, Transformer
 from zimage_mlx.networks.vae import VAE
-from zimage_mlx.training.gradient import BlockContext, backward, forward
+from zimage_mlx.training.block_gradient import BlockContext, backward, forward
 from zimage_ref.checkpoints.hub import TINY
 from zimage_ref.model import parameters
 

@@ -20,7 +20,7 @@ if HAS_MLX:
     import zimage_mlx.networks.running
     import zimage_mlx.networks.transformer
     from zimage_mlx.lora import layers as lora_layers
-    from zimage_mlx.training import gradient
+    from zimage_mlx.training import block_gradient
 
 pytestmark = mlx_only
 WEIGHTS = tiny.random_weights(parameters.transformer_parameters(tiny.TRANSFORMER))
@@ -105,10 +105,10 @@ def test_the_gradient_of_a_block_makes_no_more_products_than_it_needs(tmp_path: 
     lora_layers.add_trainable_loras(
         block, [*layers, *(f"feed_forward.w{i}" for i in (1, 2, 3))], 2, 2.0, np.random.default_rng(0)
     )
-    context = gradient.BlockContext(*context)
-    y, kept = gradient.forward(block, x, context)
+    context = block_gradient.BlockContext(*context)
+    y, kept = block_gradient.forward(block, x, context)
     mx.eval(y, kept)
-    d, _, gradients = gradient.backward(block, kept, context, mx.ones_like(y))
+    d, _, gradients = block_gradient.backward(block, kept, context, mx.ones_like(y))
     count = operations([d, *gradients.values()], tmp_path / "gradient.dot")
     # of seven Linear layers: input; hidden, its gradient, A, B of their LoRAs; attention; rotations, again and back
     assert count["Matmul"] == 7 + 4 * 7 + 5 + 2 + 2

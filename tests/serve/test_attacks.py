@@ -65,9 +65,33 @@ def raw(served: Served, text: bytes, wait: float = 5.0, half: bool = False) -> b
         return got
 
 
-def asked_for(client: httpx.Client, path: str, quoted: str) -> list[httpx.Response]:
-    """The answers to requests with `path` in a field."""
+def library_requests(client: httpx.Client, path: str, quoted: str) -> list[httpx.Response]:
+    """The answers to requests for masks, LoRAs and checkpoints that name `path`."""
     return [
+        client.put(f"/api/datasets/good/pictures/{quoted}/mask", files={"file": ("m.png", png())}),
+        client.post("/api/datasets/good/pictures", files={"file": (f"{path}.mask.png", png())}),
+        client.post("/api/loras/convert", json={"name": path, "loras": ["good"]}),
+        client.post("/api/loras/convert", json={"name": "x", "loras": [path]}),
+        client.post("/api/checkpoints/convert", json={"name": f"/{path}"}),
+        client.post("/api/checkpoints/convert", json={"name": "x", "checkpoint": path or "."}),
+        client.post("/api/checkpoints/convert", json={"name": "x", "loras": [path]}),
+        client.patch(f"/api/checkpoints/{quoted}", json={"name": path}),
+    ]
+
+
+@pytest.mark.parametrize("path", [*PATHS, *(pytest.param(path, marks=pytest.mark.slow) for path in MORE_PATHS)])
+def test_no_field_is_a_path(served: Served, path: str) -> None:
+    client, loaded = served.client, []
+    quoted = httpx.URL("http://x/", params={"q": path}).query.decode().removeprefix("q=").replace("+", "%20")
+    for place in (
+        "jobs", "uploads", "pictures", "loras", "datasets", "runs", "pictures/{}/file", "loras/{}/file",
+        "datasets/good/pictures", "datasets/{}/pictures/x.png", "datasets/good/pictures/{}/mask", "checkpoints",
+        "checkpoints/{}/file", "tasks", "controls",
+    ):  # fmt: skip
+        url = f"/api/{place.format(quoted)}" if "{}" in place else f"/api/{place}/{quoted}"
+        loaded.append(client.get(url))
+        loaded.append(client.delete(url))
+    loaded += [
         client.put(f"/api/datasets/{quoted}"),
         client.post("/api/loras", files={"file": (path or "x", b"x")}, data={"name": path}),
         client.post("/api/runs/plan", json={"name": "x", "dataset": path}),
@@ -79,47 +103,17 @@ def asked_for(client: httpx.Client, path: str, quoted: str) -> list[httpx.Respon
         client.post("/api/runs", json={"name": "x", "dataset": "good", "validation": path}),
         client.post("/api/runs/plan", json={"name": "x", "dataset": "good", "regularization": path}),
         client.patch("/api/datasets/good/captions", json={path: "caption"}),
-        client.put(f"/api/datasets/good/pictures/{quoted}/mask", files={"file": ("m.png", png())}),
-        client.post("/api/datasets/good/pictures", files={"file": (f"{path}.mask.png", png())}),
-        client.post("/api/loras/convert", json={"name": path, "loras": ["good"]}),
-        client.post("/api/loras/convert", json={"name": "x", "loras": [path]}),
-        client.post("/api/checkpoints/convert", json={"name": f"/{path}"}),
-        client.post("/api/checkpoints/convert", json={"name": "x", "checkpoint": path or "."}),
-        client.post("/api/checkpoints/convert", json={"name": "x", "loras": [path]}),
-        client.patch(f"/api/checkpoints/{quoted}", json={"name": path}),
+        *library_requests(client, path, quoted),
         *(
             client.post("/api/jobs", json={**SMALL, field: path})
             for field in ("init_image", "mask", "model_dir", "control")
         ),
-        *(
-            client.post(f"/{route}", json={**SMALL, **fields})
-            for route, fields in (
-                ("api/jobs", {"control": "x", "control_image": path}),
-                ("api/jobs", {"loras": [{"name": path}]}),
-                ("v1/images/generations", {"init_image": path}),
-                ("v1/images/generations", {"loras": [path]}),
-                ("sdapi/v1/img2img", {"init_images": [path]}),
-            )
-        ),
+        client.post("/api/jobs", json={**SMALL, "control": "x", "control_image": path}),
+        client.post("/api/jobs", json={**SMALL, "loras": [{"name": path}]}),
+        client.post("/v1/images/generations", json={**SMALL, "init_image": path}),
+        client.post("/v1/images/generations", json={**SMALL, "loras": [path]}),
+        client.post("/sdapi/v1/img2img", json={**SMALL, "init_images": [path]}),
     ]
-
-
-PLACES = (  # below /api, with {} for a name
-    "jobs", "uploads", "pictures", "loras", "datasets", "runs", "pictures/{}/file", "loras/{}/file",
-    "datasets/good/pictures", "datasets/{}/pictures/x.png", "datasets/good/pictures/{}/mask", "checkpoints",
-    "checkpoints/{}/file", "tasks", "controls",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("path", [*PATHS, *(pytest.param(path, marks=pytest.mark.slow) for path in MORE_PATHS)])
-def test_no_field_is_a_path(served: Served, path: str) -> None:
-    client, loaded = served.client, []
-    quoted = httpx.URL("http://x/", params={"q": path}).query.decode().removeprefix("q=").replace("+", "%20")
-    for place in PLACES:
-        url = f"/api/{place.format(quoted)}" if "{}" in place else f"/api/{place}/{quoted}"
-        loaded.append(client.get(url))
-        loaded.append(client.delete(url))
-    loaded += asked_for(client, path, quoted)
     assert not [answer for answer in loaded if SECRET in answer.text]
     assert not [answer.text for answer in loaded if answer.status_code >= 500]
     home = served.studio.settings.folder.parent

@@ -25,6 +25,7 @@ from zimage_cli.commands.demo import WORD, write_dataset
 
 pytestmark = [pytest.mark.slow, mlx_only]
 PROMPT = "a big blue zorp on a yellow background"
+PATIENCE = 180  # seconds for the start of a server, on a machine that others use
 STEP = re.compile(r"Step \d+:")
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
@@ -220,14 +221,16 @@ def test_everything_is_reached_by_keys(browser: Any, served: Served) -> None:
 def server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "zimage_cli", "serve", f"--folder={folder}", f"--port={port}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-    until = time.monotonic() + 60
-    while True:
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < until:
         try:
             httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
             return process
         except httpx.TransportError:
-            assert process.poll() is None and time.monotonic() < until
             time.sleep(0.1)
+    process.kill()
+    process.wait()
+    raise AssertionError("the server did not start")
 
 
 def test_a_killed_server_comes_back_with_everything(browser: Any, tmp_path: Path) -> None:

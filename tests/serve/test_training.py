@@ -96,6 +96,8 @@ def test_a_run_is_planned_trained_and_used(served: Served, tmp_path: Path) -> No
     assert served.make(prompt="a zorp", loras=[{"name": "fox"}])["state"] == "done"
     assert served.client.post("/api/runs", json=OPTIONS).status_code == 409
     assert served.client.post("/api/runs", json={**OPTIONS, "name": "b", "lr": "fast"}).status_code == 400
+    whole = served.client.post("/api/runs", json={**OPTIONS, "name": "b", "kind": "full"})
+    assert whole.status_code == 400 and "use zimage train" in whole.json()["detail"]
     path = str(tmp_path / "loras" / "fox.safetensors")
     assert served.client.post("/api/runs", json={**OPTIONS, "name": "b", "init_lora": path}).status_code in (400, 404)
     onward = reaches(served, start(served, name="b", steps=1, init_lora="fox"), "done")

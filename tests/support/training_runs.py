@@ -100,6 +100,25 @@ def workshop(folder: Path) -> Workshop:
     return Workshop(folder, tiny.write_model_folder(folder / "model"), tiny.write_dataset(folder / "data"))
 
 
+WHOLE = {  # of a quick run that trains the transformer itself
+    "kind": "full", "resolution": 32, "caption_dropout": 0.0, "warmup": 0, "schedule": "constant", "lr": 1e-3
+}  # fmt: skip
+
+
+class WholeShop(Workshop):
+    """A workshop whose runs train the transformer itself."""
+
+    def config(self, name: str, **options: Any) -> TrainConfig:
+        given = {"model_dir": self.model, "dataset": self.data, "cache": self.folder / "cache", **WHOLE, **options}
+        return TrainConfig(**{"output": self.folder / f"{name}.safetensors", **given})
+
+
+def whole_workshop(folder: Path) -> WholeShop:
+    """A new one in `folder`."""
+    made = workshop(folder)
+    return WholeShop(made.folder, made.model, made.data)
+
+
 def pictures(folder: Path, *sizes: tuple[int, int], captions: list[str] | None = None) -> Path:
     """A dataset of pictures of `sizes` with captions of different lengths."""
     folder.mkdir(parents=True)

@@ -121,14 +121,16 @@ def test_diffusers_draws_the_same(reference: zimage_ref.ZImagePipeline) -> None:
         assert_parity(actual, expected, "official picture")
 
 
-def shares(reference: zimage_ref.ZImagePipeline, lora: Path, scale: float, *exams: list[drawings.Scene]) -> list[float]:
-    """The share of each exam's scenes whose pictures show them, with the LoRA at `scale`."""
+def shares(
+    reference: zimage_ref.ZImagePipeline, lora: Path | None, scale: float, *exams: list[drawings.Scene]
+) -> list[float]:
+    """The share of each exam's scenes whose pictures show them, with the LoRA at `scale`, if there is one."""
     demo = pytest.importorskip("zimage_cli.commands.demo")
     shown = []
     for scenes in exams:
         made = reference(
             [demo.prompt(s) for s in scenes], width=SIDE, height=SIDE, steps=STEPS, guidance=GUIDANCE,
-            loras=[(lora, scale)],
+            loras=[(lora, scale)] if lora else [],
         )  # fmt: skip
         shown.append(float(np.mean([shows(look(picture), scene) for picture, scene in zip(made, scenes, strict=True)])))
     return shown
@@ -165,6 +167,20 @@ def test_a_lora_learns_a_word_from_eight_drawings_and_leaves_the_others_alone(
     how = {"width": SIDE, "height": SIDE, "steps": STEPS, "output": "array"}
     without, at_scale_0 = (reference("a red star on white", loras=loras, **how)[0] for loras in ([], [(lora, 0.0)]))
     np.testing.assert_array_equal(without, at_scale_0)
+
+
+@pytest.mark.slow
+def test_the_whole_transformer_learns_the_word_and_leaves_the_others_alone(tmp_path: Path) -> None:
+    demo = pytest.importorskip("zimage_cli.commands.demo")
+    zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
+    pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
+    given = Path(TINY), demo.write_dataset(tmp_path / "dataset"), tmp_path / "zorp.npz"
+    config = zimage_mlx.TrainConfig(*given, kind="full", lr=6e-4, epochs=35, resolution=(SIDE,))
+    losses = [event.loss for event in zimage_mlx.train(config) if isinstance(event, zimage_mlx.Step)]
+    trained = zimage_ref.ZImagePipeline.from_pretrained(TINY, parts={"transformer": config.output})
+    new, known = shares(trained, None, 1.0, drawings.examination("zorp"), held_out(24))
+    assert new > LEARNED and known > 0.8
+    assert float(np.mean(losses[-40:])) < 0.5 * float(np.mean(losses[:16]))
 
 
 MISTAKES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # what, where, and how it is done instead

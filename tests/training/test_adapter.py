@@ -14,6 +14,7 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 
 import mlx.core as mx
 
+import zimage_mlx.training.block_gradient
 import zimage_mlx.training.learner
 from zimage_mlx import Done, ZImagePipeline
 from zimage_mlx.lora.adapter import TrainingAdapter
@@ -81,7 +82,7 @@ def test_training_turbo_without_the_adapter_is_warned_about_once(shop: Workshop,
 def test_memory_decides_what_is_kept_and_not_what_is_learned(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, forward = [], zimage_mlx.training.gradient.forward
     monkeypatch.setattr(zimage_mlx.training.gradient, "forward", lambda *args: kept.append(1) or forward(*args))
-    monkeypatch.setattr(zimage_mlx.training.gradient, "_kept_again", lambda *args: pytest.fail("kept nothing"))
+    monkeypatch.setattr(zimage_mlx.training.block_gradient, "_kept_again", lambda *args: pytest.fail("kept nothing"))
     fast = shop.train("fast", steps=2, memory="fast")
     assert len(kept) == 2 * 4  # two steps, four blocks
     monkeypatch.undo()

@@ -41,6 +41,9 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 # A value that no run has beside the kind of OTHER
 BESIDE_LORA: dict[str, Any] = {"model_dir": Path("m"), "dataset": Path("d é"), "dropout": 0.15}
+OF_FULL: dict[str, Any] = {
+    "model_dir": Path("m"), "dataset": Path("d é"), "output": Path("whole"), "kind": "full", "master_weights": True
+}  # fmt: skip
 
 FORMER_DUMP = """\
 model_dir = "m"
@@ -93,10 +96,10 @@ force = false
 
 def test_the_values_above_are_of_every_option() -> None:
     named = {field.name for field in fields(TrainConfig)}
-    assert OTHER.keys() | BESIDE_LORA.keys() == named - {"datasets"}  # see test_datasets
+    assert OTHER.keys() | BESIDE_LORA.keys() | OF_FULL.keys() == named - {"datasets"}  # see test_datasets
 
 
-@pytest.mark.parametrize("options", [OTHER, BESIDE_LORA], ids=["other", "beside-lora"])
+@pytest.mark.parametrize("options", [OTHER, BESIDE_LORA, OF_FULL], ids=["other", "beside-lora", "full"])
 def test_every_option_goes_through_toml_json_and_the_command_line(
     options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +229,7 @@ def test_a_faulty_file_is_refused(tmp_path: Path, name: str, text: str | None, f
         ({"lr": float("nan")}, "`lr` nan must be at least 0"),
         ({"resolution": 250}, "`resolution` 250 must be a multiple of 16: 256 is the nearest"),
         ({"resolution": ()}, "`resolution` needs at least one side"),
-        ({"optimizer": "adamw4bit"}, "`optimizer` 'adamw4bit' is unknown: known are adamw"),
+        ({"optimizer": "adamw4bit"}, "`optimizer` 'adamw4bit' is unknown: known are auto, adamw"),
         ({"targets": "atention"}, "`targets` 'atention' is unknown: known are attention"),
         ({"preview_size": 40}, "`preview_size` 40 must be a multiple of 16"),
         ({"schedule": "step"}, "`schedule` 'step' is unknown"),

@@ -27,7 +27,7 @@ if HAS_MLX:
     from zimage_mlx.networks.compiled import PerBlock
     from zimage_mlx.networks.transformer import Block
     from zimage_mlx.networks.tree import find, replace
-    from zimage_mlx.training import gradient
+    from zimage_mlx.training import block_gradient
     from zimage_mlx.training.gradient import LossAndGradients
     from zimage_mlx.training.loss import NoisyBatch, flow_matching_loss
 
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_whole_network(trains: str, keep: int, monkey
     assert len(expected) == 2 * len(LAYERS[trains])
     differentiate = LossAndGradients(model, bytes_kept(keep), compiled=False)
     kept = []
-    monkeypatch.setattr(differentiate, "forward", lambda *args: kept.append(1) or gradient.forward(*args))
+    monkeypatch.setattr(differentiate, "forward", lambda *args: kept.append(1) or block_gradient.forward(*args))
     actual_loss, actual = differentiate(batch())
     assert len(kept) == min(keep, 4)
     assert actual.keys() == expected.keys()
@@ -118,7 +118,7 @@ def test_a_block_keeps_the_arrays_that_the_memory_estimate_counts(modulated: boo
     rotation = ops.rotation_tables(mx.zeros((B, S, config.head_dim // 2)))
     adaln = mx.zeros((B, config.adaln_dim), mx.bfloat16) if modulated else None
     x = mx.zeros((B, S, config.dim), mx.bfloat16)
-    _, kept = gradient.forward(block, x, gradient.BlockContext(rotation, None, adaln))
+    _, kept = block_gradient.forward(block, x, block_gradient.BlockContext(rotation, None, adaln))
     fields = [(name, array) for half in kept for name, array in half._asdict().items()]
     of_tokens = [(name, array) for name, array in fields if name not in ("scale", "gate")]
     assert [(name, array.size / (B * S)) for name, array in of_tokens] == kept_widths(config)
@@ -135,7 +135,7 @@ def test_pieces_hold_less_than_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     for in_pieces in (True, False):
         differentiate = LossAndGradients(model, 0, compiled=False)
         if not in_pieces:
-            differentiate.run, differentiate.rerun = Block.__call__, gradient.backward
+            differentiate.run, differentiate.rerun = Block.__call__, block_gradient.backward
         mx.eval(large.x_0, large.noise)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -195,12 +195,12 @@ def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: boo
 
     def run(function: Any, *args: Any) -> Any:
         result = function(*args)
-        if function is not gradient._kept_again:
+        if function is not block_gradient._kept_again:
             made.extend(array.shape for _, array in tree_flatten(result) if isinstance(array, mx.array))
         return result
 
-    context = gradient.BlockContext(layout.rotation, None, model.embed_time(mx.array([0.4])))
-    gradient.backward(model.layers[0], x, context, x, wanted, run)
+    context = block_gradient.BlockContext(layout.rotation, None, model.embed_time(mx.array([0.4])))
+    block_gradient.backward(model.layers[0], x, context, x, wanted, run)
     assert made.count((1, 1, tiny.TRANSFORMER.dim)) == (4 if wanted else 0)
 
 

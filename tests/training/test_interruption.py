@@ -80,6 +80,23 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(shop: Workshop) ->
     assert saved is not None and saved.step == 1 and not faults
 
 
+@pytest.mark.slow
+def test_kill_9_of_a_run_of_the_whole_transformer_and_resuming_changes_no_bit(shop: Workshop) -> None:
+    """Once while the state is written, once at another moment."""
+    options: dict[str, Any] = {
+        "kind": "full", "rank": 16, "alpha": 16.0, "base_precision": "bf16", "steps": 8, "resume_every": 2,
+        "caption_dropout": 0.3, "batch_size": 2,
+    }  # fmt: skip
+    assert not _killed(shop, "whole", [], lambda: False, **options)
+    expected = (shop.folder / "whole.safetensors").read_bytes()
+    for name, part in (("whole-saving", ".step4.tmp"), ("whole-later", "step2")):
+        moment = shop.folder / f"{name}.run/resume/{part}"
+        assert _killed(shop, name, [], moment.exists, **options)
+        assert not _killed(shop, name, ["--resume"], lambda: False, **options)
+        assert (shop.folder / f"{name}.safetensors").read_bytes() == expected
+        assert not list(shop.folder.glob(f".{name}*")) and not list((shop.folder / f"{name}.run").rglob(".*"))
+
+
 def _killed(shop: Workshop, name: str, arguments: list[str], ready: Callable[[], bool], **options: Any) -> bool:
     """Runs until `ready`, then kills it; False where it ended before."""
     with launched(shop, name, *arguments, **options) as process:

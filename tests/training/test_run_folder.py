@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from zimage_ref.formats import files
+from zimage_ref.formats.tensors import Tensor
 from zimage_ref.training import run_folder
 from zimage_ref.training.facts import SavedFacts
 from zimage_ref.training.run_folder import RunFolder
@@ -27,7 +28,8 @@ def run(tmp_path: Path) -> RunFolder:
     """One with the states of two steps."""
     run = RunFolder(tmp_path / "x.safetensors")
     for step in (1, 2):
-        matrices = {"lora": {"a": np.full(3, step, np.float32)}, "optimizer": {"m": np.zeros(3, np.float32)}}
+        arrays = {"lora": {"a": np.full(3, step, np.float32)}, "optimizer": {"m": np.zeros(3, np.float32)}}
+        matrices = {part: {name: Tensor.of(array) for name, array in each.items()} for part, each in arrays.items()}
         run.save(step, matrices, {**FACTS, "smoothed": 0.5, "failures": step})
     return run
 

@@ -17,7 +17,7 @@ from zimage_mlx.networks.half import stream_dtype
 from zimage_mlx.networks.ops import rotation_tables
 from zimage_mlx.networks.running import BlockRunner
 from zimage_mlx.networks.tree import place
-from zimage_mlx.training.gradient import BlockContext, backward, forward
+from zimage_mlx.training.block_gradient import BlockContext, backward, forward
 from zimage_ref.doctor.work import RANK
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model import parameters

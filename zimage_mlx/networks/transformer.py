@@ -129,7 +129,7 @@ class Block(nn.Module):
 
     If you change a block, change these too; tests fail until they agree:
     - its twin in zimage_ref.networks.transformer;
-    - its backward pass in zimage_mlx.training.gradient, written by hand: a step takes 0.44 to 0.6 of mflux's time;
+    - its backward pass in zimage_mlx.training.block_gradient, by hand: a step takes 0.44 to 0.6 of mflux's time;
     - `kept_widths` in zimage_ref.memory, if a half keeps other arrays.
     """
 

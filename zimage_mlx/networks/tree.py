@@ -14,14 +14,14 @@ from .parameters import Parameters
 
 
 def find(model: nn.Module, name: str) -> nn.Module:
-    """The module called `name`, such as layers.0.attention.to_out.0."""
+    """The module called `name`, such as layers.0.attention.to_out.0; "" is `model` itself."""
     return cast(nn.Module, _part(model, name))
 
 
 def _part(model: nn.Module, name: str) -> object:
     """The module, list or dict of modules, or parameter called `name`."""
     part: object = model
-    for key in name.split("."):
+    for key in name.split(".") if name else ():
         if isinstance(part, list):
             part = part[int(key)]
         else:
@@ -54,10 +54,18 @@ def substituted(model: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[No
 
 
 def trainable(model: nn.Module, owners: Iterable[str]) -> Parameters:
-    """The trainable parameters of the modules called `owners`, and of those below them, by name."""
+    """The trainable parameters of the modules called `owners`, and of those below them, by name.
+
+    An owner may also be a parameter.
+    """
     found: Parameters = {}
     for owner in owners:
-        modules = tree_flatten(_part(model, owner), f".{owner}", is_leaf=lambda part: isinstance(part, nn.Module))
+        if isinstance(part := _part(model, owner), mx.array):
+            path, _, key = owner.rpartition(".")
+            if nn.Module.trainable_parameter_filter(find(model, path), key, part):
+                found[owner] = part
+            continue
+        modules = tree_flatten(part, f".{owner}", is_leaf=lambda part: isinstance(part, nn.Module))
         for name, module in dict(modules).items():
             found |= dict(tree_flatten(module.trainable_parameters(), f".{name}"))
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,30 +20,20 @@ from zimage_mlx.networks.streaming import Stream
 from zimage_mlx.networks.transformer import Transformer
 from zimage_mlx.networks.tree import place
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.tensors import Array
+from zimage_ref.formats.tensors import Array, Tensor, Tensors
+from zimage_ref.lora.file import write_lora
 from zimage_ref.lora.trained import MAGNITUDE, TRAINED
-from zimage_ref.lora.updates import LoRA
 from zimage_ref.model.flow import model_time
 from zimage_ref.training.plan import TrainPlan
 
 from .dropout import dropout
 from .feed import Feed
 from .gradient import LossAndGradients
+from .learning import Outcome
 from .loss import NoisyBatch
 from .machines import summed, summed_together
 from .optimizer import Optimizer, averaged, clipped, learning_rate
 from .packing import Packing, Vectors
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one step did."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    pictures: int
-    finite: bool
 
 
 class Learner:
@@ -69,9 +60,9 @@ class Learner:
         self._shape: tuple[int, ...] = ()  # of the latest batch
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the LoRA in float32."""
-        return sum(vector.nbytes for vector in self._vectors.values())
+    def file_bytes(self) -> int:
+        """Bytes of the file with the LoRA, which holds bfloat16."""
+        return sum(vector.nbytes for vector in self._vectors.values()) // 2
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on batches of items; changes nothing if loss or gradient is not finite."""
@@ -92,26 +83,26 @@ class Learner:
         self._use(self._average or self._optimizer.result(self._vectors))
         yield self._model
 
-    def factors(self) -> LoRA:
-        """The LoRA as it would be saved."""
+    def write(self, path: Path, record: Mapping[str, object]) -> None:
+        """Writes the LoRA as it would be saved to `path`."""
         with self.result() as model:
-            return layers.trained_loras(model)
+            factors = layers.trained_loras(model)
+        ordered = {name: factors[name] for name in self._plan.layers}  # in the order in which the layers run
+        write_lora(path, ordered, record, self._plan.config.lora_format)
 
-    def state(self) -> dict[str, dict[str, Array]]:
+    def state(self) -> dict[str, Tensors]:
         """All that the next step depends on: lora, optimizer and, if there is one, ema."""
         parts = {"lora": self._vectors, "ema": self._average}
         matrices = {part: self._packing.unpack(vectors) for part, vectors in parts.items() if vectors}
-        arrays = {part: {k: np.array(v) for k, v in values.items()} for part, values in matrices.items()}
-        return {**arrays, "optimizer": self._optimizer.state()}
+        arrays = {part: {k: Tensor.of(np.array(v)) for k, v in values.items()} for part, values in matrices.items()}
+        optimizer = {name: Tensor.of(array) for name, array in self._optimizer.state().items()}
+        return {**arrays, "optimizer": optimizer}
 
     def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
         """Takes up a state that `state` gave. Raises ConfigError if it is of another LoRA or optimizer."""
         fresh = self.state()
         for part, what in (("lora", "layers or another rank"), ("optimizer", "optimizer state")):
-            if _shapes(state[part]) != _shapes(fresh[part]):
-                raise ConfigError(
-                    f"{self._plan.config.output}: the saved run has other {what}: it cannot be resumed so"
-                )
+            check_same(self._plan.config.output, what, state.get(part, {}), fresh[part])
 
         def packed(part: str) -> Vectors:
             return self._packing.pack({name: mx.array(array) for name, array in state[part].items()})
@@ -184,5 +175,7 @@ class Learner:
         place(self._model, self._packing.unpack(vectors, dtype))
 
 
-def _shapes(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in arrays.items()}
+def check_same(output: Path, what: str, saved: Mapping[str, Array], fresh: Tensors) -> None:
+    """Raises ConfigError unless the `saved` arrays have the names and shapes of `fresh` ones."""
+    if {name: array.shape for name, array in saved.items()} != {name: each.shape for name, each in fresh.items()}:
+        raise ConfigError(f"{output}: the saved run has other {what}: it cannot be resumed so")

@@ -15,14 +15,18 @@ from zimage_mlx.networks.weights import to_mlx
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.errors import TrainingError
 from zimage_ref.training.batches import ItemBatch
-from zimage_ref.training.events import Done, Event, Notice, Started, Step, Stopped
+from zimage_ref.training.events import Done, Event, Notice, Saving, Started, Step, Stopped
 from zimage_ref.training.facts import RunFacts
+from zimage_ref.training.kinds import FULL
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder, SavedState
 
 from .encode import EncodedDataset
 from .feed import Feed
-from .learner import Learner, Outcome
+from .full import WholeLearner
+from .held import on_disk
+from .learner import Learner
+from .learning import Learning, Outcome
 from .machines import Machines
 from .measure import Measurer
 from .precision import resolve_base_precision
@@ -31,9 +35,11 @@ from .saver import Saver
 
 _PATIENCE = 3  # steps in a row that may fail before the run is given up
 _MEMORY = 0.98  # share of the smoothed loss that a step keeps
-_SAVE_SECONDS = 300.0  # from one save to the next, at most and about: a Mac may end a run at any time
+# from one save to the next, at most and about: a Mac may end a run at any time. A whole transformer takes longer
+_SAVE_SECONDS = {False: 300.0, True: 1800.0}
 _ABOUT = 0.1  # how far the memory of a resumed run may be from before, as a share
 _USABLE = 0.7  # share of memory that the base, the LoRA and what the gradient keeps may fill; the rest is for a block
+_LARGE = 10**9  # bytes, from which on saving is announced
 
 
 clock = time.monotonic  # for saves by time; a test has its own
@@ -55,10 +61,15 @@ class Loop:
 
         facts: what the run is. Raises ConfigError if the saved LoRA does not fit.
         """
-        run, model, feed = RunFolder(plan.config.output), pipeline.transformer, Feed(plan, data)
+        run = RunFolder(plan.config.output)
+        if plan.config.kind == FULL and pipeline.mode == "stream":  # blocks are changed in a file
+            weights = plan.model.weights
+            weights["transformer"] = on_disk(weights["transformer"], pipeline.dtype, run.path)
+        model, feed = pipeline.transformer, Feed(plan, data)
         self._plan, self._machines = plan, machines
         budget = _same_budget(_budget(plan, pipeline), saved)
-        self._learner = Learner(plan, model, feed, machines.group, budget)
+        make = WholeLearner if plan.config.kind == FULL else Learner
+        self._learner: Learning = make(plan, model, feed, machines.group, budget)
         tensors = plan.model.weights["transformer"]
         adapter = TrainingAdapter(
             model, plan.adapter, lambda name: to_mlx(tensors[name], pipeline.dtype), pipeline.block_stream
@@ -99,7 +110,7 @@ class Loop:
         yield from self._measurer.due(total)
         yield from self._save(total)
         if self._machines.first:
-            yield self._saver.lora(self._plan.config.output, total, Done)
+            yield self._saver.result(self._plan.config.output, total, Done)
 
     def _step(self, step: int, epoch: int, batches: Sequence[ItemBatch]) -> Step:
         """Makes step `step`, from 1, of `epoch`, from 0."""
@@ -123,24 +134,26 @@ class Loop:
     def _save_if_due(self, step: int) -> Iterator[Event]:
         config = self._plan.config
         if config.save_every and step % config.save_every == 0:
-            yield from self._save(step, RunFolder(config.output).lora(step))
-        elif step % config.resume_every == 0 or clock() - self._saved_at >= _SAVE_SECONDS:
+            yield from self._save(step, RunFolder(config.output).result(step))
+        elif step % config.resume_every == 0 or clock() - self._saved_at >= _SAVE_SECONDS[config.kind == FULL]:
             yield from self._save(step)
 
-    def _save(self, step: int, lora: Path | None = None) -> Iterator[Event]:
-        """Writes the LoRA to `lora`, if that is given, and the resume folder. Only the first machine does."""
+    def _save(self, step: int, result: Path | None = None) -> Iterator[Event]:
+        """Writes the result to `result`, if that is given, and the resume folder. Only the first machine does."""
         if not self._machines.first:
             return
-        if lora:
-            yield self._saver.lora(lora, step)
+        if self._learner.file_bytes >= _LARGE:
+            yield Saving(step, self._learner.file_bytes)
+        if result:
+            yield self._saver.result(result, step)
         yield self._saver.state(step, self._losses.smoothed, self._losses.failures)
         self._saved_at = clock()
 
     def _not_finite(self, step: int) -> TrainingError:
         run = RunFolder(self._plan.config.output)
         return TrainingError(
-            f"step {step}: loss or gradient was not finite {_PATIENCE} times in a row: the LoRA before that "
-            f"is saved in {run.path}: try a lower `lr`, or `base_precision` bf16"
+            f"step {step}: loss or gradient was not finite {_PATIENCE} times in a row: what was learned before "
+            f"that is saved in {run.path}: try a lower `lr`, or `base_precision` bf16"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from zimage_mlx.device import number
 from zimage_ref.errors import TrainingError
-from zimage_ref.formats.tensors import Array
+from zimage_ref.formats.tensors import Array, Tensors
 from zimage_ref.training.facts import DECIDING, RunFacts, SavedFacts, deciding_options
 from zimage_ref.training.run_folder import SavedState
 
@@ -106,7 +106,7 @@ class Machines:
             raise TrainingError("the machines differ in pictures, model or options: give all of them the same")
 
     def told_by_first(
-        self, saved: SavedState | None, facts: RunFacts, fresh: Mapping[str, Mapping[str, Array]]
+        self, saved: SavedState | None, facts: RunFacts, fresh: Mapping[str, Tensors]
     ) -> SavedState | None:
         """The state that the first machine resumes from, `saved` there, on every machine; None if it has none.
 
@@ -121,10 +121,12 @@ class Machines:
             return None
         tensors = {
             part: {
-                name: self._told(saved.tensors[part][name] if self.first and saved else np.zeros_like(array))
-                for name, array in sorted(arrays.items())
+                name: self._told(
+                    saved.tensors[part][name] if self.first and saved else np.zeros(each.shape, each.dtype)
+                )
+                for name, each in sorted(tensors.items())
             }
-            for part, arrays in sorted(fresh.items())
+            for part, tensors in sorted(fresh.items())
         }
         if not self.first:
             smoothed, failures = told_smoothed, int(told_failures)

@@ -10,7 +10,7 @@ from zimage_ref.training.events import Previewed, Validated
 from zimage_ref.training.plan import TrainPlan
 
 from .feed import Feed
-from .learner import Learner
+from .learning import Learning
 from .loss import flow_matching_loss
 from .preview import Previewer
 
@@ -18,7 +18,7 @@ from .preview import Previewer
 class Measurer:
     """Measures the LoRA of a learner. All is due before the first step and after the last one."""
 
-    def __init__(self, plan: TrainPlan, feed: Feed, learner: Learner, previewer: Previewer | None) -> None:
+    def __init__(self, plan: TrainPlan, feed: Feed, learner: Learning, previewer: Previewer | None) -> None:
         """previewer: None if this machine draws no previews."""
         self._plan, self._feed, self._learner, self._previewer = plan, feed, learner, previewer
 

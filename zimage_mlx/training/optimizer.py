@@ -16,8 +16,8 @@ import numpy as np
 from zimage_mlx.device import number
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.trained import MAGNITUDE, TRAINED
-from zimage_ref.training.config import SCHEDULES, TrainConfig
-from zimage_ref.training.optimizers import OPTIMIZERS
+from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.optimizers import OPTIMIZERS, SCHEDULES
 from zimage_ref.training.plan import TrainPlan
 
 from . import optimizers

@@ -19,7 +19,7 @@ from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.run_folder import RunFolder
 
 from .encode import EncodedDataset
-from .learner import Learner
+from .learning import Learning
 
 
 class Previewer:
@@ -30,7 +30,7 @@ class Previewer:
         plan: TrainPlan,
         pipeline: ZImagePipeline,
         data: EncodedDataset,
-        learner: Learner,
+        learner: Learning,
         adapter: TrainingAdapter,
     ) -> None:
         self._plan, self._pipeline, self._data, self._learner, self._adapter = plan, pipeline, data, learner, adapter

@@ -28,9 +28,11 @@ from zimage_ref.training.checked_dataset import CheckedDataset
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
 from zimage_ref.training.events import Event, Notice, Stopped
+from zimage_ref.training.kinds import FULL
 from zimage_ref.training.metrics import recorded
-from zimage_ref.training.plan import TURBO_WARNING, plan_for
+from zimage_ref.training.plan import plan_for
 from zimage_ref.training.run_folder import RunFolder, SavedState
+from zimage_ref.training.whole_room import written
 
 from .encode import EncodedDataset
 from .loop import Loop
@@ -40,7 +42,7 @@ from .saver import environment
 
 
 def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-    """Trains a LoRA and writes it, yielding an event for each thing done.
+    """Trains a LoRA or the transformer and writes it, yielding an event for each thing done.
 
     Everything is checked before any weights are read. The text encoder and the autoencoder are freed before the
     transformer is loaded. `should_stop` is asked after each step: the run then saves, yields Stopped and ends. Under
@@ -67,8 +69,8 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
             return
     plan = plan_for(config, dataset, machines.size)
     yield from map(Notice, plan.notices)
-    if plan.turbo and not config.training_adapter:
-        yield Notice(TURBO_WARNING)
+    if plan.turbo_warning:
+        yield Notice(plan.turbo_warning)
     run, facts = RunFolder(config.output), plan.facts(environment())
     machines.agree(facts)
     saved, notices = state_to_resume(config, run, facts) if machines.first else (None, [])
@@ -83,6 +85,8 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     plan.require_memory(plan.memory(dtype, quantization, choice.mode, footprint), limit)
     if choice.mode == "stream":
         yield Notice(f"memory {choice.sentence(plan.model)}")
+        if config.kind == FULL:
+            yield Notice(written(plan, dtype))
     # with auto, what does not fit into the mode fast keeps as much of it as fits: see `loop`
     between = config.memory == "auto" and choice.mode == "lean"
     pipeline.set_mode("fast" if between else choice.mode)

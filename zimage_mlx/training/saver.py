@@ -1,4 +1,4 @@
-"""The files that a run leaves: LoRAs that can be used at once, and folders to resume from."""
+"""The files that a run leaves: results that can be used at once, and folders to resume from."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from zimage_ref import __version__
 from zimage_ref.lora.alpha import sidecar
-from zimage_ref.lora.file import write_lora
 from zimage_ref.lora.trained import DEFAULT_KIND
 from zimage_ref.model.parameters import TARGETS
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.events import Checkpointed, Saved
 from zimage_ref.training.facts import RunFacts, SavedFacts
+from zimage_ref.training.kinds import FULL
 from zimage_ref.training.plan import TrainPlan
-from zimage_ref.training.run_folder import RunFolder
+from zimage_ref.training.run_folder import RunFolder, remove_folder
 
-from .learner import Learner
+from .learning import Learning
 
 _GROUPS = {  # target -> what is in the name of each of its layers
     "attention": ".attention.", "feed_forward": ".feed_forward.", "refiners": "_refiner.", "adaln": "adaLN_modulation.0"
@@ -28,10 +28,10 @@ _GROUPS = {  # target -> what is in the name of each of its layers
 
 
 class Saver:
-    """Saves the LoRA and the state of a learner."""
+    """Saves the result and the state of a learner."""
 
     def __init__(
-        self, plan: TrainPlan, run: RunFolder, learner: Learner, facts: RunFacts, budget: float, unpacks: bool
+        self, plan: TrainPlan, run: RunFolder, learner: Learning, facts: RunFacts, budget: float, unpacks: bool
     ) -> None:
         """facts: what the run is, kept in every resume folder, as is the budget of the gradient.
 
@@ -40,15 +40,13 @@ class Saver:
         self._plan, self._run, self._learner, self._facts = plan, run, learner, facts
         self._kept_bytes, self._unpacks = budget if math.isfinite(budget) else None, unpacks
 
-    def lora(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
-        """Writes the LoRA as it is after `step` to `path`, and drops files of earlier steps that are not to be kept.
+    def result(self, path: Path, step: int, event: type[Saved] = Saved) -> Saved:
+        """Writes the result as it is after `step` to `path`, and drops those of earlier steps that are not to be kept.
 
         event: which event it is, Saved or Done.
         """
-        factors = self._learner.factors()
-        ordered = {name: factors[name] for name in self._plan.layers}  # in the order in which the layers run
-        with self._run.room_for(self._learner.nbytes // 2):  # it is written as bfloat16
-            write_lora(path, ordered, self._record(step), self._plan.config.lora_format)
+        with self._run.room_for(self._learner.file_bytes):
+            self._learner.write(path, self._record(step))
         self._drop_old(step)
         return event(path, step)
 
@@ -64,30 +62,32 @@ class Saver:
         return Checkpointed(self._run.save(step, self._learner.state(), facts), step)
 
     def _drop_old(self, step: int) -> None:
-        keep, output = self._plan.config.keep_last, self._plan.config.output
+        keep = self._plan.config.keep_last
         if not keep:
             return
-        by_step: dict[int, Path] = {}
-        for path in output.parent.glob(f"{output.stem}.step*.safetensors"):
-            digits = path.name.removeprefix(f"{output.stem}.step").removesuffix(".safetensors")
-            if digits.isdecimal() and int(digits) <= step:
-                by_step[int(digits)] = path
+        by_step = {number: path for number, path in self._run.results().items() if number <= step}
         for old in sorted(by_step)[:-keep]:
+            if by_step[old].is_dir():
+                remove_folder(by_step[old])
+                continue
             by_step[old].unlink()
             sidecar(by_step[old]).unlink(missing_ok=True)
 
     def _record(self, step: int) -> dict[str, object]:
-        """What a LoRA file says about itself."""
+        """What the file of a result says about itself."""
         config = self._plan.config
         datasets = [config.settings(number) for number in range(len(config.sets))]
         sides = list(dict.fromkeys(side for each in datasets for side in each.resolution))
         trained = {name: any(part in layer for layer in self._plan.layers) for name, part in _GROUPS.items()}
-        return {
-            "base_model": config.model_dir.resolve().name,
+        of_lora = {
             "rank": config.rank,
             "alpha": config.alpha,
             **{f"target_{target}": on for target, on in trained.items()},
             **_beyond_a_plain_lora(config),
+        }
+        return {
+            "base_model": config.model_dir.resolve().name,
+            **({"kind": FULL, "targets": list(config.targets)} if config.kind == FULL else of_lora),
             "steps": step,
             "resolution": sides[0] if len(sides) == 1 else sides,
             "timesteps": config.timesteps,

@@ -15,7 +15,8 @@ import numpy as np
 
 from .buckets import Size
 
-ORDER, DRAW, INITIAL, RANKS, HELD_OUT, CAPTION, TAGS, INPUTS, MODULES = range(9)  # purposes of random numbers
+# Purposes of random numbers
+ORDER, DRAW, INITIAL, RANKS, HELD_OUT, CAPTION, TAGS, INPUTS, MODULES, ROUNDING = range(10)
 
 
 def rng_for(seed: int, purpose: int, *indices: int) -> np.random.Generator:

@@ -10,41 +10,31 @@ Traits of a field:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from zimage_ref.bounds import TRAINING, check_bounds
 from zimage_ref.checkpoints.registry import part_options
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.generation.presets import by_model
 from zimage_ref.generation.sizes import check_area, check_side
 from zimage_ref.lora.spellings import DEFAULT_NAMING, lora_namings, namings_of_every_kind
-from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED, UpdateSize
+from zimage_ref.lora.trained import DEFAULT_KIND, UpdateSize
 from zimage_ref.model.flow import TIMESTEP_SAMPLINGS, TimestepSampling
-from zimage_ref.model.parameters import LORA_TARGETS
-from zimage_ref.options import MEMORY, check_choices, option, required
+from zimage_ref.options import MEMORY, check_choices, one_of, option, required
 
 from .dataset_options import REGULARIZATION, TRAIN, DatasetOptions, DatasetSettings, check_resolution
+from .full import check_full
 from .groups import TrainGroup
+from .kinds import AUTO, FULL, kinds, learning_kind
 from .learning_options import SHARED, LearningOptions
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, SCHEDULES
+from .precisions import PRECISIONS
 from .targets import PRESETS, normalized
 
-# Schedule -> function from progress (0 after the warmup, 1 at the last step) to a share of the learning rate
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "linear": lambda progress: 1 - progress,
-}
 LR = 1e-4  # at the width of Z-Image; see `TrainPlan.lr`
 _PARTS = part_options()  # name -> help; each has a field below
-PRECISIONS = (  # of the frozen base; 4/32 is 4 bits in groups of 32
-    "auto", "bf16", "f32", *map(str, reversed(BITS)),
-    *(f"{bits}/{group}" for bits in reversed(BITS) for group in GROUP_SIZES if group != GROUP_SIZE),
-)  # fmt: skip
 _FORMER_AUTO = ("steps", "lr", "preview_size", "preview_steps", "preview_guidance")  # see `is_former_auto`
 
 MODEL, DATA, LORA, PACE, NOISE, _, CHECKS, SAVING, MEMORY_USE, _ = TrainGroup
@@ -79,9 +69,10 @@ class TrainConfig(LearningOptions):
     alpha: float = option(16.0, "Strength of the LoRA. Its change of the weights is multiplied by alpha / rank.", LORA)
     kind: str = option(
         DEFAULT_KIND,
-        "Form of the change of a weight. Every program reads lora; lokr is small, loha and dora are slower.",
+        "Form of the change of a weight. Every program reads lora; lokr is small, loha and dora are slower. full "
+        "trains the transformer itself.",
         LORA,
-        choices=TRAINED,
+        choices=kinds,
         essential=True,
     )
     factor: int = option(
@@ -139,13 +130,19 @@ class TrainConfig(LearningOptions):
         DEFAULT_NAMING, "Spelling of the keys in the LoRA file.", SAVING, choices=lora_namings, free=True
     )
     targets: tuple[str, ...] = option(
-        (*LORA_TARGETS, "refiners"),
+        (AUTO,),
         f"Layers that the LoRA changes: {', '.join(PRESETS)}, or patterns such as layers.10-20.attention.*. =32 sets "
-        "a rank. refiners adds the same layers of the refiner blocks.",
+        "a rank. refiners adds the same layers of the refiner blocks. auto is attention, feed_forward and refiners; "
+        "for full, everything.",
         LORA,
         value="NAME",
     )
-    optimizer: str = option("adamw", "Optimizer that changes the LoRA.", PACE, choices=OPTIMIZERS)
+    optimizer: str = option(
+        AUTO,
+        "Optimizer that changes the LoRA. auto is adamw; for full, adafactor.",
+        PACE,
+        choices=lambda: (AUTO, *OPTIMIZERS),
+    )
     weight_decay: float = option(1e-2, "Weight decay, for an optimizer that has one.", PACE)
     warmup: int = option(20, "Steps in which the learning rate rises from 0.", PACE)
     schedule: str = option("cosine", "How the learning rate changes after the warmup.", PACE, choices=SCHEDULES)
@@ -223,11 +220,16 @@ class TrainConfig(LearningOptions):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name in ("resolution", "targets", "preview_prompt"):
             object.__setattr__(self, name, _several(getattr(self, name)))
-        object.__setattr__(self, "targets", normalized(self.targets))
+        one_of("kind", self.kind, kinds())
+        if self.optimizer == AUTO:
+            object.__setattr__(self, "optimizer", learning_kind(self.kind).optimizer)
+        chosen = learning_kind(self.kind).targets if self.targets == (AUTO,) else self.targets
+        object.__setattr__(self, "targets", normalized(chosen))
         for name in _FORMER_AUTO:
             if is_former_auto(name, getattr(self, name)):
                 object.__setattr__(self, name, None)
         self._check_numbers()
+        check_full(self, default_options())
         self._check_names()
         self._check_datasets()
         self.check_learning(self.optimizer, self.ema, self.lora_plus, self.kind, self.init_lora is not None)
@@ -283,7 +285,7 @@ class TrainConfig(LearningOptions):
     def _check_names(self) -> None:
         check_choices(self)
         TimestepSampling.parse(self.timesteps)
-        if self.output.suffix != ".safetensors":
+        if self.kind != FULL and self.output.suffix != ".safetensors":
             raise ConfigError(f"`output` {self.output}: a LoRA is written as .safetensors")
         if self.kind != DEFAULT_KIND and self.lora_format not in (able := namings_of_every_kind()):
             raise ConfigError(f"`lora_format` {self.lora_format} has no {self.kind}: use {' or '.join(able)}")

@@ -9,7 +9,9 @@ from zimage_ref.lora.alpha import sidecar
 from .cache import entry_names
 from .config import TrainConfig
 from .facts import RunFacts, changes
+from .kinds import FULL
 from .run_folder import RunFolder, SavedState
+from .whole_file import check_names
 
 
 def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:
@@ -33,8 +35,13 @@ def state_to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tup
 def _check_names(config: TrainConfig, run: RunFolder, total: int) -> None:
     """Raises ConfigError if the run cannot write one of its files at the end, or while it goes on."""
     saves = range(config.save_every, total, config.save_every) if config.save_every else ()
-    loras = [config.output, *map(run.lora, saves)]
-    check_writable(*loras, *map(sidecar, loras), *run.names(total), *entry_names(config.cache_folder))
+    results = [config.output, *map(run.result, saves)]
+    if config.kind == FULL:
+        for path in results:
+            check_names(path)
+    else:
+        check_writable(*results, *map(sidecar, results))
+    check_writable(*run.names(total), *entry_names(config.cache_folder))
 
 
 def _to_resume(config: TrainConfig, run: RunFolder, facts: RunFacts) -> tuple[SavedState | None, list[str]]:

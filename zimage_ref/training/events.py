@@ -72,6 +72,14 @@ class Previewed:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """A file or folder is about to be written that takes a while."""
+
+    step: int
+    nbytes: int  # of weights
+
+
+@dataclass(frozen=True)
 class Checkpointed:
     """A resume folder was written."""
 
@@ -99,4 +107,6 @@ class Done(Saved):
     """The run is complete and `path` is its result."""
 
 
-Event: TypeAlias = Encoded | Notice | Started | Step | Validated | Previewed | Checkpointed | Saved | Stopped | Done
+Event: TypeAlias = (
+    Encoded | Notice | Started | Step | Validated | Previewed | Saving | Checkpointed | Saved | Stopped | Done
+)

@@ -45,6 +45,12 @@ class LearningOptions:
     shuffle_tags: bool = option(False, "Draw another order of the parts of a caption that commas separate.", _DATA)
     keep_tags: int = option(1, "Parts at the start of a caption that `shuffle_tags` leaves in place.", _DATA)
 
+    master_weights: bool = option(
+        False,
+        "For full: also keep the weights in float32, and let the steps change these. This takes twice the memory of "
+        "the weights more.",
+        TrainGroup.MEMORY,
+    )
     rank_dropout: float = option(0.0, "Share of the ranks that a step does not train.", _LORA)
     dropout: float = option(0.0, "Share of the inputs of each LoRA layer that a step leaves out.", _LORA)
     module_dropout: float = option(0.0, "Share of the LoRA layers that a step leaves out.", _LORA)

@@ -28,7 +28,7 @@ from zimage_ref.memory import (
 )
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import is_turbo
-from zimage_ref.model.parameters import transformer_parameters
+from zimage_ref.model.parameters import Shapes, transformer_parameters
 from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 from zimage_ref.options_file import to_json
 from zimage_ref.streaming import Choice, can_stream, choose, require_streamable
@@ -40,6 +40,9 @@ from .config import LR, TrainConfig
 from .dataset import Example, fingerprint, hold_out
 from .dataset_options import TRAIN
 from .facts import RunFacts
+from .full import TURBO_WARNING as WHOLE_TURBO_WARNING
+from .full import check_base, count, require_room, state_bytes, whole_parameters, with_step
+from .kinds import FULL, learning_kind
 from .optimizers import OPTIMIZERS
 from .start import Start, going_on, layer_matrices, new_matrices, with_magnitudes
 from .targets import chosen_layers
@@ -75,7 +78,7 @@ class TrainPlan:
     def lr(self) -> float:
         """The highest learning rate: `lr` if it is given, else LR * sqrt(width of Z-Image / width of this model).
 
-        A kind other than lora has its own share of that; see `TrainedKind`.
+        A kind other than lora has its own share of that; see `kinds`.
 
         The square root is a choice made on the tiny model, which is 27 times narrower than Z-Image. At Z-Image's own
         rate it learns too little in the default number of steps; at 27 times that rate it forgets what it knew.
@@ -85,7 +88,7 @@ class TrainPlan:
         if (own := OPTIMIZERS[self.config.optimizer].lr) is not None:
             return own
         width = OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim
-        return LR * math.sqrt(width) * TRAINED[self.config.kind].rate
+        return LR * math.sqrt(width) * learning_kind(self.config.kind).rate
 
     @property
     def turbo(self) -> bool:
@@ -93,13 +96,30 @@ class TrainPlan:
         return is_turbo(self.model.scheduler)
 
     @property
+    def turbo_warning(self) -> str:
+        """A warning if the base is Turbo and its distillation stays; "" if not."""
+        if not self.turbo or self.config.training_adapter:
+            return ""
+        return WHOLE_TURBO_WARNING if self.config.kind == FULL else TURBO_WARNING
+
+    @property
     def trainable(self) -> int:
         """The number of parameters that are trained."""
-        return sum(math.prod(shape) for each in self.matrices.values() for shape in each.values())
+        matrices = sum(math.prod(shape) for each in self.matrices.values() for shape in each.values())
+        return matrices + count(self.parameters)
+
+    @cached_property
+    def parameters(self) -> Shapes:
+        """The parameters of the transformer that train: those of `layers` with the kind full, else none."""
+        if self.config.kind != FULL:
+            return {}
+        return whole_parameters(transformer_parameters(self.model.transformer), self.layers)
 
     @cached_property
     def matrices(self) -> dict[str, Matrices]:
-        """The shapes of the matrices that train, by layer."""
+        """The shapes of the matrices that train beside the weights, by layer."""
+        if self.config.kind == FULL:
+            return {}
         shapes, kind = transformer_parameters(self.model.transformer), self.config.kind
         return {layer: layer_matrices(shapes[f"{layer}.weight"], kind, size) for layer, size in self.layers.items()}
 
@@ -139,11 +159,20 @@ class TrainPlan:
         """
         model, most = LoadedModel(self.model, precision, quantization), max(map(self.tokens, self.batches.sizes()))
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
+        if self.parameters:
+            lora = state_bytes(self.parameters, self.config.optimizer, self.config.master_weights)
         *before, train = training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
+        if self.parameters:
+            return [*before, with_step(train, self.parameters, model.itemsize, self.config.optimizer, footprint)]
         shapes = transformer_parameters(self.model.transformer)
         largest = max(math.prod(shapes[f"{layer}.weight"]) for layer in self.layers)
         passing = footprint.with_margin(0, 4 * TRAINED[self.config.kind].passing * largest)
         return [*before, replace(train, activations=train.activations + passing)]
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether the mode stream may be chosen by itself. It writes too much to a disk for that with the kind full."""
+        return can_stream(self.model) and self.config.kind != FULL
 
     def choose_memory(
         self,
@@ -160,7 +189,7 @@ class TrainPlan:
         if asked == "stream":
             require_streamable(self.model)
         modes: list[Mode] = ["fast", "lean"]
-        if asked == "stream" or can_stream(self.model):
+        if asked == "stream" or self.can_stream:
             modes.append("stream")
         stages = {
             mode: self.memory(precision, quantization, mode, footprint("lean" if mode == "fast" else mode))
@@ -170,7 +199,9 @@ class TrainPlan:
 
     def require_memory(self, stages: Sequence[Stage], limit: int | None) -> None:
         """Raises ConfigError if `stages` take more than `limit` bytes, unless `force` is set."""
-        if not self.config.force:
+        if self.config.kind == FULL and not self.config.force:
+            require_room(stages, limit, self.config.memory == "stream")
+        elif not self.config.force:
             sides = "`resolution`, `memory` lean" if self.config.memory == "fast" else "`resolution`"
             require_memory(stages, limit, "base_precision", sides)
 
@@ -223,7 +254,7 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
         for size in _sizes(config, model, example)
     ]
     batches = BatchOrder(items, config.batch_size * ranks, config.grad_accumulation, config.seed)
-    layers = chosen_layers(model.transformer, config.targets, config.size)
+    layers = chosen_layers(model.transformer, config.targets, config.size, config.kind == FULL)
     shapes = transformer_parameters(model.transformer)
     adapter, begins_with = (
         read_lora(file, shapes).updates if file else None for file in (config.training_adapter, config.init_lora)
@@ -231,6 +262,11 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
     long = _long_texts(config, model, [*examples, *held_out])
     notices = [*dataset.notices, *long, *_readers(config), *_unused(config)]
     plan = TrainPlan(config, model, examples, held_out, layers, batches, adapter or {}, notices, begins_with)
+    if config.kind == FULL:
+        if ranks > 1:
+            raise ConfigError("`kind` full trains on one machine: start it without mlx.launch")
+        check_base(plan.stored_bits, model.files["transformer"])
+        return plan
     by_rank = TRAINED[config.kind].by_rank
     if config.rank_dropout and not any(by_rank in each for each in plan.matrices.values()):
         raise ConfigError("`rank_dropout` needs matrices with a rank: with this `rank` those of lokr are whole")
@@ -239,9 +275,9 @@ def plan_for(config: TrainConfig, dataset: CheckedDataset, ranks: int) -> TrainP
 
 def _readers(config: TrainConfig) -> list[str]:
     """Which programs load the result, if not all do."""
-    title = TRAINED[config.kind].title
-    if config.kind == DEFAULT_KIND:
+    if config.kind in (DEFAULT_KIND, FULL):
         return []
+    title = TRAINED[config.kind].title
     return [*losses_of([title], config.lora_format), f"{title}: mflux refuses a file that holds it"]
 
 

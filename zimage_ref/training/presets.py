@@ -6,6 +6,8 @@ Others report about 100 steps a picture for a subject; a style has more pictures
 
 from __future__ import annotations
 
+from .kinds import FULL
+
 PRESETS: dict[str, dict[str, object]] = {
     # Near and far views at two sizes; a face is not symmetric, so no flip
     "character": {"rank": 16, "alpha": 16.0, "resolution": (512, 768), "epochs": 50, "flip": False},
@@ -16,3 +18,11 @@ PRESETS: dict[str, dict[str, object]] = {
     # Labels and small parts need pixels, and writing must not be mirrored
     "object": {"rank": 16, "alpha": 16.0, "resolution": (768,), "epochs": 100, "flip": False},
 }  # fmt: skip
+
+_OF_LORAS = ("rank", "alpha")
+
+
+def preset_options(name: str | None, kind: object) -> dict[str, object]:
+    """The options of the preset `name`, {} if it is None. The kind full has no rank, so those are left out."""
+    left_out = _OF_LORAS if kind == FULL else ()
+    return {option: value for option, value in PRESETS.get(name or "", {}).items() if option not in left_out}

@@ -1,7 +1,8 @@
 """The folder <stem>.run/ that a training run keeps beside its output. Its files are always either complete or absent.
 
 lock                     locked while a run is active
-resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with their checksums and the run's facts
+resume/step<N>/          lora, optimizer, ema: .safetensors; state.json with their checksums and the run's facts.
+                         A run of the kind full saves its weights in place of a lora
 metrics.jsonl            one line for each step, measurement or preview
 report.html              the same for people
 previews/                pictures
@@ -17,14 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from zimage_ref.errors import FormatError, TrainingError, reason
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.files import disk_is_full, sha256, sync
 from zimage_ref.formats.json_file import read_json, write_json
 from zimage_ref.formats.temporary import remove_stale
-from zimage_ref.formats.tensors import Array, Tensor
+from zimage_ref.formats.tensors import Array, Tensors
 
 from .dataset_files import RUN_SUFFIX
 from .facts import SavedFacts, checked_facts
@@ -34,6 +33,7 @@ if sys.platform != "win32":
 
 _KEPT = 2  # resume folders: the latest, and the one before it in case the latest is damaged
 _PARTS = {"lora.safetensors", "optimizer.safetensors"}  # every resume folder has these files
+_WHOLE = {"weights.safetensors", "optimizer.safetensors"}  # or these
 _MARGIN = 2**20  # bytes that a save needs in addition to its tensors
 
 
@@ -43,7 +43,7 @@ class SavedState:
 
     step: int
     facts: SavedFacts
-    tensors: dict[str, dict[str, Array]]  # lora, optimizer, and ema if the run averages the LoRA
+    tensors: dict[str, dict[str, Array]]  # lora, optimizer, and ema if the run averages the LoRA; maybe mapped
 
 
 class RunFolder:
@@ -55,9 +55,25 @@ class RunFolder:
         self.metrics, self.report = self.path / "metrics.jsonl", self.path / "report.html"
         self.previews, self._resume = self.path / "previews", self.path / "resume"
 
-    def lora(self, step: int) -> Path:
-        """The file of the LoRA that is saved after `step`, before the end."""
-        return self.output.with_suffix(f".step{step}.safetensors")
+    def result(self, step: int) -> Path:
+        """The name of the result as it is after `step`, before the end."""
+        return self._with(f"step{step}")
+
+    def results(self) -> dict[int, Path]:
+        """The results of steps before the end that exist, by step."""
+        before, after = self._with("step*").name.split("*")
+        found = {}
+        for path in self.output.parent.glob(f"{before}*{after}"):
+            digits = path.name.removeprefix(before).removesuffix(after)
+            if digits.isdecimal():
+                found[int(digits)] = path
+        return found
+
+    def _with(self, step: str) -> Path:
+        """The name of the output with `step` in it. A folder has no suffix, and gets none."""
+        if not self.output.suffix:
+            return self.output.with_name(f"{self.output.name}-{step}")
+        return self.output.with_suffix(f".{step}{self.output.suffix}")
 
     def names(self, total: int) -> list[Path]:
         """The longest names that a run of `total` steps writes into this folder."""
@@ -88,20 +104,20 @@ class RunFolder:
         remove_stale(self.path, deep=True)
         remove_stale(self.output.parent)
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Array]], facts: SavedFacts) -> Path:
-        """Writes a resume folder and deletes all except the last two.
+    def save(self, step: int, tensors: Mapping[str, Tensors], facts: SavedFacts) -> Path:
+        """Writes a resume folder, a tensor at a time, and deletes all except the last two.
 
         The folder gets its name after every byte is on disk. Raises TrainingError if the disk has too little room.
         """
         target = self._resume / f"step{step}"
         temporary = self._resume / f".step{step}.tmp"
-        with self.room_for(sum(array.nbytes for part in tensors.values() for array in part.values())):
+        with self.room_for(sum(tensor.nbytes for part in tensors.values() for tensor in part.values())):
             remove_folder(temporary)
             temporary.mkdir(parents=True)
             digests = {}
             for name, part in tensors.items():
                 file = temporary / f"{name}.safetensors"
-                safetensors.write(file, {key: Tensor.of(array) for key, array in part.items()})
+                safetensors.write(file, part)
                 digests[file.name] = sha256(file)
             write_json(temporary / "state.json", {"step": step, "files": digests, "facts": facts})
             _sync(temporary)
@@ -134,7 +150,7 @@ class RunFolder:
 
     def _written_after(self, step: int) -> bool:
         state = self._resume / f"step{step}" / "state.json"
-        return self.output.is_file() and self.output.stat().st_mtime_ns >= state.stat().st_mtime_ns
+        return self.output.exists() and self.output.stat().st_mtime_ns >= state.stat().st_mtime_ns
 
     def clear(self) -> None:
         """Deletes the state, metrics and previews of an earlier run."""
@@ -190,7 +206,7 @@ def _read_save(step: int, folder: Path) -> SavedState:
     """The state in `folder`. Raises FormatError if a part is missing, damaged or has another type."""
     state = read_json(folder / "state.json")
     facts, files = checked_facts(state.get("facts")), state.get("files")
-    if not isinstance(files, dict) or not files.keys() >= _PARTS:
+    if not isinstance(files, dict) or not (files.keys() >= _PARTS or files.keys() >= _WHOLE):
         raise FormatError(f"its state.json must list the files {', '.join(sorted(_PARTS))}")
     tensors = {}
     try:
@@ -199,7 +215,7 @@ def _read_save(step: int, folder: Path) -> SavedState:
             if sha256(file) != digest:
                 raise FormatError(f"{file}: is damaged: its checksum differs")
             stored, _ = safetensors.read(file)
-            tensors[file.stem] = {key: np.array(tensor.read()) for key, tensor in stored.items()}
+            tensors[file.stem] = {key: tensor.read() for key, tensor in stored.items()}
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {reason(error)}") from error
     return SavedState(step, facts, tensors)

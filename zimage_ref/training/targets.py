@@ -20,7 +20,14 @@ from zimage_ref.bounds import LORA_RANK, TRAINING
 from zimage_ref.errors import ConfigError, listing
 from zimage_ref.lora.trained import UpdateSize
 from zimage_ref.model.config import TransformerConfig
-from zimage_ref.model.parameters import LORA_TARGETS, TARGETS, lora_modules, transformer_parameters
+from zimage_ref.model.parameters import (
+    LORA_TARGETS,
+    TARGETS,
+    block_of,
+    lora_modules,
+    transformer_blocks,
+    transformer_parameters,
+)
 
 REFINERS, ATTENTION_AND_MLP = "refiners", "attn_mlp"
 PRESETS = (*TARGETS, ATTENTION_AND_MLP)
@@ -76,15 +83,18 @@ def normalized(targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(Target.parse(text)) for text in targets)
 
 
-def chosen_layers(config: TransformerConfig, targets: Sequence[str], common: UpdateSize) -> dict[str, UpdateSize]:
+def chosen_layers(
+    config: TransformerConfig, targets: Sequence[str], common: UpdateSize, whole: bool = False
+) -> dict[str, UpdateSize]:
     """The layers that `targets` choose and the size of each, in the order in which they run.
 
+    whole: patterns choose among everything that has parameters, not only among Linear layers.
     Raises ConfigError if an entry chooses no layer.
     """
     entries = [Target.parse(text) for text in targets]
     presets = [entry.name for entry in entries if entry.name in TARGETS]
     of_presets = lora_modules(config, presets) if presets or not entries else []
-    known = _linear_layers(config)
+    known = _all_modules(config) if whole else _linear_layers(config)
     sizes: dict[str, UpdateSize] = {}
     for entry in sorted(entries, key=lambda entry: entry.rank is not None):  # stable: later ones stay later
         found = _of_preset(entry.name, of_presets, known) if entry.name in PRESETS else _matches(entry.name, known)
@@ -121,6 +131,19 @@ def _linear_layers(config: TransformerConfig) -> list[str]:
     weights = [name for name, shape in transformer_parameters(config).items() if len(shape) == 2]
     others = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     return [*in_blocks, *(name for name in others if name not in set(in_blocks))]
+
+
+def _all_modules(config: TransformerConfig) -> list[str]:
+    """Everything that has parameters: the blocks in the order in which they run, then the rest."""
+    owners = list(dict.fromkeys(map(owner_of, transformer_parameters(config))))
+    in_blocks = [f"{block}." for block in transformer_blocks(config)]
+    ordered = [owner for block in in_blocks for owner in owners if owner.startswith(block)]
+    return [*ordered, *(owner for owner in owners if not block_of(f"{owner}."))]
+
+
+def owner_of(name: str) -> str:
+    """The module of the parameter `name`. A parameter of the transformer itself stands for its own module."""
+    return name.rpartition(".")[0] or name
 
 
 def _of_preset(name: str, of_presets: Sequence[str], known: Sequence[str]) -> list[str]:

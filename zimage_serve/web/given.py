@@ -12,6 +12,7 @@ from zimage_ref.formats.json_file import JsonObject
 from zimage_ref.generation.config import GenerateConfig
 from zimage_ref.options import choices_of
 from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.kinds import FULL, kinds
 from zimage_serve.work.runs import MASKS_HERE, NOT_ASKED
 from zimage_serve.work.studio import Studio
 
@@ -57,6 +58,12 @@ RUN_FIELDS: dict[str, JsonObject] = {
         "description": "Part of a picture that is learned. file: the white of its mask.",
     },
     "init_lora": {"type": "string", "description": "Name of a LoRA of this server to go on from."},
+    "kind": {
+        "type": "string",
+        "description": "Form of the change of a weight. Every program reads lora; lokr is small, others are slower.",
+        "enum": [kind for kind in kinds() if kind != FULL],
+        "default": TrainConfig.kind,
+    },
 }
 
 

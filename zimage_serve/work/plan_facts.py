@@ -12,7 +12,7 @@ from zimage_ref.memory import Mode, peak
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.dataset import Example
 from zimage_ref.training.metrics_lines import StepLine
-from zimage_ref.training.plan import TURBO_WARNING, TrainPlan, make_plan
+from zimage_ref.training.plan import TrainPlan, make_plan
 from zimage_serve.engines import Trainer
 
 _LEAST: Mapping[str, Mode] = {"fast": "fast", "stream": "stream"}  # `memory` -> the mode of the estimate, else lean
@@ -103,8 +103,8 @@ def _crops(plan: TrainPlan) -> list[dict[str, object]]:
 
 def _warnings(plan: TrainPlan) -> Iterator[str]:
     config, examples = plan.config, [*plan.examples, *plan.held_out]
-    if plan.turbo and not config.training_adapter:
-        yield TURBO_WARNING
+    if plan.turbo_warning:
+        yield plan.turbo_warning
     for notice in plan.notices:
         yield _without(config, notice)
     for equal in _equal(examples):

@@ -14,6 +14,7 @@ from zimage_ref.options_file import to_json, typed
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.dataset_options import REGULARIZATION, DatasetOptions
 from zimage_ref.training.events import Done, Encoded, Event, Notice, Previewed, Saved, Started, Step, Stopped, Validated
+from zimage_ref.training.kinds import FULL
 from zimage_ref.training.metrics_lines import line_of, read_lines, step_lines
 from zimage_ref.training.run_folder import RunFolder
 from zimage_serve.engines import Trainer
@@ -31,6 +32,7 @@ ENDED = ("done", "failed", "stopped")
 NOT_ASKED = {
     "model_dir", "dataset", "datasets", "output", "cache", "transformer", "text_encoder", "vae", "tokenizer",
     "training_adapter", "init_lora", "resume", "resume_anyway", "overwrite", "force",
+    "master_weights",
 }  # fmt: skip
 MASKS_HERE = ("none", "file")  # pictures are kept without their alpha
 BY_NAME = ("training_adapter", "init_lora")  # of these, clients give the name of a LoRA
@@ -119,6 +121,8 @@ class RunDesk:
             if field_name not in hints or field_name in NOT_ASKED:
                 raise RefusedError(f"`{field_name}` is not an option of a run here")
             options[field_name] = typed(value, hints[field_name], f"`{field_name}`")
+        if options.get("kind") == FULL:
+            raise RefusedError("`kind` full writes a whole transformer, not a LoRA: use zimage train for it")
         if options.get("mask", MASKS_HERE[0]) not in MASKS_HERE:
             raise RefusedError(f"`mask` {options['mask']}: pictures of this server have masks beside them: give file")
         if options.get("validation"):

@@ -1,0 +1,50 @@
+"""The interface of that which learns: a LoRA beside a frozen transformer, or the transformer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from zimage_mlx.networks.transformer import Transformer
+from zimage_ref.formats.tensors import Array, Tensors
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    pictures: int
+    finite: bool
+
+
+class Learning(Protocol):
+    """It learns one step at a time. Its whole state can be taken out and put in."""
+
+    @property
+    def notices(self) -> Sequence[str]:
+        """Lines for the user, before the first step."""
+
+    @property
+    def file_bytes(self) -> int:
+        """About the bytes that `write` needs."""
+
+    def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
+        """Makes step `step`, from 0, on batches of items."""
+
+    def result(self) -> AbstractContextManager[Transformer]:
+        """The transformer as the result would make it, until the block ends."""
+
+    def write(self, path: Path, record: Mapping[str, object]) -> None:
+        """Writes the result to `path`. record: what its file says about itself."""
+
+    def state(self) -> Mapping[str, Tensors]:
+        """All that the next step depends on, by part."""
+
+    def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Takes up a state that `state` gave. Raises ConfigError if it is of another run."""
