@@ -17,12 +17,16 @@ SHEETS: dict[str, tuple[str, list[dict[str, object]]]] = {
     "nag": ("a red circle", [{}, {"nag": 8.0, "negative_prompt": "red"}]),
     "variety": ("a big green heart on a white background", [{}, {"variety": 1.0}]),
     "regions": ("a white background", [{"region": _HALVES}]),
+    "cache": (
+        "a big red star left of a small blue ring on a yellow background",
+        [{"steps": 50, "guidance": 4.0, **cache} for cache in ({}, {"cache": "taylor"}, {"cache": "first-block"})],
+    ),
 }
 
 
 def sheet(pipe: ZImagePipeline, prompt: str, rows: Sequence[dict[str, object]], seeds: int = 6) -> Picture:
     """The pictures of a prompt, a row for each set of options and a column for each seed."""
-    pictures = [pipe([prompt] * seeds, seed=0, **_HOW, **options) for options in rows]
+    pictures = [pipe([prompt] * seeds, seed=0, **(_HOW | options)) for options in rows]
     whole = pictures[0][0].resize((SIDE * seeds, SIDE * len(rows)))
     for i, row in enumerate(pictures):
         for j, picture in enumerate(row):

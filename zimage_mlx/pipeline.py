@@ -16,13 +16,15 @@ from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.doctor.remembered import Figures, precision_name
 from zimage_ref.formats.quantize import GROUP_SIZE, stored_bits
-from zimage_ref.formats.tensors import Array
+from zimage_ref.formats.tensors import Array, Tensor
 from zimage_ref.generation.pipeline import Pipeline
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, footprint_of_mlx
 from zimage_ref.model.flow import model_time
+from zimage_ref.model.parameters import EMBEDDING
 from zimage_ref.model.shared_moments import SharedMoments
 from zimage_ref.model.steering import Steering
+from zimage_ref.model.step_cache import StepCache
 from zimage_ref.streaming import STREAMED, require_streamable
 
 from . import device
@@ -34,9 +36,11 @@ from .networks.steered import condition_steered
 from .networks.streaming import Stream
 from .networks.strips import Strips
 from .networks.text_encoder import TextEncoder
+from .networks.tiny_decoder import TinyDecoder
 from .networks.transformer import Conditioning, RunBlock, Transformer
 from .networks.vae import VAE
 from .networks.weights import DTYPES, load, to_mlx
+from .networks.writer import Ending, Writer, ending_tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -186,6 +190,22 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
     def _encode_prompt(self, text: str) -> mx.array:
         return self.text_encoder(mx.array(self.tokenizer.encode(text)))
 
+    def tiny_decoder(self, tensors: Mapping[str, Tensor]) -> Callable[[mx.array], Array]:
+        """As `Engine`."""
+        width, latents = tensors["layers.0.weight"].shape[:2]
+        decoder = TinyDecoder(latents, width)
+        load(decoder, tensors, mx.float32)
+        return lambda x: np.array(decoder(x.astype(mx.float32))[0])
+
+    def writer(self) -> Writer:
+        """As `Engine`: the text encoder in memory, and the last layer beside it."""
+        encoder, config = self.text_encoder, self.folder.text_encoder
+        table = self.folder.weights["text_encoder"][EMBEDDING] if "text_encoder" in self._streams else None
+        ending = Ending(config, has_head=table is not None)
+        tensors = ending_tensors(config, self.folder.spare["text_encoder"], table)
+        load(ending, tensors, self._dtype_of("text_encoder"), self.quantization, self.unpack)
+        return Writer(encoder, ending)
+
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
         if self._adapters is None:
             # merging is faster for each step, branches are faster to change: a lean pipeline has nothing to change
@@ -215,6 +235,10 @@ class ZImagePipeline(Pipeline[mx.array, Conditioning]):
             self._networks["controlnet"], self._control_stamp = network, file.stamp
         own = cast(ControlNet, self._networks["controlnet"])
         return replace(conditioning, control=Control(own, context, scale))
+
+    def cached(self, conditioning: Conditioning, cache: StepCache[mx.array]) -> Conditioning:
+        """As `Engine`."""
+        return replace(conditioning, cache=cache)
 
     def predict(self, x: mx.array, sigma: float, conditioning: Conditioning, copies: int = 1) -> mx.array:
         """As `Engine`: (copies * B, C, h, w) float32."""

@@ -73,8 +73,10 @@ PICTURE = {  # fields of GenerateConfig
     "upscale": Bounds(1, 4, above=True), "upscale_strength": Bounds(0, 1, above=True),
     "tile_size": Bounds(64, _ANY_SIZE, whole=True),
     "nag": Bounds(1, 1e3), "variety": Bounds(0, 1), "variety_until": Bounds(0, 1, above=True),
+    "cache_min_steps": _STEPS,
 }  # fmt: skip
 RUN = {"batch_size": _count(4096), "preview_steps": _count(10_000, low=0)}  # fields of RunSettings
+CACHE_THRESHOLD, CACHE_INTERVAL, CACHE_RATIO = Bounds(0, 10), _count(1000), Bounds(0, 100, above=True)
 COUNT = _count(10_000)  # pictures of one command
 CONTROL_SCALE = Bounds(0, 100)
 LORA_RANK = _count(65_536)

@@ -120,6 +120,10 @@ class LoadedModel:
         """The bytes of each parameter of one network, by name."""
         return {name: self._nbytes(name, tensor) for name, tensor in self.folder.weights[component].items()}
 
+    def spare_bytes(self, component: str) -> int:
+        """The bytes of the tensors that only writing needs."""
+        return sum(self._nbytes(name, tensor) for name, tensor in self.folder.spare.get(component, {}).items())
+
     def weight_bytes(self, component: str, mapped: bool = False, streamed: int = 0) -> int:
         """The bytes of the weights of one network. If they are `mapped`, the bytes of its largest tensor.
 
@@ -167,14 +171,14 @@ class Stage:
 
 def generation_stages(
     model: LoadedModel, footprint: Footprint, size: tuple[int, int], predictions: float = 1,
-    one_at_a_time: bool = True, around: int = 0,
+    one_at_a_time: bool = True, around: int = 0, kept: int = 0,
 ) -> list[Stage]:  # fmt: skip
     """The memory of each stage of making pictures of `size`, width and height in pixels.
 
     predictions: the number that the transformer makes at once: one for each picture of a batch, two with guidance. If
     pictures are steered, a prediction counts as more than one.
     one_at_a_time: a network is freed before the next is loaded. around: the pixels of the picture that is made of
-    tiles of `size`; 0 is no tiles.
+    tiles of `size`; 0 is no tiles. kept: numbers that a step cache keeps.
     """
     folder, (width, height) = model.folder, size
     mapped, streamed = footprint.mapped, footprint.streamed
@@ -184,13 +188,26 @@ def generation_stages(
         weights = dict.fromkeys(weights, sum(weights.values()))
     tokens = predictions * (width * height // folder.size_multiple**2 + CAPTION_TOKENS)
     denoise = tokens * _block_values(folder.transformer, wide=model.precision == "float16") * footprint.blocks
-    denoise += footprint.unpacked * _quantized_values(model)
+    denoise += footprint.unpacked * _quantized_values(model) + kept * (1 + (model.precision == "float16"))
     stages = [
         ("encode", weights["text_encoder"], model.itemsize * _encode_values(folder, footprint)),
         ("denoise", weights["transformer"], model.itemsize * denoise + _LATENT_BYTES * around),
         ("decode", weights["vae"], _autoencoder_bytes(model, width * height, footprint) + _PIXEL_BYTES * around),
     ]
     return [Stage(name, held, footprint.with_margin(held, values)) for name, held, values in stages]
+
+
+def writing_stage(model: LoadedModel, footprint: Footprint, held: int, tokens: int) -> Stage:
+    """The memory of the text encoder while it writes a text of `tokens` tokens, what it was told included.
+
+    held: the bytes of the weights that are in memory while it encodes.
+    """
+    config, name = model.folder.text_encoder, "text_encoder"
+    held += 0 if footprint.mapped else model.spare_bytes(name)
+    held += model.sizes(name)[EMBEDDING] if footprint.streamed else 0  # else the head is the embedding in memory
+    past = 2 * config.num_hidden_layers * tokens * config.num_key_value_heads * config.head_dim
+    values = past + _encode_values(model.folder, footprint) + config.vocab_size
+    return Stage("write a prompt", held, footprint.with_margin(held, model.itemsize * values))
 
 
 def training_stages(

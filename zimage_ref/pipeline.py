@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -18,12 +18,15 @@ from .model.flow import model_time
 from .model.quantization import quantize_all
 from .model.shared_moments import SharedMoments
 from .model.steering import Steering
+from .model.step_cache import StepCache
 from .networks.controlnet import Control, ControlNet
 from .networks.steered import condition_steered
 from .networks.text_encoder import TextEncoder
+from .networks.tiny_decoder import TinyDecoder
 from .networks.transformer import Conditioning, Transformer
 from .networks.vae import VAE
 from .networks.weights import Weights
+from .networks.writer import Writer
 
 
 class ZImagePipeline(Pipeline[Array, Conditioning]):
@@ -73,6 +76,14 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
     def _encode_prompt(self, text: str) -> Array:
         return self.text_encoder(self.tokenizer.encode(text))
 
+    def tiny_decoder(self, tensors: Mapping[str, Tensor]) -> Callable[[Array], Array]:
+        decoder = TinyDecoder(Weights(tensors, np.dtype("float32")))
+        return lambda x: np.asarray(decoder(x.astype(np.float32))[0])
+
+    def writer(self) -> Writer:
+        tensors = {**self.folder.weights["text_encoder"], **self.folder.spare["text_encoder"]}
+        return Writer(self.folder.text_encoder, self._ready(tensors))
+
     def use_loras(self, loras: Sequence[tuple[LoRAFile, float]]) -> None:
         self.transformer.w.use_loras([(file.updates, scale) for file, scale in loras])
 
@@ -92,6 +103,10 @@ class ZImagePipeline(Pipeline[Array, Conditioning]):
         if self._control is None or self._control[0] != file.stamp:
             self._control = file.stamp, ControlNet(file.config, self._ready(file.tensors))
         return replace(conditioning, control=Control(self._control[1], context, scale))
+
+    def cached(self, conditioning: Conditioning, cache: StepCache[Array]) -> Conditioning:
+        """See `Engine`."""
+        return replace(conditioning, cache=cache)
 
     def predict(self, x: Array, sigma: float, conditioning: Conditioning, copies: int = 1) -> Array:
         """See `Engine`: (copies * B, C, h, w) in the working dtype."""

@@ -11,10 +11,22 @@ from zimage_ref import TrainConfig
 from zimage_ref.checkpoints.hub import TINY
 from zimage_ref.errors import ConfigError, listing
 from zimage_ref.formats.files import check_writable
+from zimage_ref.generation.pipeline import AnyPipeline
 from zimage_ref.pictures.images import Picture, save_picture
 from zimage_ref.tiny.data import GUIDANCE, STEPS
-from zimage_ref.tiny.drawings import FORMS, SIDE, Scene, articles, contact_sheet, examination, illustrated, lesson, take
-from zimage_ref.tiny.judge import look, shows
+from zimage_ref.tiny.drawings import (
+    FORMS,
+    SIDE,
+    Scene,
+    articles,
+    contact_sheet,
+    examination,
+    illustrated,
+    lesson,
+    take,
+)
+from zimage_ref.tiny.judge import in_place, look, shows
+from zimage_ref.tiny.outlines import outlined
 
 from ..terminal import blas
 from ..terminal.backends import DEFAULT, pipeline
@@ -24,6 +36,7 @@ from ..terminal.pictures import show
 from . import train
 
 WORD = "zorp"
+FOLLOWED = 6  # pictures that follow an edge map
 PICTURES = 4  # pictures of the new word, and the same number of words that the model knows
 EPOCHS = 35  # a third of the default
 LESSON: dict[str, Any] = {"resolution": (SIDE,), "lr": 1e-3, "schedule": "constant", "ema": 0.97}  # see lesson_plan
@@ -36,11 +49,16 @@ The same on your own pictures, with the real model (each picture with its captio
 
 def add_options(parser: CommandParser) -> None:
     """The options of `zimage demo`."""
-    parser.examples = (("Run it, and look at zimage-demo/before-after.png:", "zimage demo"),)
+    parser.examples = (
+        ("Run it, and look at zimage-demo/before-after.png:", "zimage demo"),
+        ("Draw pictures that follow edge maps, zimage-demo/control.png:", "zimage demo --control"),
+    )
     parser.option(
         "--model-dir", f"Folder with a small model of such drawings. {TINY} is the one in this package.",
         type=Path, default=Path(TINY), metavar="MODEL",
     )  # fmt: skip
+    parser.option("--control", "Draw pictures that follow edge maps instead, with the ControlNet in the folder of the "
+                  "model.", action="store_true")  # fmt: skip
     parser.option("--output", "Folder to write to.", type=Path, default=Path("zimage-demo"), metavar="FOLDER")
 
 
@@ -49,6 +67,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if note := blas.advice():
         console.note(note)
     folder: Path = args.model_dir
+    if args.control:
+        return follow(folder, args.output / "control.png", console)
     sheet = args.output / ("before-after.png" if DEFAULT == "mlx" else "pictures.png")
     dataset, lora = args.output / "dataset", args.output / f"{WORD}.safetensors"
     check_writable(sheet, lora, *(dataset / f"{stem}{suffix}" for stem in _STEMS for suffix in (".png", ".txt")))
@@ -74,6 +94,26 @@ def run(args: argparse.Namespace, console: Console) -> int:
     keep(console, sheet, before + after, 2 * PICTURES)
     console.wrote(lora)
     console.print(_NEXT)
+    return 0
+
+
+def follow(folder: Path, sheet: Path, console: Console) -> int:
+    """Draws pictures that follow edge maps, under captions that name only colours. Returns the exit code, 0."""
+    check_writable(sheet)
+    scenes = take(FOLLOWED, seed=3, held_out=True)
+    maps, captions = zip(*outlined(scenes, seed=0), strict=True)
+    pipe: AnyPipeline = pipeline(DEFAULT).from_pretrained(folder)
+    made: list[Picture] = []
+    with console.progress() as bars:
+        for i, (edges, caption) in enumerate(zip(maps, captions, strict=True), start=1):
+            made += pipe(caption, width=SIDE, height=SIDE, steps=STEPS, guidance=GUIDANCE, seed=i, output="pil",
+                         control=str(folder), control_image=edges)  # fmt: skip
+            bars.update("follow", i, len(maps))
+    show(contact_sheet([*maps, *made], FOLLOWED), console)
+    verdicts = ["yes" if in_place(picture, scene) else "no" for picture, scene in zip(made, scenes, strict=True)]
+    rows = list(zip(captions, verdicts, strict=True))
+    console.table(("prompt", "in place"), rows, title="Is every shape in its place?")
+    keep(console, sheet, [*maps, *made], FOLLOWED)
     return 0
 
 

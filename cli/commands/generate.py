@@ -15,6 +15,7 @@ from zimage_ref.errors import reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
 from zimage_ref.formats.reading import read_text
+from zimage_ref.generation.caching import choice_for, computed_share
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
@@ -30,6 +31,7 @@ from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.duration import duration
+from ..terminal.enhancer import Enhancer
 from ..terminal.options import add_fields, flag, from_args, in_flags
 from ..terminal.parser import CommandParser
 from ..terminal.pictures import STDOUT, GridSheet, OutputNames, PictureWriter, control_path, preview_path
@@ -69,7 +71,7 @@ def add_options(parser: CommandParser) -> None:
     parser.examples = _EXAMPLES
     _add_model(parser)
     _add_pictures(parser)
-    add_fields(parser, GenerateConfig, from_file=True, without=("prompt", "seed"))
+    add_fields(parser, GenerateConfig, from_file=True, without=("prompt", "seed", "original_prompt"))
     _add_output(parser)
 
 
@@ -106,6 +108,10 @@ def _add_pictures(parser: CommandParser) -> None:
     add("--seed", "Seed of the noise at the start. random draws one. You can repeat this option.", picture,
         shown="0, with --interactive random", dest="seeds", type=_seed, action="append", default=[],
         metavar="N")  # fmt: skip
+    add("--enhance", "Let the text encoder write a longer prompt from yours, by the seed.", picture,
+        essential=False, action="store_true")  # fmt: skip
+    add("--enhance-with", "File with what the text encoder is told to do. It turns on --enhance.", picture,
+        essential=False, type=Path, metavar="FILE")  # fmt: skip
     add("--size", "Width and height, such as 1024, 1024x768 or the shape 3:4.", picture, metavar="SIZE")
     add("--preset", "Set of options for a model. Options that you give take precedence.", GenerateGroup.DENOISING,
         essential=False, choices=tuple(PRESETS), metavar="NAME")  # fmt: skip
@@ -123,6 +129,8 @@ def _add_output(parser: CommandParser) -> None:
         "NAME.grid.png.", output, metavar="AXES")  # fmt: skip
     add("--preview-steps", "Write NAME.preview.png every K steps. 0 writes none.", output,
         essential=False, type=int, default=0, metavar="K")  # fmt: skip
+    add("--preview-decoder", "File of TAEF1, a tiny decoder. It makes previews sharper and faster.", output,
+        essential=False, type=Path, metavar="FILE")  # fmt: skip
     add("--save-control", "Write the map that the picture follows to NAME.control.png.", output,
         essential=False, action="store_true")  # fmt: skip
     add("--no-thumbnail", "Do not show the picture in the terminal.", output, essential=False, action="store_true")
@@ -155,9 +163,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
     for notice in run.changes(repeat) if repeat else ():
         console.warn(notice)
     writer = PictureWriter(run, console, thumbnails=not args.no_thumbnail, save_control=args.save_control)
+    enhancer = Enhancer.of(args.enhance, args.enhance_with, run, console)
     if args.interactive:
-        interactive.Session(writer, names, configs[0], draw=not args.seeds and not repeat).loop()
+        interactive.Session(writer, names, configs[0], enhancer, draw=not args.seeds and not repeat).loop()
         return
+    configs = enhancer.enhanced(configs)
     requests = run.plan(configs, console.warn)
     paths = names.of(configs)
     sheet = GridSheet(grid, requests, names.of_sheet(configs)) if grid else None
@@ -194,6 +204,7 @@ def _settings(args: argparse.Namespace) -> RunSettings:
         force=args.force,
         preview_steps=args.preview_steps,
         metadata=not args.no_metadata,
+        preview_decoder=args.preview_decoder,
     )
 
 
@@ -206,6 +217,8 @@ def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateCo
     COUNT.check("count", args.count)
     COUNT.check("count", args.count * max(1, len(prompts)) * max(1, len(args.seeds)))
     seeds = [seed + i for seed in args.seeds or [template.seed] for i in range(args.count)]
+    if prompts:  # those of the user were not written
+        template = replace(template, original_prompt=None)
     return [replace(template, prompt=p, seed=seed) for p in prompts or [template.prompt] for seed in seeds]
 
 
@@ -247,6 +260,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
     facts = {
         "model": run.pipeline.folder.path,
         "prompt": " | ".join(dict.fromkeys(request.config.prompt for request in requests)),
+        "written from": " | ".join(dict.fromkeys(r.config.original_prompt or "" for r in requests)) or None,
         "size": f"{first.width} x {first.height}",
         "enlarged": _enlarged(first),
         "steps": len(first.sigmas) - 1,
@@ -256,6 +270,7 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "negative": config.negative_prompt or None,
         "NAG": config.nag,
         "variety": config.variety,
+        "step cache": config.cache if choice_for(config, first.sigmas) else None,
         "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, {_use(config)}",
         "mask": config.mask,
@@ -287,4 +302,7 @@ def _enlarged(first: Request) -> str | None:
 def _time(run: GenerationRun, first: Request, mode: Mode) -> str | None:
     """The time of the picture `first` by the doctor's figures, None if there are none for it."""
     seconds = run.seconds(first, mode)
-    return None if seconds is None else f"about {duration(seconds)} a picture, by `zimage doctor`"
+    if seconds is None:
+        return None
+    known = all(computed_share(each.config, each.sigmas) is not None for each in first.passes)
+    return f"{'about' if known else 'at most'} {duration(seconds)} a picture, by `zimage doctor`"

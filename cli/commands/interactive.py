@@ -12,6 +12,7 @@ from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.options import path_and_scale
 from zimage_ref.options_file import typed
 
+from ..terminal.enhancer import Enhancer
 from ..terminal.pictures import OutputNames, PictureWriter
 
 HELP = """A line is a prompt. A line that begins with / changes the settings of the next pictures:
@@ -29,9 +30,11 @@ _DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(Ge
 class Session:
     """The settings of the user, and the run that makes the pictures."""
 
-    def __init__(self, writer: PictureWriter, names: OutputNames, config: GenerateConfig, draw: bool) -> None:
+    def __init__(
+        self, writer: PictureWriter, names: OutputNames, config: GenerateConfig, enhancer: Enhancer, draw: bool
+    ) -> None:
         """draw: whether each picture gets a random seed, until the user sets one."""
-        self._draw = draw
+        self._draw, self._enhancer = draw, enhancer
         self._writer, self._names, self._config = writer, names, config
         self._run, self._console = writer.run, writer.console
 
@@ -64,10 +67,13 @@ class Session:
         if line.startswith("/"):
             self._command(line)
         elif line:
-            config = replace(self._config, prompt=line)
+            config = replace(self._config, prompt=line, original_prompt=None)
             if self._draw:
                 config = replace(config, seed=random_seed())
             self._console.note(f"seed {config.seed}")
+            (config,) = self._enhancer.enhanced([config])
+            if config.original_prompt:
+                self._console.note(config.prompt)
             requests = self._run.plan([config], self._console.warn)
             self._writer.make(requests, [self._names.free(config)])
 

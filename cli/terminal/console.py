@@ -6,11 +6,12 @@ output is not a terminal. NO_COLOR turns colours off.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
-from typing import IO, cast
+from typing import IO, TypeAlias, cast
 
 import rich.console
 from rich.color import Color
@@ -25,6 +26,7 @@ from rich.theme import Theme
 
 from zimage_ref.errors import ConfigError, printable
 
+from . import inline
 from .options import in_flags
 from .streams import Shown
 
@@ -32,6 +34,7 @@ with suppress(ImportError):
     import readline  # noqa: F401  gives `input` line editing; Windows has none
 
 RGB = tuple[int, int, int]
+Line: TypeAlias = Text  # of cells, coloured
 _BARS = "▁▂▃▄▅▆▇█"
 THEME = Theme({"fact": "cyan", "good": "green", "bad": "bold red", "warn": "yellow", "muted": "dim"})
 
@@ -95,10 +98,20 @@ class Console:
             return 0
         return max(1, min(most, self.err.width))
 
-    def half_blocks(self, lines: Iterable[Sequence[tuple[RGB, RGB]]]) -> None:
-        """Prints lines of cells on stderr. A cell is given by the colours of its upper and its lower half."""
-        for line in map(_line, lines):
+    @property
+    def pictures(self) -> str:
+        """The protocol by which the terminal shows pictures, of `inline`; "" if it shows coloured text only."""
+        return inline.protocol(os.environ) if self.err.color_system == "truecolor" else ""
+
+    def show(self, lines: Iterable[Line]) -> None:
+        """Prints lines of cells on stderr."""
+        for line in lines:
             self.err.print(line, soft_wrap=True)
+
+    def command(self, sequence: str) -> None:
+        """Writes a command for the terminal to stderr."""
+        self.err.file.write(sequence)
+        self.err.file.flush()
 
     def warn(self, message: str) -> None:
         """Prints a warning as one line."""
@@ -140,7 +153,12 @@ def _plain(value: object) -> str:
     return escape(printable(str(value)))
 
 
-def _line(cells: Sequence[tuple[RGB, RGB]]) -> Text:
+def coloured(text: str, number: int) -> Line:
+    """`text` in the colour with this number, 24 bits."""
+    return Text(text, Style(color=Color.from_rgb(number >> 16 & 255, number >> 8 & 255, number & 255)), no_wrap=True)
+
+
+def half_block_line(cells: Sequence[tuple[RGB, RGB]]) -> Line:
     """A line of cells. A cell is given by the colours of its upper and its lower half."""
     line = Text(no_wrap=True)
     for upper, lower in cells:
@@ -173,10 +191,9 @@ class Bars:
             self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
         self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
 
-    def picture(self, lines: Iterable[Sequence[tuple[RGB, RGB]]]) -> None:
-        """Shows a picture under the bars until the next one. No lines: none."""
-        cells = [_line(cells) for cells in lines]
-        self._progress.picture = Group(*cells) if cells else None
+    def picture(self, lines: Sequence[Line]) -> None:
+        """Shows a picture, given by lines of cells, under the bars until the next one. No lines: none."""
+        self._progress.picture = Group(*lines) if lines else None
         self._progress.refresh()
 
     def finish(self) -> None:

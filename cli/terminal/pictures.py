@@ -5,6 +5,8 @@ Existing files are not replaced without --overwrite.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +17,22 @@ from zimage_ref.generation.grid import Grid
 from zimage_ref.generation.jobs import Request
 from zimage_ref.generation.run import GenerationRun, MadePicture
 from zimage_ref.pictures.formats import check_suffix
-from zimage_ref.pictures.images import Picture, encoded, half_blocks, save_picture
+from zimage_ref.pictures.images import Picture, encoded, fit, half_blocks, save_picture
 from zimage_ref.pictures.metadata import Record
 from zimage_ref.pictures.sheet import Sheet
 
-from .console import Console
+from . import inline
+from .console import Console, Line, coloured, half_block_line
 
 STDOUT = Path("-")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KNOWN = ("seed", "index", "prompt")
 _WORDS = 48  # the most characters of a prompt in a file name
 THUMBNAIL_COLUMNS, SHEET_COLUMNS = 48, 96
+_PIXELS = 12  # the most that a cell of a terminal is wide
+# numbers of pictures in kitty, other ones for each process: it keeps those that are on the screen
+_PREVIEW = (os.getpid() & 0x7FFF) << 8 | 1
+_NUMBERS = itertools.count(_PREVIEW + 1)
 
 
 class OutputNames:
@@ -119,7 +126,7 @@ class PictureWriter:
         def preview(index: int, picture: Picture) -> None:
             save_picture(picture, preview_path(paths[index]))
             if self.thumbnails and (width := self.console.cells(min(THUMBNAIL_COLUMNS, picture.width))):
-                bars.picture(half_blocks(picture, width))
+                bars.picture(lines_of(picture, self.console, width, _PREVIEW))
 
         with self.console.progress() as bars:
             for made in self.run.make(requests, bars.update, preview):
@@ -128,6 +135,8 @@ class PictureWriter:
                     grid.add(made)
                 bars.picture([])
                 write(made.picture, path, made.record, self.console)
+                if made.reused:
+                    self.console.note(f"the step cache spared {made.reused:.0%} of the passes through the layers")
                 if self.save_control and made.request.control and made.request.control.picture:
                     write(made.request.control.picture, control_path(path), None, self.console)
                 if self.thumbnails and path != STDOUT:
@@ -148,9 +157,27 @@ def write(picture: Picture, path: Path, record: Record | None, console: Console)
 
 
 def show(picture: Picture, console: Console, columns: int = 64) -> None:
-    """Shows `picture` with coloured half blocks, `columns` wide, if stderr is a terminal with colours."""
-    if width := console.cells(min(columns, picture.width)):
-        console.half_blocks(half_blocks(picture, width))
+    """Shows `picture`, `columns` wide, if stderr is a terminal with colours: itself, or by coloured half blocks."""
+    width = console.cells(min(columns, picture.width))
+    if width and console.pictures == inline.ITERM2:
+        console.command(inline.iterm2(_small(picture, width), width))
+    elif width:
+        console.show(lines_of(picture, console, width, next(_NUMBERS)))
+
+
+def lines_of(picture: Picture, console: Console, columns: int, number: int) -> list[Line]:
+    """Lines of cells that show `picture`, `columns` wide. number: of the picture, where kitty shows it."""
+    cells = half_blocks(picture, columns)
+    if console.pictures != inline.KITTY or len(cells) > inline.MOST_LINES:
+        return [half_block_line(line) for line in cells]
+    console.command(inline.kitty(_small(picture, columns), number, columns, len(cells)))
+    return [coloured(line, number) for line in inline.kitty_lines(columns, len(cells))]
+
+
+def _small(picture: Picture, columns: int) -> bytes:
+    """A PNG of `picture` with as many pixels as `columns` cells can show."""
+    width = min(picture.width, columns * _PIXELS)
+    return encoded(fit(picture, width, max(1, width * picture.height // picture.width), "stretch"), "PNG")
 
 
 def preview_path(path: Path) -> Path:

@@ -277,6 +277,14 @@ def test_an_interrupted_picture_does_not_end_interactive_use(
     assert "stopped" in capfd.readouterr().err
 
 
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal in which the tests run may be able to show pictures."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("TERM_PROGRAM", "TMUX"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_the_terminal_shows_a_thumbnail() -> None:
     picture = Image.new("RGB", (40, 20), "red")
     picture.paste((0, 0, 255), (0, 10, 40, 20))

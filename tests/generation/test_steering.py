@@ -200,6 +200,7 @@ def redness(pictures: list[Any]) -> float:
     return float((pixels[..., 0] - pixels[..., 1:].max(axis=-1)).mean())
 
 
+@pytest.mark.slow
 def test_nag_turns_a_colour_away(tiny_model: Any) -> None:
     how = {"width": SIDE, "height": SIDE, "steps": 5, "guidance": 0.0, "seed": 4}
     without, with_nag = (
@@ -232,6 +233,7 @@ def share_in_regions(pipe: Any, count: int) -> float:
     return right / count
 
 
+@pytest.mark.slow
 def test_two_regions_hold_what_their_prompts_name(tiny_model: Any) -> None:
     assert share_in_regions(tiny_model, 3) == 1
 

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from zimage_cli.app import main
-from zimage_ref.checkpoints.hub import BUILT_IN
+from zimage_ref.checkpoints.hub import BUILT_IN, TINY
 from zimage_ref.model.control import CONTROLNET_2_1, controlnet_parameters
 from zimage_ref.training.dataset_options import MASKS
 
@@ -115,7 +115,7 @@ class Errands:
             "--control": self.control, "--mask": self._mask,
             "--tokenizer": self._tokenizer, "--config": self._config,
         }  # fmt: skip
-        names_no_file = flag == "--mask" and value in MASKS  # of `zimage train`
+        names_no_file = value == TINY or (flag == "--mask" and value in MASKS)  # of `zimage train`
         if flag in makers and not names_no_file and not path.exists():
             makers[flag](path)
 

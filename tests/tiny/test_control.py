@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("mlx.core", reason="MLX is not installed")
 
 import mlx.core as mx
 from support.networks import pipeline
 
+from zimage_cli.app import main
+from zimage_cli.commands import demo
 from zimage_mlx.tiny import __main__ as command
 from zimage_mlx.tiny import control
 from zimage_mlx.tiny.losses import Denoiser, denoising_loss
@@ -104,6 +107,25 @@ def _run(*arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tiny", *arguments])
         command.main()
+
+
+def test_the_demo_shows_a_row_of_pictures_that_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "FOLLOWED", 2)
+    assert main(["demo", "--control", f"--output={tmp_path}"]) == 0
+    with Image.open(tmp_path / "control.png") as sheet:
+        assert sheet.size == (2 * 132 + 4, 2 * 132 + 4)
+        maps = np.asarray(sheet)[4:132, 4:264].astype(int)
+    assert (np.abs(maps - 128) == 128).mean() + (np.abs(maps - 127.5) == 127.5).mean() > 0.9  # black and white
+    assert [file.name for file in tmp_path.iterdir()] == ["control.png"]
+    assert capsys.readouterr().out.count(" background") >= 1
+
+
+@pytest.mark.slow
+def test_the_built_in_control_puts_shapes_in_their_places() -> None:
+    shares = control.judge_control(BUILT_IN, BUILT_IN / "controlnet", 40)
+    assert shares["in place"] > 0.3 and shares["without control"] < 0.1  # docs/tiny.md has the figures of more pictures
 
 
 def test_a_new_network_changes_nothing_and_a_step_does() -> None:

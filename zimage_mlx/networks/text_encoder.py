@@ -6,7 +6,7 @@ layer but one, before any final norm. Attribute names are the checkpoint's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,35 @@ from zimage_ref.model.config import TextEncoderConfig
 
 from .ops import silu
 from .running import RESIDENT, RunInPieces, Weights
+
+_ROOM = 256  # tokens
+
+
+class Past:
+    """The keys and values of the tokens so far, of one layer: a new token needs no others."""
+
+    def __init__(self) -> None:
+        self._keys: mx.array | None = None  # (B, fewer H, room, K), like the values
+        self._values: mx.array | None = None
+        self.length = 0  # tokens
+
+    def grown(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Adds those of the next tokens, (B, fewer H, T, K) each, and returns all."""
+        start, end = self.length, self.length + k.shape[2]
+        self._keys, self._values = _with_room(self._keys, k, end), _with_room(self._values, v, end)
+        self._keys[:, :, start:end], self._values[:, :, start:end] = k, v
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+def _with_room(kept: mx.array | None, new: mx.array, end: int) -> mx.array:
+    """`kept` with room for `end` tokens. Room is made for many at once: else every token would copy all others."""
+    have = 0 if kept is None else kept.shape[2]
+    if kept is not None and have >= end:
+        return kept
+    B, H, _, K = new.shape
+    more = mx.zeros((B, H, -(-end // _ROOM) * _ROOM - have, K), new.dtype)
+    return more if kept is None else mx.concatenate([kept, more], axis=2)
 
 
 class Attention(nn.Module):
@@ -31,13 +60,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, past: Past | None = None) -> mx.array:
         B, T, _ = x.shape
+        start = past.length if past else 0
         K, theta = self.config.head_dim, self.config.rope_theta
         q = self.q_norm(self.q_proj(x).reshape(B, T, -1, K)).swapaxes(1, 2)  # (B, H, T, K)
         k = self.k_norm(self.k_proj(x).reshape(B, T, -1, K)).swapaxes(1, 2)  # (B, fewer H, T, K)
         v = self.v_proj(x).reshape(B, T, -1, K).swapaxes(1, 2)
-        q, k = (mx.fast.rope(a, K, traditional=False, base=theta, scale=1.0, offset=0) for a in (q, k))
+        q, k = (mx.fast.rope(a, K, traditional=False, base=theta, scale=1.0, offset=start) for a in (q, k))
+        k, v = past.grown(k, v) if past else (k, v)  # (B, fewer H, start + T, K)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=K**-0.5, mask="causal")
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
@@ -65,8 +96,8 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x))
+    def __call__(self, x: mx.array, past: Past | None = None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -79,21 +110,22 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(config.used_layers)]
 
-    def __call__(self, ids: mx.array) -> mx.array:
+    def __call__(self, ids: mx.array, past: Sequence[Past] = ()) -> mx.array:
+        """ids (B, T) -> (B, T, hidden_size). past: of each layer, if these tokens follow others."""
         x: mx.array = self.embed_tokens(ids)  # (B, T, hidden_size)
-        for layer in self.layers:
-            x = self.run(layer, x)
+        for i, layer in enumerate(self.layers):
+            x = self.run(layer, x, past[i] if past else None)
         return x
 
 
-def _run_layer(weights: Weights) -> Callable[[Layer, mx.array], mx.array]:
+def _run_layer(weights: Weights) -> Callable[[Layer, mx.array, Past | None], mx.array]:
     """How a layer is run: lazily, or evaluated one ahead if weights come and go."""
     if weights is RESIDENT:
         return Layer.__call__
     pieces = RunInPieces(compiled=False, then=weights.read_ahead)
 
-    def run(layer: Layer, x: mx.array) -> mx.array:
-        return pieces(Layer.__call__, layer, x)
+    def run(layer: Layer, x: mx.array, past: Past | None) -> mx.array:
+        return pieces(Layer.__call__, layer, x, past)
 
     return weights.around(run)
 

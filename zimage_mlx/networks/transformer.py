@@ -19,10 +19,12 @@ import mlx.nn as nn
 from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TIME_HIDDEN_DIM, TransformerConfig
 from zimage_ref.model.positions import padded
+from zimage_ref.model.step_cache import StepCache
 
 from .half import attention_factor, feed_forward_factor, narrowed, stream_dtype
-from .hints import Hints, hints_of
+from .hints import Hints
 from .kept import AttentionKept, FeedForwardKept
+from .layers import Layers
 from .ops import QKV, Rotation, SiLU, attention, in_rows, rms_norm, rotate, silu
 from .running import RESIDENT, RunHalf, Weights, output_of
 from .steering import Mask, attend_in_contrast
@@ -36,6 +38,7 @@ class Conditioning:
     caption: mx.array  # (B, T, D) refined caption tokens
     layout: TokenLayout
     control: Hints | None = None  # what a ControlNet adds
+    cache: StepCache[mx.array] | None = None  # what stands for the layers in some steps
 
 
 class TimestepEmbedder(nn.Module):
@@ -277,19 +280,9 @@ class Transformer(nn.Module):
         """The raw output for conditioned latents; see `__call__`. t may be (1,), for the whole batch."""
         check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
         _, _, h, w = x.shape
-        layout = conditioning.layout
-        embedded = tokens = self.embed_image(x)  # (B, L, D)
         adaln = self.embed_time(t)
-
-        for block in self.noise_refiner:
-            tokens = self.run(block, tokens, layout.image_rotation, None, adaln)
-
-        places, hints = hints_of(self, embedded, tokens, conditioning, adaln)
-        tokens = mx.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
-        for i, block in enumerate(self.layers):
-            tokens = self.run(block, tokens, layout.rotation, layout.mask, adaln)
-            tokens = tokens + next(hints) if i in places else tokens
-
+        layers = Layers(self, x, adaln, conditioning)
+        tokens = conditioning.cache(layers) if conditioning.cache else layers.output()  # (B, S, D)
         return self.finish(tokens, adaln, h, w)
 
     def embed_time(self, t: mx.array) -> mx.array:

@@ -54,6 +54,8 @@ class ModelFolder:
     scheduler: SchedulerConfig
     tokenizer: Path
     files: Mapping[str, Path] = field(default_factory=dict)  # component -> the file or folder that was named or found
+    # component -> official name -> tensor that no picture needs; those of the text encoder, to write text
+    spare: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, parts: Mapping[str, Path | None] | None = None) -> ModelFolder:
@@ -65,13 +67,13 @@ class ModelFolder:
         path = local_folder(path)
         places = find_parts(path, parts)
         configs: dict[str, Config] = {}
-        weights = {}
+        weights, spare = {}, {}
         for name, component in model_parts().items():
             if name in places:
                 file = Checkpoint.open(places[name])
                 configs[name] = config_of(file, component, path) or component.official
-                weights[name] = _used(file, component, configs[name])
-        model = cls(path, configs, weights, scheduler_config(path), places[TOKENIZER], places)
+                weights[name], spare[name] = _used_and_spare(file, component, configs[name])
+        model = cls(path, configs, weights, scheduler_config(path), places[TOKENIZER], places, spare)
         model._check_widths()
         return model
 
@@ -186,9 +188,12 @@ def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
     )
 
 
-def _used(file: Checkpoint, component: AnyComponent, config: Config) -> dict[str, Tensor]:
-    unused = component.unused(config)
-    return {name: t for name, t in official_weights(file, component, config).items() if name not in unused}
+def _used_and_spare(
+    file: Checkpoint, component: AnyComponent, config: Config
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    unused, tensors = component.unused(config), official_weights(file, component, config)
+    used = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    return used, {name: tensor for name, tensor in tensors.items() if name in unused}
 
 
 def scheduler_config(folder: Path) -> SchedulerConfig:

@@ -15,6 +15,7 @@ from zimage_ref.options import Group, check_choices, option, required
 from zimage_ref.pictures.images import FITS, Picture, PictureSource
 from zimage_ref.pictures.maps import KINDS
 
+from .caching import INTERVAL, MIN_STEPS, THRESHOLD, check_cache
 from .control_options import check_control, with_control
 from .presets import by_model
 from .samplers import SAMPLERS
@@ -116,6 +117,20 @@ class GenerateConfig:
     variety_until: float | None = option(
         None, f"Share of the steps with `variety`. With auto, {VARIETY_UNTIL:g}.", DENOISING, auto=True
     )
+    original_prompt: str | None = option(
+        None, "Prompt that `prompt` was written from, for the record.", PICTURE, value="TEXT"
+    )
+    cache: str | None = option(
+        None,
+        "Step cache: many steps use what the layers added in an earlier step, which takes less time. "
+        f"first-block:{THRESHOLD:g} says how much may differ, taylor:{INTERVAL} how far computed steps are apart. "
+        "mag follows the length of what is added.",
+        DENOISING,
+        value="NAME[:X]",
+    )
+    cache_min_steps: int | None = option(
+        None, f"The fewest steps with which `cache` acts. With auto, {MIN_STEPS}.", DENOISING, auto=True
+    )
     seed: int = option(0, "Seed of the noise at the start.", PICTURE)
     lora_scale: float = option(1.0, "Factor on the strength of every LoRA.", MODEL)
     init_image: PictureSource | None = option(None, "Picture to start from.", START, value="PICTURE", essential=True)
@@ -174,6 +189,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative_prompt", self.negative_prompt)
+        _check_text("original_prompt", self.original_prompt or "")
         object.__setattr__(self, "region", _texts("region", self.region))
         check_bounds(self, PICTURE_BOUNDS)
         for name in ("init_image", "mask", "control_image"):
@@ -185,6 +201,7 @@ class GenerateConfig:
         if self.width and self.height:
             check_area(self.width, self.height)
         check_control(self)
+        check_cache(self)
         check_upscale(self)
         check_choices(self)
         if self.variety_until is not None and not self.variety:

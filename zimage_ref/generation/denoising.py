@@ -15,7 +15,9 @@ import numpy as np
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.flow import add_noise, sigmas
 from zimage_ref.model.steering import Box
+from zimage_ref.model.step_cache import StepCache
 
+from .caching import cache_for
 from .engine import ConditioningT, Engine
 from .jobs import Request
 from .samplers import SAMPLERS, Guidance, Predict
@@ -33,6 +35,34 @@ class DenoisingStep(Generic[ArrayT]):
     sigma: float  # after the step
     x: ArrayT  # (B, C, h, w) latents
     x_0: ArrayT  # (B, C, h, w) latents of the picture, predicted at the beginning of the step
+    reused: float = 0.0  # the share of the passes so far that a step cache spared
+
+
+class Caches(Generic[ArrayT]):
+    """The step caches of one pass over a batch: one for each tile, if the pass has any."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._caches: dict[Place, StepCache[ArrayT]] = {}
+        self._states: dict[Place, object] = {}  # of captions and control in the step before
+
+    def at(self, place: Place, state: object) -> StepCache[ArrayT] | None:
+        """That of a tile. It begins anew if the state of captions and control has changed. None: every step counts."""
+        if place not in self._caches:
+            cache = cache_for(self._request.config, self._request.sigmas)
+            if cache is None:
+                return None
+            self._caches[place] = cache
+        if self._states.get(place) != state:
+            self._caches[place].restart()
+            self._states[place] = state
+        return self._caches[place]
+
+    @property
+    def reused(self) -> float:
+        """The share of the passes through the layers that was spared so far."""
+        shares = [cache.reused for cache in self._caches.values()]
+        return sum(shares) / max(len(shares), 1)
 
 
 def denoised(
@@ -58,12 +88,12 @@ def denoised(
             x = painted * x + (1 - painted) * add_noise(start, noise, sigma)
         return engine.settle(x)
 
-    words = words_of(batch, captions, engine)
+    words, caches = words_of(batch, captions, engine), Caches[ArrayT](first)
     steer = steering(engine, first, begin.context)
-    predict = predictor(engine, words, first.guidance, first.tiles, steer, tile_done)
+    predict = predictor(engine, words, first.guidance, first.tiles, steer, tile_done, caches)
     steps = SAMPLERS[first.config.sampler](x, first.sigmas, predict, blend)
     for i, (x, predicted) in enumerate(steps, start=1):
-        yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted)
+        yield DenoisingStep(i, len(first.sigmas) - 1, first.sigmas[i], x, predicted, caches.reused)
 
 
 def plain_steps(
@@ -85,6 +115,7 @@ def predictor(
     tiles: Tiles,
     steer: Steer[ConditioningT] = lambda conditioning, sigma, place: conditioning,
     tile_done: Done = lambda: None,
+    caches: Caches[ArrayT] | None = None,
 ) -> Predict[ArrayT]:
     """A function that gives the network's guided raw output for a batch of latents, as a blend of `tiles`.
 
@@ -98,7 +129,10 @@ def predictor(
     def raw_of(x: ArrayT, sigma: float, is_guided: bool, place: Place) -> ArrayT:
         """The raw output for one tile x (B, C, rows, columns); with guidance, (2 B, C, rows, columns)."""
         tile = tiles.box(place) if words.depends_on_place and not tiles.single else None
-        own = steer(conditioning(is_guided, words.is_early(sigma), tile), sigma, place)
+        plain = conditioning(is_guided, words.is_early(sigma), tile)
+        own = steer(plain, sigma, place)
+        if caches is not None and (cache := caches.at(place, (words.is_early(sigma), own is plain))):
+            own = engine.cached(own, cache)
         return engine.predict(x, sigma, own, copies=1 + is_guided)
 
     def raw_of_all(x: ArrayT, sigma: float, is_guided: bool) -> ArrayT:

@@ -19,15 +19,17 @@ from zimage_ref.checkpoints.control_file import ControlFile
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE, Quantization
-from zimage_ref.formats.tensors import Array
+from zimage_ref.formats.tensors import Array, Tensor
 from zimage_ref.lora.file import LoRAFile
 from zimage_ref.memory import Footprint, Mode, physical_memory
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_maps, checked_numbers
 from zimage_ref.model.shared_moments import SharedMoments
 from zimage_ref.model.steering import Steering
+from zimage_ref.model.step_cache import StepCache
 from zimage_ref.model.tokenizer import Tokenizer
 
+from .enhancing import NextToken, Written, answer, check_can_write, checked_system, drawn, text_of
 from .tiles import Place, Tiles
 
 ConditioningT = TypeVar("ConditioningT")
@@ -150,6 +152,20 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         with self.turn():
             return self.settle(self._encode_prompt(text))
 
+    def enhance(
+        self, prompt: str, seed: int = 0, system: str | None = None, written: Written = lambda done, total: None
+    ) -> str:
+        """A longer prompt for `prompt`, written by the text encoder. The tokens follow from `seed`.
+
+        system: what it is told to do; None: `enhancing.SYSTEM`. written: is called after each token.
+        Raises ConfigError if the text encoder cannot write, or wrote nothing.
+        """
+        check_can_write(self.folder)
+        ids = self.tokenizer.encode_chat(checked_system(system), prompt)
+        with self.turn():
+            made = answer(self.writer(), ids, self.tokenizer.stops, drawn(seed), written=written)
+        return text_of(self.tokenizer, made, prompt)
+
     def encode(self, pixels: Array, tiles: Tiles | None = None) -> ArrayT:
         """Pixels (1, 3, H, W) float32 in [-1, 1] -> latents (1, C, h, w). Raises ConfigError for other arrays.
 
@@ -183,6 +199,17 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
     @abstractmethod
     def _encode_prompt(self, text: str) -> ArrayT:
         """See `encode_prompt`."""
+
+    @abstractmethod
+    def tiny_decoder(self, tensors: Mapping[str, Tensor]) -> Callable[[ArrayT], Array]:
+        """A decoder for previews: latents (1, C, h, w) -> pixels (3, 8 h, 8 w), roughly in [-1, 1].
+
+        tensors: by the names of `model.tiny_decoder`. It computes in float32.
+        """
+
+    @abstractmethod
+    def writer(self) -> NextToken:
+        """The text encoder as a language model at the beginning of a text; it remembers what it is given."""
 
     @abstractmethod
     def _encode(self, pixels: Array, shared: SharedMoments[ArrayT] | None = None) -> ArrayT:
@@ -220,6 +247,10 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
 
         context: its input, (1, control_in_dim, h, w). scale: of its hints. It is freed with the transformer.
         """
+
+    @abstractmethod
+    def cached(self, conditioning: ConditioningT, cache: StepCache[ArrayT]) -> ConditioningT:
+        """`conditioning` with a step cache, which stands for the layers of the transformer in some steps."""
 
     @abstractmethod
     def predict(self, x: ArrayT, sigma: float, conditioning: ConditioningT, copies: int = 1) -> ArrayT:

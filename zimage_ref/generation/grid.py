@@ -50,7 +50,8 @@ class Axis:
             raise ConfigError(
                 f"`grid` {name!r} is not an axis" + (f": is {near[0]!r} meant?" if near else f": {_FORM}")
             )
-        values = tuple(typed(word, get_type_hints(GenerateConfig)[field], f"`grid` {name}") for word in words)
+        hint = get_type_hints(GenerateConfig)[field]
+        values = tuple(typed(word, hint, f"`grid` {name}") for word in words)
         if len(set(values)) < len(values):
             raise ConfigError(f"`grid` {text!r} names a value twice")
         return cls(field, values, tuple(f"{name} {word}" for word in words))

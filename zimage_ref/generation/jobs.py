@@ -19,6 +19,7 @@ from zimage_ref.model.config import SchedulerConfig
 from zimage_ref.model.flow import sigmas, starting_noise
 from zimage_ref.pictures.images import Picture, black_and_white, fit, fit_mask, flat, read_given
 
+from .caching import idle_remark
 from .config import IMAGE_STRENGTH, MASK_STRENGTH, GenerateConfig, config_of
 from .control import Control
 from .presets import defaults_for
@@ -48,7 +49,7 @@ class Request:
     control: Control | None = None  # the ControlNet and the map to follow
     tile: int | None = None  # the largest side of a tile, in latents; None: the picture is computed whole
     second: Request | None = None  # the second pass, which enlarges the picture; see `begun_from`
-    remarks: tuple[str, ...] = ()  # on what of these files is not used
+    remarks: tuple[str, ...] = ()  # on what is not used, of these files or of the options
 
     @property
     def noise(self) -> Array:
@@ -115,7 +116,8 @@ def plan_requests(configs: Sequence[GenerateConfig], folder: ModelFolder) -> lis
     for i, config in enumerate(configs):
         if i and _wordless(config) == _wordless(configs[i - 1]):  # the same picture is read and encoded only once
             last = requests[-1]
-            own = replace(last.config, prompt=config.prompt, negative_prompt=config.negative_prompt, seed=config.seed)
+            words = {name: getattr(config, name) for name in _WORDS}
+            own = replace(last.config, **words)
             check_words(own)
             requests.append(replace(last, config=own))
         else:
@@ -133,8 +135,11 @@ def in_batches(requests: Sequence[Request], size: int) -> Iterator[range]:
             start = place
 
 
+_WORDS = ("prompt", "negative_prompt", "original_prompt", "seed")  # what pictures of one batch may differ in
+
+
 def _wordless(config: GenerateConfig) -> GenerateConfig:
-    return replace(config, prompt="", negative_prompt="", seed=0)
+    return replace(config, prompt="", negative_prompt="", original_prompt=None, seed=0)
 
 
 def _size(config: GenerateConfig, picture: Picture | None) -> tuple[int, int]:
@@ -176,7 +181,10 @@ def _request(config: GenerateConfig, folder: ModelFolder) -> Request:
         digests={name: each.digest for name, each in given.items()} | (control.digests if control else {}),
         remarks=tuple(remark for each in given.values() for remark in each.remarks),
     )
-    return request if config.upscale is None else _with_upscale(request, folder, picture, followed)
+    if config.upscale is not None:
+        request = _with_upscale(request, folder, picture, followed)
+    idle = [remark for each in request.passes for remark in idle_remark(config, each.sigmas)]
+    return replace(request, remarks=(*request.remarks, *idle))
 
 
 def _with_upscale(request: Request, folder: ModelFolder, picture: Picture | None, followed: Picture | None) -> Request:

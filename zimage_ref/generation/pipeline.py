@@ -24,6 +24,7 @@ from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import checked_numbers
 from zimage_ref.pictures.images import Picture, to_picture
 
+from .caching import kept_values
 from .config import GenerateConfig, config_of
 from .denoising import DenoisingStep, plain_steps
 from .engine import ConditioningT, Engine, Terms
@@ -231,16 +232,16 @@ class Pipeline(Engine[ArrayT, ConditioningT]):
         mode, batch = mode or self.mode, min(batch_size, len(requests))
         footprint = self.footprint(mode)
         loads = {
-            (tiles, predictions_of(each), 1 if each is request.second else batch,
+            (tiles, predictions_of(each), kept_values(each, self.folder), 1 if each is request.second else batch,
              each.control.file if each.control else None)
             for request in requests for each in request.passes for tiles in (each.tiles,)
         }  # fmt: skip
         return largest(
             generation_stages(
                 self._loaded_with(file), footprint, tiles.pixels(self.folder.vae.factor), count * predictions,
-                mode != "fast", 0 if tiles.single else tiles.pixels_in_all(self.folder.vae.factor),
+                mode != "fast", 0 if tiles.single else tiles.pixels_in_all(self.folder.vae.factor), count * kept,
             )
-            for tiles, predictions, count, file in loads
+            for tiles, predictions, kept, count, file in loads
         )  # fmt: skip
 
     def _loaded_with(self, file: ControlFile | None) -> LoadedModel:

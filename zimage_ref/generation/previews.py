@@ -1,12 +1,15 @@
-"""Previews of unfinished pictures, from a quarter of their latents: they cost a quarter of a decoding."""
+"""Previews of unfinished pictures: from a quarter of their latents, or by a tiny decoder."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.arrays import ArrayT
-from zimage_ref.pictures.images import Picture, fit
+from zimage_ref.model.checks import check_finite
+from zimage_ref.pictures.images import Picture, fit, to_picture, to_unit
 
 from .engine import ConditioningT
 from .pipeline import Pipeline
@@ -21,13 +24,32 @@ def averaged(x: Array) -> Array:
     return means
 
 
-def quick_picture(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT) -> Picture:
-    """The picture of the latents x (1, C, h, w), decoded at half the sides or less, and enlarged.
+def quick_picture(
+    pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, decoder: Callable[[ArrayT], Array] | None = None
+) -> Picture:
+    """The picture of the latents x (1, C, h, w). It takes no more memory than a tile.
 
-    It takes no more memory than a tile. Raises ConfigError if the picture is not finite.
+    decoder: from `Engine.tiny_decoder`. Without one, the latents are decoded at half the sides or less, and the result
+    is enlarged. Raises ConfigError if the picture is not finite.
     """
     factor, (_, _, h, w) = pipe.folder.vae.factor, x.shape
-    small = averaged(np.asarray(x, np.float32))
+    small = np.asarray(x, np.float32)
+    if decoder is None:
+        small = averaged(small)
     while factor**2 * small.shape[2] * small.shape[3] > TILE_SIZE**2:
         small = averaged(small)
-    return fit(pipe.picture(pipe.to_backend(small)), factor * w, factor * h, "stretch")
+    latents = pipe.to_backend(small)
+    return fit(pipe.picture(latents) if decoder is None else _decoded(pipe, latents, decoder),
+               factor * w, factor * h, "stretch")  # fmt: skip
+
+
+def _decoded(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, decoder: Callable[[ArrayT], Array]) -> Picture:
+    with pipe.turn():
+        pixels = decoder(x)
+    check_finite("the pixels of this preview", pixels)
+    return to_picture(to_unit(pixels))
+
+
+def preview_bytes(pixels: int) -> int:
+    """The memory that TAEF1's decoder takes for a picture: four arrays of its width at full size, float32."""
+    return min(pixels, TILE_SIZE**2) * 64 * 4 * 4

@@ -12,14 +12,17 @@ and records how each picture was made. It prints nothing. It returns values, rai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from zimage_ref.bounds import RUN, check_bounds
+from zimage_ref.checkpoints.tiny_decoder import read_tiny_decoder
 from zimage_ref.errors import ConfigError
 from zimage_ref.formats.quantize import GROUP_SIZE
-from zimage_ref.memory import Mode, Stage, require_memory
+from zimage_ref.formats.tensors import Array
+from zimage_ref.memory import LoadedModel, Mode, Stage, require_memory, writing_stage
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.tokenizer import MAX_TOKENS
 from zimage_ref.options import MEMORY, one_of
@@ -29,10 +32,11 @@ from zimage_ref.version import __version__
 
 from .config import GenerateConfig
 from .denoising import DenoisingStep
+from .enhancing import check_can_write
 from .jobs import Request
 from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
-from .previews import quick_picture
+from .previews import preview_bytes, quick_picture
 from .provenance import ModelChoice, Recorder, Repeat, identity
 from .steering import passes_of, prompts_of
 
@@ -52,8 +56,11 @@ class RunSettings:
     force: bool = False  # go on even if memory seems too small
     preview_steps: int = 0  # steps from one preview to the next; 0: no previews
     metadata: bool = True  # whether to make records
+    preview_decoder: Path | None = None  # file of TAEF1's decoder; None: the autoencoder makes previews
 
     def __post_init__(self) -> None:
+        if self.preview_decoder is not None and not self.preview_steps:
+            raise ConfigError("`preview_decoder` needs `preview_steps`")
         one_of("memory", self.memory, MEMORY)
         check_bounds(self, RUN)
 
@@ -66,6 +73,7 @@ class MadePicture:
     request: Request
     picture: Picture
     record: dict[str, object] | None  # for `save_picture`; None without `metadata`
+    reused: float = 0.0  # the share of the passes that a step cache spared
 
 
 def open_pipeline(engine: type[PipelineT], asked: ModelChoice, recorded: ModelChoice | None = None) -> PipelineT:
@@ -138,6 +146,8 @@ class GenerationRun:
         picture cannot be read, and the errors of `read_loras`.
         """
         requests = self.pipeline.plan(configs)
+        if self.settings.preview_decoder is not None:  # refuses a wrong file before the work
+            read_tiny_decoder(self.settings.preview_decoder, self.pipeline.folder)
         adapters = self.read_loras(loras)
         for request in requests:
             request.config.check_guidance()
@@ -153,6 +163,32 @@ class GenerationRun:
         if not self.settings.force:
             require_memory(self._memory(requests, self.memory(requests).mode), self.pipeline.memory_limit())
         return requests
+
+    def enhanced(
+        self,
+        configs: Sequence[GenerateConfig],
+        system: str | None = None,
+        progress: StageProgress = ignore_progress,
+    ) -> list[GenerateConfig]:
+        """`configs` with prompts that the text encoder writes from theirs, each by the seed of its picture.
+
+        They are checked first, as in `plan`. The former prompts become `original_prompt`. Arguments: see
+        `Engine.enhance`. Raises its errors too.
+        """
+        check_can_write(self.pipeline.folder)
+        pipe, requests = self.pipeline, self.plan(configs)
+        mode = self.memory(requests).mode
+        if not self.settings.force:
+            loaded = LoadedModel(pipe.folder, pipe.precision, pipe.quantization)
+            encode = self._memory(requests, mode)[0]
+            stage = writing_stage(loaded, pipe.footprint(mode), encode.weights, 2 * MAX_TOKENS)
+            require_memory([stage], pipe.memory_limit())
+        texts: dict[tuple[str, int], str] = {}
+        with pipe.turn():
+            pipe.set_mode(mode)
+            for key in dict.fromkeys(map(_idea, configs)):
+                texts[key] = pipe.enhance(*key, system, lambda done, most: progress("enhance", done, most))
+        return [replace(c, prompt=texts[_idea(c)], original_prompt=_idea(c)[0]) for c in configs]
 
     def memory(self, requests: Sequence[Request]) -> Choice:
         """The memory mode that `make` will use for `requests`, and why.
@@ -198,14 +234,18 @@ class GenerationRun:
         loras: those of these requests; None: those of the run. All that is set when you call this stays so until the
         last picture. Raises FormatError if a picture or LoRA is no longer readable.
         """
-        adapters, pipe = self.read_loras(loras), self.pipeline
+        adapters, pipe, decoder = self.read_loras(loras), self.pipeline, self._preview_decoder()
         records = self._records(requests, adapters)
         every = self.settings.preview_steps
+        spared: dict[int, list[tuple[int, float]]] = {}  # of each picture: the steps of its passes, and shares
 
         def watch(places: range, step: DenoisingStep[ArrayT]) -> None:
+            for place in places:
+                passes = spared.setdefault(place, [])
+                passes[-1 if step.index > 1 else len(passes) :] = [(step.total, step.reused)]
             if every and step.index % every == 0 and step.index < step.total:
                 for i, place in enumerate(places):
-                    preview(place, quick_picture(pipe, step.x_0[i : i + 1]))
+                    preview(place, quick_picture(pipe, step.x_0[i : i + 1], decoder))
 
         with pipe.turn():  # no other thread may change the mode before `generate` has read it
             pipe.set_mode(self.memory(requests).mode)
@@ -216,7 +256,14 @@ class GenerationRun:
                 progress=progress,
                 watch=watch,
             )
-        return (MadePicture(i, request, picture, records[i]) for i, (request, picture) in enumerate(made))
+        return (
+            MadePicture(i, request, picture, records[i], _mean(spared.get(i, [])))
+            for i, (request, picture) in enumerate(made)
+        )
+
+    def _preview_decoder(self) -> Callable[[Any], Array] | None:
+        file = self.settings.preview_decoder
+        return self.pipeline.tiny_decoder(read_tiny_decoder(file, self.pipeline.folder)) if file else None
 
     def _records(self, requests: Sequence[Request], loras: Sequence[LoadedLoRA]) -> list[dict[str, object] | None]:
         """The record of each request. They are made before the work, because a file may change during the work."""
@@ -226,4 +273,18 @@ class GenerationRun:
         return [recorder.record(request.config, request.digests) for request in requests]
 
     def _memory(self, requests: Sequence[Request], mode: Mode) -> list[Stage]:
-        return self.pipeline.memory(requests, self.settings.batch_size, mode)
+        stages = self.pipeline.memory(requests, self.settings.batch_size, mode)
+        if self.settings.preview_decoder is None:
+            return stages
+        more = max(preview_bytes(request.width * request.height) for request in requests)
+        return [replace(s, activations=s.activations + more) if s.name == "denoise" else s for s in stages]
+
+
+def _idea(config: GenerateConfig) -> tuple[str, int]:
+    """The prompt of the user, and the seed."""
+    return config.original_prompt or config.prompt, config.seed
+
+
+def _mean(shares: Sequence[tuple[int, float]]) -> float:
+    """The mean of shares, each with its weight."""
+    return sum(weight * share for weight, share in shares) / max(sum(weight for weight, _ in shares), 1)

@@ -22,6 +22,7 @@ from zimage_ref.memory import CAPTION_TOKENS
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.steering import NAG_OFF, Box, Nag, Steering
 
+from .caching import computed_share
 from .config import VARIETY_UNTIL, GenerateConfig
 from .samplers import TWICE
 
@@ -109,8 +110,12 @@ def predictions_of(request: Request) -> float:
 
 
 def passes_of(request: Request) -> int:
-    """How many plain predictions of the transformer a pass takes in all, about in time."""
-    return round(predictions_in(request) * predictions_of(request))
+    """How many plain predictions of the transformer a pass takes in all, about in time.
+
+    Those that a step cache spares are left out, if they are known before the work.
+    """
+    share = computed_share(request.config, request.sigmas)
+    return round((1 if share is None else share) * predictions_in(request) * predictions_of(request))
 
 
 def predictions_in(request: Request) -> int:

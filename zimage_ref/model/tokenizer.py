@@ -6,7 +6,7 @@ Source: encode_prompt in pipeline_z_image.py of diffusers; chat_template of Qwen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,12 @@ from zimage_ref.formats.reading import read_text
 from zimage_ref.formats.tensors import Array
 
 MAX_TOKENS = 512  # template included; the end of a longer prompt is cut off, as in the official pipeline
+# without thinking: the template then writes that nothing was thought
+_CHAT = (
+    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n"
+)
+_STOPS = ("<|im_end|>", "<|endoftext|>")
 _TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -53,9 +59,28 @@ class Tokenizer:
         """Token ids (T,) int32 of `prompt` in its template, at most MAX_TOKENS."""
         return np.asarray(self._ids(prompt)[:MAX_TOKENS], np.int32)
 
+    def encode_chat(self, system: str, message: str) -> list[int]:
+        """Token ids of a system prompt and a message of the user, up to where the answer begins."""
+        return self._encoded(_CHAT.format(system=system, message=message))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens."""
+        with self._faults("this tokenizer cannot decode its own tokens"):
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The ids of the tokens that end an answer."""
+        ids = (self._tokenizer.token_to_id(token) for token in _STOPS)
+        return frozenset(id for id in ids if id is not None)
+
     def _ids(self, prompt: str) -> list[int]:
+        return self._encoded(render(prompt))
+
+    def _encoded(self, text: str) -> list[int]:
         with self._faults("this tokenizer cannot encode the prompt"):
-            ids: list[int] = self._tokenizer.encode(render(prompt), add_special_tokens=False).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     @contextmanager

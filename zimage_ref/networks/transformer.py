@@ -18,8 +18,10 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.model.checks import check_maps
 from zimage_ref.model.config import QK_NORM_EPS, TIME_FREQUENCIES, TransformerConfig
 from zimage_ref.model.positions import caption_ids, image_ids, padded, rope_angles
+from zimage_ref.model.step_cache import StepCache
 
-from .hints import Hints, hints_of
+from .hints import Hints
+from .layers import Layers
 from .ops import attention, layer_norm, linear, rms_norm, silu
 from .steering import Contrast, attend_in_contrast
 from .weights import Weights
@@ -35,6 +37,7 @@ class Conditioning:
     # Boolean, False for the filling after a shorter caption: (B, 1, 1, S), or (B, 1, S, S) with regions; None: all True
     mask: Array | Contrast | None
     control: Hints | None = None  # what a ControlNet adds
+    cache: StepCache[Array] | None = None  # what stands for the layers in some steps
 
     @property
     def plain_mask(self) -> Array | None:
@@ -189,19 +192,10 @@ class Transformer:
     def denoise(self, x: Array, t: Array, conditioning: Conditioning) -> Array:
         """The raw output (B, C, h, w) for latents x and time t; see `__call__`."""
         check_maps("latents", x.shape, self.config.in_channels, self.config.patch_size)
-        B, _, h, w = x.shape
-        embedded = tokens = self.embed_image(x.astype(self.w.dtype))  # (B, L, D)
+        _, _, h, w = x.shape
         adaln = self.t_embedder(t * self.config.t_scale)
-
-        for block in self.noise_refiner:
-            tokens = block(tokens, conditioning.image_rotation, None, adaln)
-
-        places, hints = hints_of(self, embedded, tokens, conditioning, adaln)
-        tokens = np.concatenate([tokens, conditioning.caption], axis=1)  # (B, S, D)
-        for i, block in enumerate(self.layers):
-            tokens = block(tokens, conditioning.rotation, conditioning.mask, adaln)
-            tokens = tokens + next(hints) if i in places else tokens
-
+        layers = Layers(self, x.astype(self.w.dtype), adaln, conditioning)
+        tokens = conditioning.cache(layers) if conditioning.cache else layers.output()  # (B, S, D)
         return self.unpatchify(self.final_layer(tokens, adaln), h, w)
 
     def embed_caption(self, caption: Array) -> Array:

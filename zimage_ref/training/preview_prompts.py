@@ -1,6 +1,6 @@
 """Prompts of previews, each with settings of its own.
 
-Settings stand behind the prompt: two dashes, the name that the setting has in `zimage generate`, and its value.
+A setting stands behind the prompt, written as an option of `zimage generate`: two hyphens, its name, its value.
 """
 
 from __future__ import annotations
