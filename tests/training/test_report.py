@@ -96,6 +96,7 @@ def test_metrics_have_a_line_for_each_step_measurement_and_preview(run: Run) -> 
     lines = [json.loads(line) for line in RunFolder(run.output).metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["loss"] for line in steps] == run.losses
+    assert steps[0]["smoothed"] == pytest.approx(run.losses[0]) != steps[1]["smoothed"]  # the first has no past
     assert {"step", "epoch", "smoothed", "lr", "grad_norm", "seconds", "pictures", "peak_memory"} <= steps[0].keys()
     assert all(line["seconds"] > 0 and line["peak_memory"] > 0 for line in steps)
     assert [line["step"] for line in lines if "validation" in line] == [0, 2, 4, 6]
