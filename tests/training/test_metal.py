@@ -81,7 +81,7 @@ def test_training_that_metal_ends_says_so_and_keeps_its_last_save(
 def test_generation_that_metal_ends_says_so(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **options: Any) -> Any:
         raise RuntimeError(NO_MEMORY)
 
     monkeypatch.setattr(ZImagePipeline, "predict", fails)
