@@ -165,7 +165,8 @@ def _config(path: Path) -> None:
 
 def _run(folder: Path) -> None:
     run = RunFolder(folder / "x.safetensors")
-    state = {"lora": {"a": np.ones(3, np.float32)}, "optimizer": {"m": np.ones(2, np.float32)}}
+    ones = Tensor.of(np.ones(3, np.float32))
+    state = {"lora": {"a": ones}, "optimizer": {"m": ones}}
     facts = {"config": {"rank": 2}, "total": 9, "batch": 1, "dataset": "d", "model": {"vae": "v"}, "adapter": None,
              "environment": {"mlx": "0"}, "smoothed": None, "failures": 0}  # fmt: skip
     run.save(2, state, facts)  # type: ignore[arg-type]

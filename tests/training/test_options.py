@@ -72,7 +72,8 @@ def test_the_learning_rate_rises_then_follows_its_schedule(shop: Workshop) -> No
 def test_the_learning_rate_follows_the_width_unless_it_is_given(shop: Workshop) -> None:
     narrow = shop.train("narrow", lr=None, schedule="constant", steps=1).steps[0].lr
     assert narrow == pytest.approx(1e-4 * math.sqrt(3840 / tiny.TRANSFORMER.dim))
-    official = TrainPlan(shop.config("wide"), SimpleNamespace(transformer=OFFICIAL_TRANSFORMER), [], [], [], None, {})
+    config, model = shop.config("wide"), SimpleNamespace(transformer=OFFICIAL_TRANSFORMER)
+    official = TrainPlan(config, model, [], [], {"layers.0.attention.to_q": config.size}, None, {})
     assert replace(official, config=shop.config("wide", lr=None)).lr == 1e-4 and official.lr == 1e-2
 
 

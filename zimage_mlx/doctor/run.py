@@ -37,7 +37,7 @@ class Budget:
 
 
 QUICK = Budget(right=6.0, rate=0.2, part=2.5, megabytes=64)
-FULL = Budget(right=70.0, rate=0.8, part=7.0, megabytes=512)
+FULL = Budget(right=66.0, rate=0.8, part=6.0, megabytes=512)
 
 
 def diagnose(quick: bool = False, progress: Progress = lambda section, done, total, detail: None) -> Findings:
