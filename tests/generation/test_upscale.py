@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import controls, tiny
-from support.networks import BACKENDS, mlx_only, pipeline
+from support.networks import BACKENDS, long_only, mlx_only, pipeline
 from support.parity import assert_parity
 
 from zimage_cli.app import main
@@ -299,6 +299,7 @@ def test_memory_is_that_of_a_tile(model_dir: Path) -> None:
 
 
 @mlx_only
+@long_only
 @pytest.mark.slow
 def test_no_seam_shows_at_the_borders_of_tiles() -> None:
     """The mean gradient across the borders of tiles and across other borders of tokens, on the built-in model."""

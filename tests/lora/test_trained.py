@@ -270,6 +270,8 @@ def test_first_values_are_spread_as_those_of_lycoris(name: str) -> None:
     for factor, array in ours.items():
         other = theirs[names.get(factor, factor)].detach().numpy()
         assert array.shape == other.shape
+        if kind == "loha":
+            continue  # it begins with values of its own; `TRAINED` says why
         np.testing.assert_allclose(array.std(), other.std(), rtol=0.25, err_msg=factor)
         np.testing.assert_allclose(np.abs(array).max(), np.abs(other).max(), rtol=0.5, err_msg=factor)
     assert TRAINED[kind].scale(shapes, UpdateSize(8, 4.0)) == pytest.approx(float(theirs["alpha"]) / 8)

@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("mlx.core", reason="MLX is not installed")
 
 import mlx.core as mx
-from support.networks import pipeline
+from support.networks import long_only, pipeline
 
 from zimage_cli.app import main
 from zimage_cli.commands import demo
@@ -122,6 +122,7 @@ def test_the_demo_shows_a_row_of_pictures_that_follow(
     assert capsys.readouterr().out.count(" background") >= 1
 
 
+@long_only
 @pytest.mark.slow
 def test_the_built_in_control_puts_shapes_in_their_places() -> None:
     shares = control.judge_control(BUILT_IN, BUILT_IN / "controlnet", 40)

@@ -110,6 +110,7 @@ def seen_with(lora: Path) -> tuple[int, int]:
     return sum(shown), sum(found.ground == GROUND for found in seen)
 
 
+@long_only
 def test_with_a_mask_a_lora_learns_the_shape_and_not_the_background_and_without_one_both(tmp_path: Path) -> None:
     """The model alone draws none of the 16 shapes, and 2 on that background."""
     data = tmp_path / "masked"
