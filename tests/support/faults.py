@@ -32,7 +32,7 @@ from zimage_cli.app import main
 from zimage_cli.commands import COMMANDS, load
 
 CRASHED = 77  # an exit code
-_GROWING = ("metrics.jsonl", "report.html", "previews.png", "lock")  # files whose content depends on the time, or that grow
+_GROWING = ("metrics.jsonl", "report.html", "previews.png", "lock")  # they grow, or depend on the time
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _LEFT = re.compile(r"\..*\.(tmp|old)$")
 Seen = dict[str, set[str]]
