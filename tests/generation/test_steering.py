@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.networks import BACKENDS, HAS_MLX, mlx_only, pipeline
+from support.networks import BACKENDS, HAS_MLX, long_only, mlx_only, pipeline
 from support.parity import assert_parity
 
 from zimage_cli.app import main
@@ -238,6 +238,7 @@ def test_two_regions_hold_what_their_prompts_name(tiny_model: Any) -> None:
     assert share_in_regions(tiny_model, 3) == 1
 
 
+@long_only
 @pytest.mark.slow
 def test_regions_come_out_as_named_in_nine_of_ten_pictures(tiny_model: Any) -> None:
     assert share_in_regions(tiny_model, 100) >= 0.9

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import cases, controls, tiny
-from support.networks import BACKENDS, PARAMETERS, mlx_only, native, network, pipeline
+from support.networks import BACKENDS, PARAMETERS, long_only, mlx_only, native, network, pipeline
 from support.parity import assert_parity
 
 from zimage_cli.app import main
@@ -282,6 +282,7 @@ def test_the_command_line_caches_shows_it_and_repeats_it(tmp_path: Path, model_d
     assert "cache" not in Repeat.read(Path(plain)).options
 
 
+@long_only
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 def test_half_the_passes_make_nearly_the_same_drawing(cache: str) -> None:

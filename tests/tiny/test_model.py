@@ -171,6 +171,7 @@ def test_a_lora_learns_a_word_from_eight_drawings_and_leaves_the_others_alone(
     np.testing.assert_array_equal(without, at_scale_0)
 
 
+@long_only
 @pytest.mark.slow
 def test_the_whole_transformer_learns_the_word_and_leaves_the_others_alone(tmp_path: Path) -> None:
     demo = pytest.importorskip("zimage_cli.commands.demo")
