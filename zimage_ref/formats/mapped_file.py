@@ -18,7 +18,7 @@ from zimage_ref.errors import FormatError, reason
 from .reading import open_descriptor
 from .tensors import Array, DType, Span, Tensor
 
-_AT_ONCE = 1 << 26  # bytes asked of the system in one call; some systems give at most 2 GB
+AT_ONCE = 1 << 26  # bytes asked of the system in one call; some systems give at most 2 GB
 
 
 class MappedFile:
@@ -70,12 +70,8 @@ class MappedFile:
                 raise FormatError(f"{self.path}: has become shorter since it was opened")
             if status.st_mtime_ns != self._changed:
                 raise FormatError(f"{self.path}: was changed since it was opened: start again")
-            done = 0
-            while done < len(flat):
-                count = os.preadv(self._descriptor, [flat[done : done + _AT_ONCE]], offset + done)
-                if not count:
-                    raise FormatError(f"{self.path}: has become shorter since it was opened")
-                done += count
+            if not fill(flat, self._descriptor, offset):
+                raise FormatError(f"{self.path}: has become shorter since it was opened")
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read: {reason(error)}") from error
 
@@ -83,6 +79,17 @@ class MappedFile:
         """Up to `count` bytes from `offset`, fewer if the file ends earlier."""
         count = max(0, min(count, self.size - offset))
         return self.array(offset, (count,), np.dtype("u1")).tobytes()
+
+
+def fill(flat: memoryview, descriptor: int, offset: int) -> bool:
+    """Fills `flat`, of bytes, from `offset` of an open file. Returns False if the file ends before. Raises OSError."""
+    done = 0
+    while done < len(flat):
+        count = os.preadv(descriptor, [flat[done : done + AT_ONCE]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def check_disjoint(path: Path, extents: Iterable[tuple[int, int, str]]) -> None:

@@ -13,10 +13,9 @@ import numpy as np
 
 from zimage_ref.errors import FormatError, reason
 
+from .mapped_file import AT_ONCE, fill
 from .temporary import create_locked
 from .tensors import Array, Span, Tensor
-
-_AT_ONCE = 1 << 26  # bytes asked of the system in one call
 
 
 class ScratchFile:
@@ -52,13 +51,9 @@ class ScratchFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` with the bytes from `offset`."""
-        flat, done = buffer.cast("B"), 0
         try:
-            while done < len(flat):
-                count = os.preadv(self._descriptor, [flat[done : done + _AT_ONCE]], offset + done)
-                if not count:
-                    raise FormatError(f"{self.path}: the file with the weights has become shorter")
-                done += count
+            if not fill(buffer.cast("B"), self._descriptor, offset):
+                raise FormatError(f"{self.path}: the file with the weights has become shorter")
         except OSError as error:
             raise FormatError(f"{self.path}: the file with the weights cannot be read: {reason(error)}") from error
 
@@ -66,6 +61,6 @@ class ScratchFile:
         flat, done = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
         try:
             while done < len(flat):
-                done += os.pwrite(self._descriptor, flat[done : done + _AT_ONCE], offset + done)
+                done += os.pwrite(self._descriptor, flat[done : done + AT_ONCE], offset + done)
         except OSError as error:
             raise FormatError(f"{self.path}: the file with the weights cannot be written: {reason(error)}") from error
