@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,32 @@ def test_a_leftover_is_told_by_its_lock(tmp_path: Path) -> None:
         remove_stale(tmp_path)
         assert not left.exists() and len(list(tmp_path.glob(".y.png.*"))) == 1
     assert sorted(os.listdir(tmp_path)) == [foreign.name, "y.png"]
+
+
+def test_a_new_folder_is_locked_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program sweeps between the folder's creation and its lock: a second folder is made then."""
+    opened = os.open
+
+    def sweep_first(path: Path, flags: int) -> int:
+        monkeypatch.setattr(os, "open", opened)
+        remove_stale(tmp_path)
+        return opened(path, flags)
+
+    monkeypatch.setattr(os, "open", sweep_first)
+    with temporary.locked_folder(tmp_path / "names") as folder:
+        remove_stale(tmp_path)
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_that_try_names_in_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    def try_names(number: int) -> None:
+        for _ in range(100):
+            check_writable(tmp_path / f"{number}.npz")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(try_names, range(4)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_leftover_stays_on_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import io
 import os
-import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import BinaryIO, cast
 from zimage_ref.errors import ConfigError, FormatError, reason
 
 from .reading import open_file
-from .temporary import create_locked, lock, remove_stale, temporary_path
+from .temporary import create_locked, locked_folder, remove_stale
 
 if sys.platform != "win32":
     import fcntl
@@ -161,10 +160,9 @@ def _of_another_user(path: Path) -> bool:
 
 def _try_names(home: Path, paths: Iterable[Path]) -> None:
     """Creates each of `paths` in a temporary folder in `home`, which is their innermost folder that exists."""
-    trial = temporary_path(home / "names")
     path = home
     try:
-        with _locked_folder(trial):
+        with locked_folder(home / "names") as trial:
             for path in paths:
                 name = real_path(path).absolute().relative_to(home)
                 if ".." not in name.parts:  # else it would not be in the temporary folder
@@ -174,21 +172,6 @@ def _try_names(home: Path, paths: Iterable[Path]) -> None:
                     tried.unlink()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {reason(error)}") from error
-
-
-@contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    """A new folder that is locked, so that no other program takes it for a leftover, and deleted at the end."""
-    folder.mkdir()
-    descriptor = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            lock(descriptor)
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def existing_parent(path: Path) -> Path:

@@ -13,7 +13,8 @@ import re
 import secrets
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -37,6 +38,31 @@ def create_locked(path: Path) -> tuple[Path, int]:
         if lock(descriptor) is not False and os.fstat(descriptor).st_nlink:
             return temporary, descriptor
         os.close(descriptor)  # another program took the new file for a leftover before it was locked
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[Path]:
+    """A new temporary folder beside `path`, deleted at the end. Its lock keeps other programs from deleting it."""
+    folder, descriptor = _create_locked_folder(path)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _create_locked_folder(path: Path) -> tuple[Path, int | None]:
+    while True:
+        folder = temporary_path(path)
+        folder.mkdir()
+        if sys.platform == "win32":
+            return folder, None
+        with suppress(FileNotFoundError):  # another program took the new folder for a leftover
+            descriptor = os.open(folder, os.O_RDONLY)
+            if lock(descriptor) is not False and folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
 
 
 def lock(descriptor: int) -> bool | None:
