@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-_PREVIEW = re.compile(r"/api/jobs/\w+/preview\?")
+_PREVIEW = re.compile(r"/api/jobs/[^/]+/preview\?")
 _DROP = """(zone, files) => {
   const data = new DataTransfer();
   for (const [name, type, text] of files) {
@@ -76,7 +76,7 @@ def open_tab(browser: Any, url: str, context: Any = None, **options: Any) -> Tab
     options = {"viewport": {"width": 1280, "height": 900}, **options}
     page = (context or browser.new_context(**options)).new_page()
     tab = Tab(page)
-    page.on("console", lambda m: tab.problems.append(m.text) if _is_problem(m) else None)
+    page.on("console", lambda m: tab.problems.append(f"{m.location['url']}: {m.text}") if _is_problem(m) else None)
     page.on("pageerror", lambda error: tab.problems.append(str(error)))
     own = urlsplit(url).netloc
     page.on("request", lambda r: tab.foreign.append(r.url) if r.url.startswith("http") and urlsplit(r.url).netloc != own
