@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,8 @@ def test_defaults_follow_from_the_kind(shop: WholeShop) -> None:
     assert (whole.optimizer, whole.targets) == ("adafactor", ("*",))
     assert (plain.optimizer, plain.targets) == ("adamw", ("attention", "feed_forward", "refiners"))
     rates = [make_plan(shop.config("rate", lr=None)).lr, make_plan(_lora(shop)).lr]
-    assert rates[0] == pytest.approx(rates[1] / 10)
+    width = 3840 / tiny.TRANSFORMER.dim
+    assert rates == [pytest.approx(1e-5 * width), pytest.approx(1e-4 * math.sqrt(width))]
     assert preset_options("style", "full").keys() == preset_options("style", "lora").keys() - {"rank", "alpha"}
 
 

@@ -2,7 +2,8 @@
 
 One table holds what differs in the defaults of the options. The rate of an update is the mean over its layers.
 
-Source of the rate of full: musubi-tuner, docs/zimage.md, which advises 1e-6 to 1e-5 with Adafactor.
+Sources of the rate of full, 1e-5 for Z-Image: the presets of OneTrainer and DiffSynth-Studio. That a rate of Adam goes
+with 1 / width for the weights of a network: Tensor Programs V, arXiv 2203.03466, table 8.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ class LearningKind:
 
     title: str
     rate: Callable[[Iterable[Matrices]], float]  # of that of the kind lora, for the matrices of the layers
+    by_width: float = 0.5  # the power of 1 / width that the rate goes with; why, for a LoRA: `TrainPlan.lr`
     optimizer: str = "adamw"
     targets: tuple[str, ...] = (*LORA_TARGETS, "refiners")
 
 
-_FULL = LearningKind("whole transformer", rate=lambda layers: 0.1, optimizer="adafactor", targets=("*",))
+_FULL = LearningKind("whole transformer", rate=lambda layers: 0.1, by_width=1.0, optimizer="adafactor", targets=("*",))
 
 
 def kinds() -> tuple[str, ...]:

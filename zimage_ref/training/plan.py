@@ -89,8 +89,8 @@ class TrainPlan:
         if (own := OPTIMIZERS[self.config.optimizer].lr) is not None:
             return own
         width = OFFICIAL_TRANSFORMER.dim / self.model.transformer.dim
-        kind = self.config.kind
-        return LR * math.sqrt(width) * learning_kind(kind).rate(() if kind == FULL else self.matrices.values())
+        kind = learning_kind(self.config.kind)
+        return LR * math.pow(width, kind.by_width) * kind.rate(self.matrices.values())
 
     @property
     def turbo(self) -> bool:
