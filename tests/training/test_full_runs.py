@@ -19,7 +19,7 @@ from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.formats.tensors import Array, cast
 from zimage_ref.training.full import count
 from zimage_ref.training.plan import make_plan
-from zimage_ref.training.presets import preset_options
+from zimage_ref.training.presets import PRESETS, preset_options
 
 if HAS_MLX:
     import zimage_mlx
@@ -192,6 +192,8 @@ def test_defaults_follow_from_the_kind(shop: WholeShop) -> None:
     width = 3840 / tiny.TRANSFORMER.dim
     assert rates == [pytest.approx(1e-5 * width), pytest.approx(1e-4 * math.sqrt(width))]
     assert preset_options("style", "full").keys() == preset_options("style", "lora").keys() - {"rank", "alpha"}
+    for name in PRESETS:
+        zimage_mlx.TrainConfig("m", "d", "whole", kind="full", **preset_options(name, "full"))
 
 
 def _lora(shop: WholeShop) -> Any:

@@ -12,6 +12,7 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 from zimage_mlx import make_plan
 from zimage_mlx.training.encode import EncodedDataset
 from zimage_ref import ConfigError
+from zimage_ref.training.presets import PRESETS
 from zimage_ref.training.run_folder import RunFolder
 
 
@@ -67,3 +68,11 @@ def test_captions_and_prompts_that_are_too_long_are_named_at_the_start(shop: Wor
     (data / "stray.mp4").write_bytes(b"x")
     run = shop.train("long", dataset=data, steps=1)
     assert "left out 1 (neither a picture nor a caption): stray.mp4" in run.notices and captions in run.notices
+
+
+def test_options_of_preservation_without_it_are_named(shop: Workshop) -> None:
+    options = {**PRESETS["logo"], "resolution": (32,)}
+    (notice,) = make_plan(shop.config("logo", **options)).notices
+    assert notice.startswith("`preserve_every` and `preserve_weight`: not used without `preserve` or `preserve_blank`")
+    assert not make_plan(shop.config("blank", **options, preserve_blank=True)).notices
+    assert not make_plan(shop.config("class", **options, preserve="dog", trigger="rex")).notices

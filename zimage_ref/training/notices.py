@@ -10,13 +10,14 @@ from zimage_ref.lora.clients import losses_of
 from zimage_ref.lora.trained import DEFAULT_KIND, TRAINED
 from zimage_ref.model.tokenizer import MAX_TOKENS, Tokenizer
 
-from .config import TrainConfig
+from .config import TrainConfig, default_options
 from .dataset import Example
 from .kinds import FULL
 from .optimizers import OPTIMIZERS
 from .preview_prompts import Preview
 from .variants import Variants
 
+_OF_PRESERVE = ("preserve_every", "preserve_weight")
 _SHOWN = 200  # characters of a path or a prompt in a notice
 
 
@@ -49,6 +50,12 @@ def _unused(config: TrainConfig, previews: Sequence[Preview]) -> Iterator[str]:
         yield (
             f"`optimizer` {config.optimizer} keeps the learning rate after the warmup: "
             f"`schedule` {config.schedule} is not used"
+        )
+    given = [name for name in _OF_PRESERVE if getattr(config, name) != default_options()[name]]
+    if given and not (config.preserve or config.preserve_blank):
+        yield (
+            f"{' and '.join(f'`{name}`' for name in given)}: not used without `preserve` or `preserve_blank`. "
+            "The run may change words that the model knows"
         )
     for each in previews:
         if each.negative_prompt and not each.guidance:
