@@ -86,6 +86,7 @@ def measured(model: Path, quantize: int | None, side: int, started: float) -> di
     stages.loaded("transformer", lambda: pipe.transformer)
     latents = mx.random.normal((1, config.OFFICIAL_TRANSFORMER.in_channels, side // 8, side // 8))
     conditioning = pipe.condition([prompt], side // 8, side // 8)
+    stages.timed("refine the prompt", lambda: pipe.settle(conditioning.caption))
 
     def step() -> None:
         pipe.settle(pipe.predict(latents, 0.7, conditioning))
