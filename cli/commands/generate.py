@@ -205,6 +205,7 @@ def _settings(args: argparse.Namespace) -> RunSettings:
         preview_steps=args.preview_steps,
         metadata=not args.no_metadata,
         preview_decoder=args.preview_decoder,
+        enhance=args.enhance or args.enhance_with is not None,
     )
 
 
