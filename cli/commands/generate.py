@@ -143,13 +143,13 @@ def _add_output(parser: CommandParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Makes the pictures. Everything is checked before weights are read."""
     names = OutputNames(args.output, args.overwrite)
-    if args.grid and (args.interactive or names.pattern == STDOUT):
+    if args.grid is not None and (args.interactive or names.pattern == STDOUT):
         raise ConfigError("--grid writes several files: give no --interactive or --output -")
     if args.interactive and (args.prompts or args.prompt_file or names.pattern == STDOUT):
         raise ConfigError("--interactive reads prompts and writes files: give no --prompt, --prompt-file or --output -")
     repeat = Repeat.read(args.from_image) if args.from_image else None
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
-    grid = Grid.parse(args.grid, configs) if args.grid else None
+    grid = None if args.grid is None else Grid.parse(args.grid, configs)
     configs = list(grid.configs) if grid else configs
     if args.save_control and any(each.control is not None and each.control_image is None for each in configs):
         raise ConfigError("--save-control needs --control-image")
@@ -230,15 +230,20 @@ def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig
         options |= PRESETS[args.preset].options
     if args.interactive and args.seeds:
         options["seed"] = args.seeds[0]
-    if args.size:
+    if args.size is not None:
         sides = parse_size(args.size, getattr(args, "width", None), getattr(args, "height", None))
         args.width, args.height = sides
     return from_args(GenerateConfig, args, options)
 
 
 def _seed(text: str) -> int:
-    """A seed on the command line. argparse shows this name without the line under it."""
-    return random_seed() if text == "random" else int(text)
+    """A seed on the command line."""
+    if text == "random":
+        return random_seed()
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, and not random") from None
 
 
 def _prompts(path: Path) -> list[str]:
