@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.networks import BACKENDS, pipeline
 
 from zimage_cli.app import main
 from zimage_ref import ConfigError, GenerateConfig, ZImageError
@@ -29,12 +28,6 @@ BAD: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "size": ({}, ("", "10x", "3:0", "x", "1024x768x3")),
 }
 SIZE = {"width": 64, "height": 64, "steps": 1}
-
-
-@pytest.fixture(scope="module", params=BACKENDS)
-def pipe(model_dir: Path, request: pytest.FixtureRequest) -> Any:
-    """A pipeline of each engine."""
-    return pipeline(request.param, model_dir)
 
 
 @pytest.mark.parametrize("name", BAD)
