@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,13 +269,13 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "written from": " | ".join(dict.fromkeys(r.config.original_prompt or "" for r in requests)) or None,
         "size": f"{first.width} x {first.height}",
         "enlarged": _enlarged(first),
-        "steps": len(first.sigmas) - 1,
-        "guidance": f"{config.guidance:g}",
+        "steps": _each(len(request.sigmas) - 1 for request in requests),
+        "guidance": _each(request.config.guidance for request in requests),
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
         "grid": grid and f"{grid}: {len(requests)} pictures",
         "negative": config.negative_prompt or None,
-        "NAG": config.nag,
-        "variety": config.variety,
+        "NAG": _each(request.config.nag for request in requests),
+        "variety": _each(request.config.variety for request in requests),
         "step cache": config.cache if choice_for(config, first.sigmas) else None,
         "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, {_use(config)}",
@@ -288,6 +288,11 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "time": _time(run, first, memory.mode),
     }
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
+
+
+def _each(values: Iterable[float | None]) -> str | None:
+    """The different values of the pictures, None if there are none."""
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values) if value is not None) or None
 
 
 def _use(config: GenerateConfig) -> str:
