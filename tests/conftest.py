@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support import tiny
 
+import zimage_mlx  # noqa: F401 - before a test imports MLX: it loads a fast BLAS
+
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
     if _number and signal.getsignal(_number) is signal.SIG_IGN:  # of a background job, of nohup; tests send these
         signal.signal(_number, _usual)

@@ -43,6 +43,7 @@ ROOMS = {
     "zimage_ref.requirements": "formats model checkpoints memory streaming training",
     "zimage_ref.tiny": "formats model pictures checkpoints",
     "zimage_ref": f"lazy version {_BASE} lora checkpoints generation pipeline training",
+    "zimage_mlx.blas": "",
     "zimage_mlx.device": "errors memory",
     "zimage_mlx.networks": "zimage_mlx.device errors formats model",
     "zimage_mlx.lora": "zimage_mlx.networks formats model lora",
@@ -57,7 +58,7 @@ ROOMS = {
         "pictures networks checkpoints memory doctor",
     "zimage_mlx.tiny":
         "zimage_mlx.device zimage_mlx.networks zimage_mlx.pipeline errors formats model options pictures tiny",
-    "zimage_mlx": "zimage_mlx.pipeline zimage_mlx.training zimage_mlx.doctor zimage_ref lazy training",
+    "zimage_mlx": "zimage_mlx.blas zimage_mlx.pipeline zimage_mlx.training zimage_mlx.doctor zimage_ref lazy training",
     "zimage_serve.refusals": "errors",
     "zimage_serve.settings": "errors bounds options generation",
     "zimage_serve.engines": "formats memory generation training",
@@ -73,9 +74,9 @@ ROOMS = {
     "zimage_serve": "",
     "zimage_cli.terminal": "zimage_ref zimage_mlx errors formats options options_file pictures generation",
     "zimage_cli.commands":
-        "zimage_cli.terminal zimage_serve.settings zimage_serve.engines zimage_ref errors bounds extras formats "
-        "options options_file pictures lora checkpoints memory generation training inspection requirements tiny "
-        "doctor",
+        "zimage_cli.terminal zimage_serve.settings zimage_serve.engines zimage_mlx.blas zimage_ref errors bounds "
+        "extras formats options options_file pictures lora checkpoints memory generation training inspection "
+        "requirements tiny doctor",
     "zimage_cli.app": "zimage_cli.terminal zimage_cli.commands errors formats",
     "zimage_cli.__main__": "zimage_cli.app",
     "zimage_cli": "",
@@ -106,7 +107,7 @@ LATE = {  # the only files that import when they run, not when they are read -> 
     "cli/commands/inspect.py": "what shows folders, LoRAs and pictures: a checkpoint needs none of it",
     "cli/commands/serve.py": "the server: its packages belong to an extra",
     "zimage_serve/server.py": "the interface of agents: it needs an extra",
-    "cli/terminal/backends.py": "MLX: may be absent, and needs a fast BLAS before it",
+    "cli/terminal/backends.py": "MLX: may be absent",
 }
 
 

@@ -3,13 +3,18 @@
 The same modules under the same names as `zimage_ref`, whose definitions it shares and whose mathematics it does not.
 
 The names in `__all__` are public: all of those of `zimage_ref`, and training. Submodules are private: everything in
-them may change between versions. Importing this package does not load MLX; using its names does.
+them may change between versions. Importing this package does not load MLX; using its names does. On
+Linux, importing it loads a fast BLAS for MLX, if the machine has one.
 """
 
 from typing import TYPE_CHECKING
 
 import zimage_ref
 from zimage_ref import __version__, lazy
+
+from . import blas
+
+blas.preload()  # here, because it has to come before MLX
 
 __all__ = [
     "BackendError",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zimage_mlx import blas
 from zimage_ref import TrainConfig
 from zimage_ref.checkpoints.hub import TINY
 from zimage_ref.errors import ConfigError, listing
@@ -28,7 +29,6 @@ from zimage_ref.tiny.drawings import (
 from zimage_ref.tiny.judge import in_place, look, shows
 from zimage_ref.tiny.outlines import outlined
 
-from ..terminal import blas
 from ..terminal.backends import DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.parser import CommandParser

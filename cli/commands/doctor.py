@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from zimage_mlx import blas
 from zimage_ref.doctor import machine
 from zimage_ref.doctor.findings import Findings, Machine, Problem, Progress, Verdict
 from zimage_ref.doctor.prediction import MODES, SIDES
@@ -13,7 +14,6 @@ from zimage_ref.errors import BackendError, reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.json_file import JsonObject, write_json
 
-from ..terminal import blas
 from ..terminal.backends import require_mlx
 from ..terminal.console import Bars, Console
 from ..terminal.duration import duration

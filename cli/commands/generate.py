@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from zimage_mlx import blas
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.bounds import COUNT
 from zimage_ref.checkpoints.registry import part_options
@@ -27,7 +28,6 @@ from zimage_ref.generation.sizes import parse_size, random_seed
 from zimage_ref.memory import Mode
 from zimage_ref.options import MEMORY, path_and_scale
 
-from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline
 from ..terminal.console import Console
 from ..terminal.duration import duration

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from zimage_mlx import blas
 from zimage_ref import TrainConfig
 from zimage_ref.checkpoints.hub import BUILT_IN, TINY, local_folder
 from zimage_ref.checkpoints.registry import part_options
@@ -24,7 +25,6 @@ from zimage_ref.training.events import Event
 from zimage_serve.engines import Engines
 from zimage_serve.settings import KEY_VARIABLE, ServeGroup, ServeSettings
 
-from ..terminal import blas
 from ..terminal.backends import BACKENDS, DEFAULT, pipeline, require_mlx
 from ..terminal.console import Console
 from ..terminal.options import add_fields, flag, from_args, in_flags

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from zimage_mlx import blas
 from zimage_ref import TrainConfig
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.doctor.remembered import Figures, precision_name
@@ -23,7 +24,6 @@ from zimage_ref.training.run_folder import RunFolder
 from zimage_ref.training.targets import by_module, ranges
 from zimage_ref.training.whole_room import room
 
-from ..terminal import blas
 from ..terminal.awake import keep_awake
 from ..terminal.backends import pipeline, require_mlx
 from ..terminal.console import Bars, Console

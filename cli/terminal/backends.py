@@ -14,8 +14,6 @@ import zimage_ref
 from zimage_ref.errors import BackendError
 from zimage_ref.options import one_of
 
-from . import blas
-
 if TYPE_CHECKING:
     from zimage_ref.generation.pipeline import AnyPipeline
 
@@ -41,7 +39,6 @@ def require_mlx(work: str) -> ModuleType:
             f"{work} needs MLX, which is not installed: pip install 'zimage-mlx[cpu]' on Linux, "
             f"'zimage-mlx[cuda]' with an NVIDIA GPU; on an Apple Silicon Mac it comes by itself"
         )
-    blas.preload()
     try:
         import_module("zimage_mlx.device")
     except ImportError as error:

@@ -46,6 +46,21 @@ def test_every_layout_is_read_as_its_writer_reads_it(maker: str, tmp_path: Path)
     assert changed > 1e-3  # what is compared has been rounded
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+@pytest.mark.parametrize("maker", ["fp8", "fp8_blocks", "int8", "int8_convrot", "w4a4", "w4a8", "awq"])
+def test_scales_that_are_not_finite_give_such_weights_without_a_warning(maker: str, scale: str, tmp_path: Path) -> None:
+    stored, _ = quantizers.quantized(ARRAYS, in_blocks, maker)
+    for name, (tag, array) in stored.items():
+        if tag in ("F16", "F32") and name.endswith(("weight_scale", "scale_weight", "s_channel")):
+            damaged = np.array(array)
+            damaged.flat[0] = float(scale)
+            stored[name] = (tag, damaged)
+    quantizers.write(tmp_path / "a.safetensors", stored)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_json()))
+    tensors = open_source(tmp_path / "a.safetensors", "transformer").tensors
+    assert not np.isfinite(tensors["layers.0.feed_forward.w1.weight"].cast("f32").read()).all()
+
+
 @pytest.mark.parametrize("maker", ["fp8", "fp8_rows", "mxfp8", "nvfp4", "int8_convrot"])
 def test_fused_matrices_under_a_prefix_are_split_after_they_are_decoded(maker: str, tmp_path: Path) -> None:
     weights = written(tmp_path / "a.safetensors", maker, "comfy", "model.diffusion_model.")

@@ -222,20 +222,21 @@ def test_the_base_model_has_its_own_defaults(tmp_path: Path) -> None:
 def test_interactive_use_keeps_the_model_and_what_was_set(
     run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    drawn = iter([11, 12])
+    drawn = iter([11, 12, 13])
     monkeypatch.setattr(zimage_cli.commands.interactive, "random_seed", lambda: next(drawn))
     lines = [
         "a fox", "/size 48x32", "/seed 7", "/steps two", "/nonsense", "waves", "/show", "/seed",
-        "/lora none.safetensors:0.5", "/guidance 2", "/negative-prompt soft", "last", "/help",
-        "/quit", "never read",
+        "/lora none.safetensors:0.5", "/guidance 2", "/negative-prompt soft", "last", "/negative-prompt", "bare",
+        "/help", "/quit", "never read",
     ]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert run("--interactive", "--output=picture.png") == 0
-    assert names(tmp_path) == ["picture-2.png", "picture-3.png", "picture.png"]
-    first, second, third = (read_record(tmp_path / f"picture{n}.png") for n in ("", "-2", "-3"))
+    assert names(tmp_path) == ["picture-2.png", "picture-3.png", "picture-4.png", "picture.png"]
+    first, second, third, bare = (read_record(tmp_path / f"picture{n}.png") for n in ("", "-2", "-3", "-4"))
     assert (first["prompt"], first["width"], first["seed"]) == ("a fox", 32, 11)
     assert (second["prompt"], second["width"], second["height"], second["seed"]) == ("waves", 48, 32, 7)
     assert (third["prompt"], third["seed"], third["guidance"], third["negative_prompt"]) == ("last", 12, 2.0, "soft")
+    assert (bare["guidance"], bare["negative_prompt"]) == (2.0, first["negative_prompt"])  # no value: the default
     err = capfd.readouterr().err
     for fact in ("/steps: 'two' is not a whole number", "/nonsense is unknown", "none.safetensors", "/size 1024x768"):
         assert fact in err

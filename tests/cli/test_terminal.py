@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from support.daily import daily
 import zimage_ref
 from zimage_cli.app import main
 from zimage_cli.commands import interactive
+from zimage_cli.terminal.streams import Shown
 from zimage_ref.errors import printable
 from zimage_ref.pictures.images import save_picture
 
@@ -107,6 +109,21 @@ def test_a_damaged_tokenizer_is_one_line(damage: str, tmp_path: Path, capsys: py
     assert main([*argv, f"--output={tmp_path}/o.png"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'tokenizer.json'}: ") and error.count("\n") == 1
+
+
+class Full(io.StringIO):
+    """A stream that cannot be written."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_stream_that_cannot_be_written_is_warned_of_once() -> None:
+    warned = io.StringIO()
+    shown = Shown(Full(), warned)
+    for _ in range(3):
+        assert shown.write("x") == 1
+    assert warned.getvalue().count("warning: output cannot be shown") == 1
 
 
 def started(argv: list[str], how: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

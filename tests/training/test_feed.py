@@ -24,6 +24,7 @@ from zimage_mlx.training.optimizer import Optimizer, averaged, clipped
 from zimage_mlx.training.packing import Packing
 from zimage_ref import TrainConfig
 from zimage_ref.model.flow import VALIDATION_SIGMAS
+from zimage_ref.training.batches import DRAW, INITIAL, ORDER, rng_for
 from zimage_ref.training.dataset_options import DatasetSettings
 
 LATENTS = np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float32)
@@ -65,6 +66,11 @@ def test_every_epoch_item_and_seed_has_its_own_noise_and_level() -> None:
     both = one.batch(0, [0, 1])  # a batch changes nothing
     assert both.noise.shape == (2, 4, 2, 3) and np.array(both.noise[1]).tobytes() == drawn[2][0]
     assert np.array(both.noise).std() == pytest.approx(1, abs=0.3)
+
+
+def test_each_purpose_has_random_numbers_of_its_own() -> None:
+    drawn = {purpose: rng_for(3, purpose, 1, 2).random() for purpose in (ORDER, DRAW, INITIAL)}
+    assert len(set(drawn.values())) == len(drawn) == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

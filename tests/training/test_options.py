@@ -20,7 +20,7 @@ import zimage_mlx.training.learner
 from zimage_mlx import Done, ZImagePipeline, train
 from zimage_mlx.training.gradient import LossAndGradients
 from zimage_mlx.training.loss import NoisyBatch
-from zimage_mlx.training.optimizer import averaged, clipped
+from zimage_mlx.training.optimizer import averaged, clipped, make_optimizer
 from zimage_ref import TrainingError
 from zimage_ref.model.config import OFFICIAL_TRANSFORMER
 from zimage_ref.model.flow import TimestepSampling, shifted
@@ -57,6 +57,13 @@ def test_every_optimizer_learns_and_none_like_another(shop: Workshop) -> None:
 def test_weight_decay_shrinks_the_matrices(shop: Workshop) -> None:
     free, decayed = (np.linalg.norm(shop.train(f"decay{d:g}", weight_decay=d, steps=3).vector("A")) for d in (0.0, 5.0))
     assert decayed < 0.95 * free
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor"])
+def test_averages_forget_within_a_run_of_some_hundred_steps(name: str) -> None:
+    made = make_optimizer(TrainConfig(Path("m"), Path("d"), optimizer=name))
+    assert name == "adafactor" or made.betas == [0.9, 0.99]
+    assert name != "adafactor" or not (made.relative_step or made.scale_parameter)
 
 
 def test_the_learning_rate_rises_then_follows_its_schedule(shop: Workshop) -> None:

@@ -123,6 +123,14 @@ def test_a_chart_stays_small_and_finite() -> None:
         assert "polyline" in chart("t", [Line("flat", "c0", flat)], 9)
 
 
+def test_a_larger_value_stands_higher_in_a_chart() -> None:
+    svg = chart("t", [Line("rising", "c0", [(0, 1.0), (1, 2.0), (2, 4.0)])], 2)
+    points = re.search('points="([^"]*)"', svg)
+    assert points is not None
+    x, y = zip(*(map(float, point.split(",")) for point in points[1].split()), strict=True)
+    assert x[0] < x[1] < x[2] and y[0] > y[1] > y[2]  # in SVG, y goes down
+
+
 def test_a_page_before_the_first_step_and_with_losses_that_are_not_finite(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "x.safetensors")
     assert "no step made yet" in page(run, [], {}, {})

@@ -42,6 +42,13 @@ def test_a_state_is_read_as_it_was_saved(run: RunFolder) -> None:
     assert run.unfinished() == 2
 
 
+def test_the_latest_state_is_that_of_the_highest_step(run: RunFolder) -> None:
+    for step in (9, 10):
+        run.save(step, {"lora": {}, "optimizer": {}}, FACTS)
+        saved, _ = run.latest()
+        assert saved is not None and saved.step == step
+
+
 def test_a_run_is_finished_when_its_lora_was_written_after_its_last_step(run: RunFolder) -> None:
     run.output.write_bytes(b"of an earlier run")
     os.utime(run.output, (1, 1))

@@ -35,6 +35,7 @@ class PackedTensor(Tensor):
     ) -> PackedTensor:
         """A tensor of `shape` that `values` decodes to float32. storage: the name of its form, for people."""
         target = float_dtype(dtype)
+        values = partial(_as_they_are, values)
         read = partial(_rounded, values, target)
         return cls(shape, target, read, storage, values=values, raw=raw, padded=padded, whole=prod(shape))
 
@@ -73,6 +74,11 @@ def as_float32(tensor: Tensor) -> Array:
         return tensor.values()
     array = tensor.cast("f32").read()
     return np.asarray(array, F32)
+
+
+def _as_they_are(values: Callable[[], Array]) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):  # scales may be NaN or infinite, as any weight of a file
+        return values()
 
 
 def _rounded(values: Callable[[], Array], dtype: DType) -> Array:

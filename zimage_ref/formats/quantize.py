@@ -192,8 +192,9 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
         q = unpacked_bits(packed[block], how.bits)
         q = q.reshape(len(q), -1, how.group_size).astype(wide)
         scale, bias = (cast(part[block], wide)[..., None] for part in (scales, biases))
-        product = cast(cast(q * scale, dtype), wide)
-        weight[block] = cast(product + bias, dtype).reshape(len(q), -1)
+        with np.errstate(over="ignore", invalid="ignore"):  # scales may be NaN or infinite, as any weight of a file
+            product = cast(cast(q * scale, dtype), wide)
+            weight[block] = cast(product + bias, dtype).reshape(len(q), -1)
     return weight
 
 

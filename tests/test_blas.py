@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from zimage_cli.terminal import blas
+from zimage_mlx import blas
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,12 @@ def fresh() -> Iterator[None]:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The libraries of a machine with MLX's own CPU package."""
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The libraries of a Linux machine with MLX's own CPU package."""
     there: set[str] = set()
+    monkeypatch.setattr(blas.sys, "platform", "linux")
+    monkeypatch.setattr(blas.sys, "path", [str(tmp_path / "absent"), str(tmp_path)])
+    (tmp_path / blas.REFERENCE).mkdir()
 
     def load(name: str, mode: int) -> None:
         assert mode == ctypes.RTLD_GLOBAL  # else MLX would not see it
@@ -32,7 +35,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             raise OSError(name)
 
     monkeypatch.setattr(blas.ctypes, "CDLL", load)
-    monkeypatch.setattr(blas, "version", lambda package: "1")
     return there
 
 
@@ -46,14 +48,31 @@ def test_where_there_is_none_one_line_says_how_to_get_one(machine: set[str]) -> 
     assert "apt install" in blas.advice() and "\n" not in blas.advice()
 
 
-def test_where_mlx_does_not_use_the_reference_blas_nothing_is_loaded(
-    machine: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def absent(package: str) -> Any:
-        raise blas.PackageNotFoundError(package)
+@pytest.mark.parametrize(
+    "name", ["opencv_python_headless.libs/libopenblasp-r0.so", "cmeel.prefix/lib/libopenblas.so.0"]
+)
+def test_a_package_of_python_may_contain_one(name: str, machine: set[str], tmp_path: Path) -> None:
+    library = tmp_path / name
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert blas.preload() is None  # it does not load
+    blas.preload.cache_clear()
+    machine.add(str(library))
+    assert blas.preload() == str(library) and blas.advice() is None
+    blas.preload.cache_clear()
+    machine.add(blas.LIBRARIES[0])  # that of the system is made for this processor
+    assert blas.preload() == blas.LIBRARIES[0]
 
+
+@pytest.mark.parametrize("has", ["a Mac", "another MLX"])
+def test_no_library_is_loaded_if_mlx_does_not_use_the_reference_blas(
+    has: str, machine: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine |= set(blas.LIBRARIES)
-    monkeypatch.setattr(blas, "version", absent)  # a Mac, a GPU, or no MLX
+    if has == "a Mac":
+        monkeypatch.setattr(blas.sys, "platform", "darwin")
+    else:
+        (tmp_path / blas.REFERENCE).rmdir()
     assert blas.preload() is None and blas.advice() is None
 
 
@@ -64,8 +83,7 @@ def test_mlx_multiplies_matrices_faster_after_it() -> None:
     program = """
 import sys, time
 if sys.argv[1] == "fast":
-    from zimage_cli.terminal.backends import require_mlx
-    require_mlx("this test")
+    import zimage_mlx
 import mlx.core as mx
 a = mx.ones((512, 512)); mx.eval(a @ a)
 start = time.perf_counter(); mx.eval(a @ a); print(time.perf_counter() - start)
