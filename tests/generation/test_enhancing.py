@@ -195,6 +195,9 @@ def test_streamed_and_quantized_encoders_write_too() -> None:
     for lean, streamed, before in zip(logits(lean=True), logits(stream=True), plain, strict=True):
         assert_parity(lean, before, "same")
         assert_parity(streamed, before, "same")
+    lots = [0.9, 0.3, 0.99, 0.6]
+    written = [list(pipeline("mlx", Path("tiny"), **how).writer().tokens(ids, lots)) for how in ({}, {"stream": True})]
+    assert written[0] == written[1] and len(written[0]) == 4
     coarse = logits(quantize=8, group_size=32)
     for streamed, resident, before in zip(logits(quantize=8, group_size=32, stream=True), coarse, plain, strict=True):
         assert_parity(streamed, resident, "same")
