@@ -58,9 +58,14 @@ def choose(
     for mode, stages in estimates.items():
         most = peak(stages).total
         if limit is None or most <= limit:
-            return Choice(mode, ", ".join(filter(None, [*reasons, f"it takes about {most / 1e9:.1f} GB", room])))
-        reasons.append(f"{mode} takes about {most / 1e9:.1f} GB")
+            return Choice(mode, ", ".join(filter(None, [*reasons, f"it takes about {_amount(most)}", room])))
+        reasons.append(f"{mode} takes about {_amount(most)}")
     return Choice(mode, ", ".join([*reasons, room]))
+
+
+def _amount(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 def pass_bytes(folder: ModelFolder) -> int:

@@ -99,10 +99,10 @@ def _show_predictions(predicted: JsonObject, console: Console) -> None:
             rows.append((precision, mode, *cells))
     heads = [f"{work} {side}" for work in ("picture", "step") for side in SIDES]
     title = "What it will take: a picture in 8 steps, a training step; and memory"
-    console.table(("precision", "memory", *heads), rows, title=title)
+    console.table(("dtype", "memory", *heads), rows, title=title)
     console.note("* the best choice here; - does not fit into memory. Reading the weights is not in these times")
     needed = ", ".join(
-        f"{precision} {by_side[str(SIDES[-1])] / 1e9:.1f}"
+        f"{precision} {_few_digits(by_side[str(SIDES[-1])] / 1e9)}"
         for precision, by_side in predicted["stream_bytes_per_second"].items()
     )
     console.note(f"stream takes as long as lean at {SIDES[-1]} pixels if the disk reads as many GB/s as here: {needed}")
@@ -140,6 +140,11 @@ def _amount(name: str, value: str | int | float) -> str:
     if isinstance(value, str) or value < 1e6:
         return str(value)
     return f"{value / 1e9:.1f} GB{' a second' if name == 'disk read' else ''}"
+
+
+def _few_digits(number: float) -> str:
+    """A number of any size: 24.1, 0.37, 0.019."""
+    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
 def _rate(per_second: float, unit: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,13 +143,13 @@ def _add_output(parser: CommandParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Makes the pictures. Everything is checked before weights are read."""
     names = OutputNames(args.output, args.overwrite)
-    if args.grid and (args.interactive or names.pattern == STDOUT):
+    if args.grid is not None and (args.interactive or names.pattern == STDOUT):
         raise ConfigError("--grid writes several files: give no --interactive or --output -")
     if args.interactive and (args.prompts or args.prompt_file or names.pattern == STDOUT):
         raise ConfigError("--interactive reads prompts and writes files: give no --prompt, --prompt-file or --output -")
     repeat = Repeat.read(args.from_image) if args.from_image else None
     configs = [_template(args, repeat)] if args.interactive else _configs(args, repeat)
-    grid = Grid.parse(args.grid, configs) if args.grid else None
+    grid = None if args.grid is None else Grid.parse(args.grid, configs)
     configs = list(grid.configs) if grid else configs
     if args.save_control and any(each.control is not None and each.control_image is None for each in configs):
         raise ConfigError("--save-control needs --control-image")
@@ -205,6 +205,7 @@ def _settings(args: argparse.Namespace) -> RunSettings:
         preview_steps=args.preview_steps,
         metadata=not args.no_metadata,
         preview_decoder=args.preview_decoder,
+        enhance=args.enhance or args.enhance_with is not None,
     )
 
 
@@ -229,15 +230,20 @@ def _template(args: argparse.Namespace, repeat: Repeat | None) -> GenerateConfig
         options |= PRESETS[args.preset].options
     if args.interactive and args.seeds:
         options["seed"] = args.seeds[0]
-    if args.size:
+    if args.size is not None:
         sides = parse_size(args.size, getattr(args, "width", None), getattr(args, "height", None))
         args.width, args.height = sides
     return from_args(GenerateConfig, args, options)
 
 
 def _seed(text: str) -> int:
-    """A seed on the command line. argparse shows this name without the line under it."""
-    return random_seed() if text == "random" else int(text)
+    """A seed on the command line."""
+    if text == "random":
+        return random_seed()
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, and not random") from None
 
 
 def _prompts(path: Path) -> list[str]:
@@ -263,13 +269,13 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "written from": " | ".join(dict.fromkeys(r.config.original_prompt or "" for r in requests)) or None,
         "size": f"{first.width} x {first.height}",
         "enlarged": _enlarged(first),
-        "steps": len(first.sigmas) - 1,
-        "guidance": f"{config.guidance:g}",
+        "steps": _each(len(request.sigmas) - 1 for request in requests),
+        "guidance": _each(request.config.guidance for request in requests),
         "seed": ", ".join(str(seed) for seed in dict.fromkeys(request.config.seed for request in requests)),
         "grid": grid and f"{grid}: {len(requests)} pictures",
         "negative": config.negative_prompt or None,
-        "NAG": config.nag,
-        "variety": config.variety,
+        "NAG": _each(request.config.nag for request in requests),
+        "variety": _each(request.config.variety for request in requests),
         "step cache": config.cache if choice_for(config, first.sigmas) else None,
         "regions": " | ".join(config.region) or None,
         "picture": config.init_image and f"{config.init_image}, {_use(config)}",
@@ -282,6 +288,11 @@ def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | Non
         "time": _time(run, first, memory.mode),
     }
     console.facts("generate", {name: fact for name, fact in facts.items() if fact is not None})
+
+
+def _each(values: Iterable[float | None]) -> str | None:
+    """The different values of the pictures, None if there are none."""
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values) if value is not None) or None
 
 
 def _use(config: GenerateConfig) -> str:

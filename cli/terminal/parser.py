@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,9 @@ from rich.style import StyleType
 from rich.text import Text
 from rich_argparse import RawDescriptionRichHelpFormatter
 
+from zimage_ref.errors import ConfigError
 from zimage_ref.options import Group
+from zimage_ref.options_file import typed
 
 _WIDEST = 110  # columns: longer lines are hard to read
 _HELP_POSITION = 30  # help texts start at this column or before it
@@ -70,12 +73,22 @@ class OptionInfo:
         return f"{self.meaning} Default: {self.default}" if self.default else self.meaning
 
 
+def _number(kind: type[int] | type[float], text: str) -> int | float:
+    try:
+        value: int | float = typed(text, kind, text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+    return value
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that knows the groups of options and the essential options."""
 
     def __init__(self, prog: str, description: str) -> None:
         usage = f"{prog} [options]"
         super().__init__(prog, usage, description, formatter_class=HelpFormatter, add_help=False)
+        for kind in (int, float):
+            self.register("type", kind, partial(_number, kind))  # argparse names types of Python, such as int
         self.infos: dict[argparse.Action, OptionInfo] = {}
         self.examples: Sequence[tuple[str, str]] = ()  # (a description, the command in one or more lines)
         self.notes = ""  # lines after the options

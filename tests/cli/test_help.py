@@ -114,6 +114,22 @@ def test_a_wrong_choice_is_refused_with_the_known_ones(
     assert len(error.splitlines()) <= 3  # the usage is one line
 
 
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        ("--seed=rnd", "'rnd' is not a whole number, and not random"),
+        ("--preview-steps=x", "'x' is not a whole number"),
+        ("--steps=1.5", "'1.5' is not a whole number"),
+        ("--guidance=much", "'much' is not a number"),
+    ],
+)
+def test_a_wrong_number_is_named_in_words(option: str, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", option])
+    assert stop.value.code == 2
+    assert f"argument {option.split('=')[0]}: {fault}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_wrong_target_is_refused_with_the_known_ones(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--model-dir=m", "--dataset=d", "--targets=atention"]) == 1
     assert "--targets 'atention' is unknown: known are attention, feed_forward" in " ".join(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,15 @@ from zimage_cli.app import main
 from zimage_ref import ConfigError, ModelFolder
 from zimage_ref.formats.tensors import Tensor
 from zimage_ref.generation import enhancing
-from zimage_ref.generation.enhancing import SYSTEM, answer, check_can_write, drawn
+from zimage_ref.generation.enhancing import SYSTEM, answer, check_can_write, lots_of
 from zimage_ref.generation.provenance import Repeat
 from zimage_ref.memory import LEAN, NUMPY, STREAM, LoadedModel, writing_stage
+from zimage_ref.model.sampling import TOP_K, drawn, likely
 from zimage_ref.networks.weights import Weights
 from zimage_ref.networks.writer import Writer
 
 IDS = [7, 3, 250, 11, 11, 90, 4]
-
-
-def greedy(logits: np.ndarray) -> int:
-    """The most likely token."""
-    return int(np.argmax(logits))
+GREEDY = repeat(0.0)  # lots that take the most likely token
 
 
 @pytest.fixture
@@ -36,10 +35,11 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enhancing, "MAX_NEW", 12)
 
 
-def writer(backend: str, name: str, seed: int = 1) -> Any:
-    """A language model of `backend` with random weights, float64 for NumPy, float32 for MLX."""
+def writer(backend: str, name: str, broken: bool = False) -> Any:
+    """A language model of `backend` with random weights, float64 for NumPy, float32 for MLX. broken: not all finite."""
     config = tiny.TEXT_ENCODERS[name]
-    arrays = tiny.random_weights(PARAMETERS["text_encoder"](config), salt=f"writer {seed} ")
+    arrays = tiny.random_weights(PARAMETERS["text_encoder"](config), salt="writer 1 ")
+    arrays["model.norm.weight"][0] *= np.inf if broken else 1
     tensors = {name: Tensor.of(array) for name, array in arrays.items()}
     if backend == "numpy":
         return Writer(config, Weights(tensors, np.dtype("float64")))
@@ -94,31 +94,83 @@ def test_greedy_tokens_are_those_of_transformers(name: str, backend: str) -> Non
             torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS), dtype=torch.long), max_new_tokens=40,
             do_sample=False, eos_token_id=None, pad_token_id=0,
         )[0, len(IDS) :].tolist()  # fmt: skip
-    made = answer(writer(backend, name), IDS, frozenset(), greedy, most=40)
+    made = answer(writer(backend, name), IDS, frozenset(), GREEDY, most=40)
     assert made == expected and len(set(made)) > 2
 
 
+class Scripted:
+    """A writer that gives these tokens, and counts the lots that it takes."""
+
+    def __init__(self, tokens: Callable[[int], int]) -> None:
+        self._tokens, self.lots = tokens, list[float]()
+
+    def tokens(self, ids: Any, lots: Iterable[float]) -> Iterator[int]:
+        """As `enhancing.Writer`."""
+        for i, lot in enumerate(lots):
+            self.lots.append(lot)
+            yield self._tokens(i)
+
+
 def test_an_answer_ends_at_a_stop_token_or_the_most() -> None:
-    fed: list[list[int]] = []
-
-    def next_token(ids: Any) -> np.ndarray:
-        fed.append(list(ids))
-        return np.eye(9)[len(fed)]
-
     told: list[tuple[int, int]] = []
-    assert answer(next_token, [8, 8], frozenset({4}), greedy, written=lambda *n: told.append(n)) == [1, 2, 3]
-    assert fed == [[8, 8], [1], [2], [3]] and [done for done, _ in told] == [1, 2, 3]
-    assert answer(lambda ids: np.eye(9)[2], [1], frozenset({4}), greedy, most=5) == [2] * 5
+    counting = Scripted(lambda i: i + 1)
+    assert answer(counting, [8, 8], frozenset({4}), lots_of(3), written=lambda *n: told.append(n)) == [1, 2, 3]
+    assert [done for done, _ in told] == [1, 2, 3] and len(set(counting.lots)) == 4
+    assert counting.lots == list(islice(lots_of(3), 4))
+    assert answer(Scripted(lambda i: 2), [1], frozenset({4}), GREEDY, most=5) == [2] * 5
 
 
-def test_tokens_are_drawn_from_the_likely_ones_by_the_seed() -> None:
+def test_tokens_are_drawn_from_the_likely_ones_by_the_lot() -> None:
     logits = np.log(np.array([0.05, 0.6, 0.3, 0.05]))
-    rows = [[drawn(seed)(logits) for _ in range(1)] for seed in range(300)]
-    found = np.bincount(np.ravel(rows), minlength=4) / 300
+    found = np.bincount([drawn(logits, lot) for lot in np.arange(300) / 300], minlength=4) / 300
     assert found[0] == found[3] == 0, "a token beyond the first 80 % was drawn"
-    assert abs(found[1] - 0.729) < 0.08  # 0.6 and 0.3, each to the power of 1 / 0.7
-    choose, again = drawn(3), drawn(3)
-    assert [choose(logits) for _ in range(9)] == [again(logits) for _ in range(9)]
+    assert abs(found[1] - 0.729) < 0.01  # 0.6 and 0.3, each to the power of 1 / 0.7
+    assert drawn(logits, 0.0) == 1 and drawn(logits, 1 - 2**-53) == 2
+    first = [next(lots) for lots in map(lots_of, range(300))]
+    assert abs(np.mean(first) - 0.5) < 0.06 and min(first) >= 0 and max(first) < 1
+
+
+def test_the_likely_tokens_are_those_of_a_whole_sort() -> None:
+    rng = np.random.default_rng(0)
+    for size in (3, TOP_K, 1000):
+        logits = rng.integers(0, 40, size).astype(np.float32)  # many are equal
+        assert likely(logits).tolist() == np.argsort(-logits, kind="stable")[:TOP_K].tolist()
+
+
+@mlx_only
+def test_both_engines_draw_the_same_tokens() -> None:
+    import mlx.core as mx
+
+    from zimage_mlx.networks import writer as ours
+
+    rng = np.random.default_rng(1)
+    for size in (2, TOP_K + 1, 5000):
+        for lot in (0.0, 0.3, 0.61, 0.8, 0.999, 1 - 2**-53):
+            logits = (4 * rng.standard_normal(size)).astype(np.float32)
+            assert ours.drawn(mx.array(logits), lot).item() == drawn(logits, lot)
+    tied = np.repeat(np.float32([1, 2, 1]), 4)  # bfloat16 makes many equal logits
+    assert [ours.drawn(mx.array(tied), lot).item() for lot in (0.0, 0.5)] == [drawn(tied, lot) for lot in (0.0, 0.5)]
+    assert drawn(tied, 0.0) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_follow_from_the_lots_one_after_the_other(backend: str) -> None:
+    lots = [0.0, 0.9, 0.4, 0.99, 0.2, 0.7]
+    step, made = writer(backend, "odd"), list[int]()
+    ids = IDS
+    for lot in lots:
+        made.append(drawn(step(ids), lot))
+        ids = made[-1:]
+    assert list(writer(backend, "odd").tokens(IDS, lots)) == made
+    assert list(writer(backend, "odd").tokens(IDS, [])) == []
+    assert list(writer(backend, "odd").tokens(IDS, repeat(0.0, 6))) != made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_are_not_finite_end_the_writing_in_one_line(backend: str) -> None:
+    broken = writer(backend, "odd", broken=True)
+    with pytest.raises(ConfigError, match="the logits of the text encoder hold numbers that are not finite"):
+        list(broken.tokens(IDS, repeat(0.5, 3)))
 
 
 @pytest.mark.usefixtures("brief")
@@ -143,6 +195,9 @@ def test_streamed_and_quantized_encoders_write_too() -> None:
     for lean, streamed, before in zip(logits(lean=True), logits(stream=True), plain, strict=True):
         assert_parity(lean, before, "same")
         assert_parity(streamed, before, "same")
+    lots = [0.9, 0.3, 0.99, 0.6]
+    written = [list(pipeline("mlx", Path("tiny"), **how).writer().tokens(ids, lots)) for how in ({}, {"stream": True})]
+    assert written[0] == written[1] and len(written[0]) == 4
     coarse = logits(quantize=8, group_size=32)
     for streamed, resident, before in zip(logits(quantize=8, group_size=32, stream=True), coarse, plain, strict=True):
         assert_parity(streamed, resident, "same")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support import tiny
 from support.daily import daily
-from support.networks import BACKENDS, HAS_MLX, pipeline
+from support.networks import HAS_MLX, pipeline
 from support.parity import assert_parity
 
 from zimage_ref import ConfigError, DatasetError, GenerateConfig, ModelFolder
@@ -30,16 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 mlx_only = pytest.mark.skipif(not HAS_MLX, reason="mlx is not installed")
-
-
-@pytest.fixture(params=BACKENDS, scope="module")
-def pipe(request: pytest.FixtureRequest, model_dir: Path) -> Any:
-    return pipeline(request.param, model_dir)
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Any:
-    return pipeline("numpy", model_dir)
 
 
 def array(pipe: Any, prompt: Any = "a fox", **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,14 @@ def test_the_command_writes_pictures_and_their_sheet(
     assert Path("again.png").read_bytes() == Path("x-3.png").read_bytes()
     assert main([*common, "--prompt=x", "--output=-", "--grid=seed=1,2"]) == 1
     assert "--grid writes several files" in capfd.readouterr().err
+
+
+def test_the_panel_shows_every_value_of_an_axis(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["generate", f"--model-dir={model_dir}", "--backend=numpy", "--size=32", "--prompt=x", "--guidance=0"]
+    assert main([*common, "--grid=steps=1,2 nag=1,2.5", "--negative-prompt=snow"]) == 0
+    shown = {" ".join(line.strip("│ ").split()) for line in capfd.readouterr().err.splitlines()}
+    assert {"steps 1, 2", "NAG 1, 2.5", "guidance 0"} <= shown and not any(line.startswith("variety") for line in shown)
+    assert any(re.search(r"it takes about \d+ MB", line) for line in shown), "the small model takes less than 0.1 GB"

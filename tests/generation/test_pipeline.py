@@ -33,11 +33,6 @@ def generate(pipe: Any, name: str, output: str) -> Any:
     return pipe(PROMPT, width=48, height=32, steps=STEPS, output=output, **options)[0]
 
 
-@pytest.fixture(params=BACKENDS, scope="module")
-def pipe(request: pytest.FixtureRequest, model_dir: Path) -> Any:
-    return pipeline(request.param, model_dir)
-
-
 def test_prompts_have_the_tokens_that_the_golden_file_was_made_with(pipe: Any) -> None:
     assert pipe.tokenizer.encode(PROMPT).tolist() == GOLDEN["ids"].tolist()
 

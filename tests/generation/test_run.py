@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import tiny
 from support.cases import random_lora
-from support.networks import BACKENDS, pipeline
+from support.networks import pipeline
 
 from zimage_cli.app import main
 from zimage_ref import ConfigError, FormatError, GenerateConfig, ZImagePipeline
@@ -25,11 +25,6 @@ from zimage_ref.pictures.images import encoded, save_picture
 from zimage_ref.pictures.metadata import read_record
 
 SIZE: dict[str, Any] = {"width": 48, "height": 32, "steps": 2}
-
-
-@pytest.fixture(params=BACKENDS, scope="module")
-def pipe(request: pytest.FixtureRequest, model_dir: Path) -> Any:
-    return pipeline(request.param, model_dir)
 
 
 @pytest.fixture

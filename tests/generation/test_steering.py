@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.networks import BACKENDS, HAS_MLX, long_only, mlx_only, pipeline
+from support.networks import HAS_MLX, long_only, mlx_only, pipeline
 from support.parity import assert_parity
 
 from zimage_cli.app import main
@@ -39,16 +39,6 @@ STEERED: dict[str, dict[str, Any]] = {
 
 def made(pipe: Any, **options: Any) -> list[np.ndarray]:
     return [np.asarray(x) for x in pipe(["waves", LONG], seed=3, **(SIZE | options))]
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Any:
-    return pipeline("numpy", model_dir)
-
-
-@pytest.fixture(params=BACKENDS, scope="module")
-def pipe(request: pytest.FixtureRequest, model_dir: Path) -> Any:
-    return pipeline(request.param, model_dir)
 
 
 @mlx_only

@@ -111,16 +111,6 @@ def test_the_hooks_of_diffusers_decide_alike_and_compute_the_same(way: str, back
     assert 2 < len(calls) < STEPS - 4
 
 
-@pytest.fixture(params=BACKENDS, scope="module")
-def pipe(request: pytest.FixtureRequest, model_dir: Path) -> Any:
-    return pipeline(request.param, model_dir)
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Any:
-    return pipeline("numpy", model_dir)
-
-
 def made(pipe: Any, prompts: list[str], **options: Any) -> list[np.ndarray]:
     force = {"cache_min_steps": 1} if "cache" in options else {}
     return [np.asarray(x) for x in pipe(prompts, **(HOW | force | {"seed": 3} | options))]

@@ -17,6 +17,7 @@ from zimage_ref.model import parameters
 if HAS_MLX:
     import mlx.core as mx
 
+    import zimage_mlx.networks.compiled
     import zimage_mlx.networks.running
     import zimage_mlx.networks.transformer
     from zimage_mlx.lora import layers as lora_layers
@@ -46,6 +47,17 @@ def test_a_block_makes_no_more_products_and_copies_than_it_needs(tmp_path: Path)
     count = operations(block(*inputs), tmp_path / "block.dot")
     assert count["Matmul"] + count["AddMM"] == 7 + 2 + 2 + 1  # Linear, rotation of q and k, attention, modulation
     assert count["Concatenate"] == count["Gather"] == count["Select"] == 0  # no mask where nothing is masked
+
+
+def test_scales_and_gates_take_one_small_kernel_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of kernels limits small pictures. The program is traced and not built, which would take a compiler."""
+    monkeypatch.setattr(zimage_mlx.networks.compiled, "on_gpu", lambda: True)
+    block, inputs = block_and_inputs()
+    program = zimage_mlx.networks.compiled.PerBlock(zimage_mlx.networks.running._call)
+    count = operations(program(block, *inputs), tmp_path / "program.dot")
+    modulations = {name: n for name, n in count.items() if name.endswith(("AddMultiply", "TanhMultiply"))}
+    assert sum(modulations.values()) == 4 and count["Multiply"] == count["Tanh"] == 0
+    assert count["Add"] == 2  # of the two halves to the stream
 
 
 def test_nothing_promotes_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
-from support.browser import Tab, chromium, fill_in, go, make, open_tab
+from support.browser import Tab, fill_in, go, make, open_tab
 from support.networks import mlx_only
 from support.serving import Served, serving
 
@@ -28,18 +27,6 @@ PROMPT = "a big blue zorp on a yellow background"
 PATIENCE = 180  # seconds for the start of a server, on a machine that others use
 STEP = re.compile(r"Step \d+:")
 EVIL = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serving(tmp_path / "studio") as running:
-        yield running
 
 
 def lesson(folder: Path) -> list[Path]:

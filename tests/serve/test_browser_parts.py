@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from support.browser import chromium, fill_in, go, make, open_tab
+from support.browser import fill_in, go, make, open_tab
 from support.errands import Errands
 from support.networks import mlx_only
-from support.serving import Served, serving
+from support.serving import Served
 
 from zimage_cli.commands.demo import write_dataset
 
 pytestmark = [pytest.mark.slow, mlx_only]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serving(tmp_path / "studio") as running:
-        yield running
 
 
 def test_a_picture_is_followed(browser: Any, served: Served, tmp_path: Path) -> None:

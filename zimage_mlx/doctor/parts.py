@@ -118,7 +118,7 @@ class Measurer:
         return Part(case, precision, side, amount, seconds)
 
     def _decode(self, case: str, precision: str, side: int) -> Part:
-        vae = _random(VAE(OFFICIAL_VAE), precision)
+        vae = with_random_weights(VAE(OFFICIAL_VAE), precision)
         latents = mx.random.normal((1, 16, side // 8, side // 8))
         strips = FAST.strips if case == "decode fast" else LEAN.strips
         seconds = median(lambda: mx.eval(vae.decode(latents, Strips(strips))), 0.5 * self.share)
@@ -126,7 +126,7 @@ class Measurer:
 
     def _text(self, precision: str) -> Part:
         """Some layers of the text encoder, one after the other."""
-        layer, count = _random(Layer(OFFICIAL_TEXT_ENCODER), precision), 2 * _FEWEST
+        layer, count = with_random_weights(Layer(OFFICIAL_TEXT_ENCODER), precision), 2 * _FEWEST
         x = mx.random.normal((1, _CAPTION, OFFICIAL_TEXT_ENCODER.hidden_size)).astype(DTYPES[precision])
         mx.eval(x)
 
@@ -150,7 +150,7 @@ class RepeatedTransformer:
     def __init__(self, dtype: str, precision: str, trains: bool) -> None:
         self.dtype = dtype
         config = replace(OFFICIAL_TRANSFORMER, n_layers=1, n_refiner_layers=1)
-        self.model = _random(Transformer(config, BlockRunner()), dtype)
+        self.model = with_random_weights(Transformer(config, BlockRunner()), dtype)
         self.block: Block = self.model.layers[0]
         self.plain: Block = self.model.context_refiner[0]
         for block in (self.block, self.plain):
@@ -199,7 +199,7 @@ class RepeatedTransformer:
         return mx.random.normal((_CAPTION, OFFICIAL_TRANSFORMER.cap_feat_dim)).astype(DTYPES[self.dtype])
 
 
-def _random(module: Network, dtype: str) -> Network:
+def with_random_weights(module: Network, dtype: str) -> Network:
     """`module` with small random weights."""
     module.update(tree_map(lambda p: (mx.random.normal(p.shape) * 0.02).astype(DTYPES[dtype]), module.parameters()))
     mx.eval(module.parameters())

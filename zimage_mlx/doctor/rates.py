@@ -25,7 +25,7 @@ from .numbers import DTYPES, Numbers, filled
 
 _ROWS, _WIDTH, _FFN = 1088, 3840, 10240  # the largest product of a block, for a picture of 512 x 512
 _ATTENTION = 1088, 30
-_CONVOLUTIONS = 128  # side; of 256 to 256 channels
+_CONVOLUTIONS = {128: 256, 256: 128, 512: 64}  # channels and side: the same number of operations each
 PACKED = "packed product"
 _MEMORY = 1 << 26  # float32 values that are read and written
 
@@ -85,14 +85,26 @@ class Measuring:
         return self._rate("attention", dtype, f"{tokens} x {heads}", 4 * tokens**2 * heads * 128 / seconds)
 
     def convolution(self, dtype: str) -> Rate:
-        """3x3, 256 to 256 channels."""
-        side = max(16, int(_CONVOLUTIONS * math.sqrt(self._fitting(18.0 * _CONVOLUTIONS**2 * 256**2, dtype))))
-        weights = Numbers.seeded(0).weights({"conv.weight": (256, 256, 3, 3), "conv.bias": (256,)})
-        module = filled(Convolution(256, 256), weights, dtype)
-        x = mx.random.normal((1, side, side, 256)).astype(DTYPES[dtype])
+        """3x3, as wide as in the autoencoder, which does about a third of its work in each of the widths.
+
+        For the same number of operations, 128 channels take twice as long as 512 on a CPU.
+        """
+        whole = 18.0 * sum((channels * side) ** 2 for channels, side in _CONVOLUTIONS.items())
+        part, flops, seconds = math.sqrt(self._fitting(whole, dtype)), 0.0, 0.0
+        for channels, whole_side in _CONVOLUTIONS.items():
+            side = max(16, int(whole_side * part))
+            flops += 18 * (side * channels) ** 2
+            seconds += self._convolution(channels, side, dtype)
+        size = f"{min(_CONVOLUTIONS)} to {max(_CONVOLUTIONS)} channels"
+        return self._rate("convolution", dtype, size, flops / seconds)
+
+    def _convolution(self, channels: int, side: int, dtype: str) -> float:
+        shapes = {"conv.weight": (channels, channels, 3, 3), "conv.bias": (channels,)}
+        module = filled(Convolution(channels, channels), Numbers.seeded(0).weights(shapes), dtype)
+        x = mx.random.normal((1, side, side, channels)).astype(DTYPES[dtype])
         mx.eval(x)
-        seconds = median(lambda: mx.eval(convolve(module.conv, Source(x), None)), self.share)
-        return self._rate("convolution", dtype, f"{side} x {side} x 256", 18 * side**2 * 256**2 / seconds)
+        share = self.share / len(_CONVOLUTIONS)
+        return median(lambda: mx.eval(convolve(module.conv, Source(x), None)), share)
 
     def memory(self) -> Rate:
         """Bytes read and written by one elementwise operation."""

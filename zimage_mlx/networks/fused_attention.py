@@ -23,7 +23,7 @@ _KERNEL = "ScaledDotProductAttentionVJP"  # MLX's name of the fused gradient
 
 def fused_gradient_exists(heads: int, width: int, dtype: mx.Dtype) -> bool:
     """Whether MLX has a fused gradient of masked attention for this many heads of this width on this device."""
-    return not _left_out and _asked(heads, width, dtype, mx.default_device())
+    return not _left_out and _asked(heads, width, dtype, str(mx.default_device()))
 
 
 @contextmanager
@@ -37,8 +37,11 @@ def without_fused_gradient() -> Iterator[None]:
 
 
 @cache
-def _asked(heads: int, width: int, dtype: mx.Dtype, _: mx.Device) -> bool:
-    """Looks into the graph that MLX makes for a short gradient, and computes nothing."""
+def _asked(heads: int, width: int, dtype: mx.Dtype, _device: str) -> bool:
+    """Looks into the graph that MLX makes for a short gradient, and computes nothing.
+
+    _device: its name. Devices of MLX that are equal have unequal hashes, so they are no keys of a cache.
+    """
     q = mx.zeros((1, heads, _TILE, width), dtype)
     dq = _vjp(q, q, q, q, mx.zeros((1, 1, 1, _TILE), dtype))[0]
     graph = io.StringIO()

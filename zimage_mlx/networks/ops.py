@@ -224,6 +224,12 @@ def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
+@fused
+def swiglu(gate: mx.array, value: mx.array) -> mx.array:
+    """silu(gate) * value, in one kernel."""
+    return gate * mx.sigmoid(gate) * value
+
+
 class SiLU(nn.Module):
     """`silu` as a layer."""
 

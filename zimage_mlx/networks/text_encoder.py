@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from zimage_ref.model.config import TextEncoderConfig
 
-from .ops import silu
+from .ops import swiglu
 from .running import RESIDENT, RunInPieces, Weights
 
 _ROOM = 256  # tokens
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(B, T, -1, K).swapaxes(1, 2)
         q, k = (mx.fast.rope(a, K, traditional=False, base=theta, scale=1.0, offset=start) for a in (q, k))
         k, v = past.grown(k, v) if past else (k, v)  # (B, fewer H, start + T, K)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=K**-0.5, mask="causal")
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=K**-0.5, mask="causal" if T > 1 else None)
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -83,7 +83,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

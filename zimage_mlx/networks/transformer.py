@@ -216,7 +216,7 @@ def normed(norm: nn.RMSNorm, x: mx.array, scale: mx.array | None = None, factor:
         return rms_norm(x, norm.weight, eps)
     if len(scale) > 1:
         return rms_norm(x, norm.weight, eps) * scale
-    return rms_norm(x, norm.weight * scale.flatten(), eps)
+    return rms_norm(x, (norm.weight * scale).flatten(), eps)
 
 
 class FinalLayer(nn.Module):

@@ -29,7 +29,7 @@ from zimage_ref.model.steering import Steering
 from zimage_ref.model.step_cache import StepCache
 from zimage_ref.model.tokenizer import Tokenizer
 
-from .enhancing import NextToken, Written, answer, check_can_write, checked_system, drawn, text_of
+from .enhancing import Writer, Written, answer, check_can_write, checked_system, lots_of, text_of
 from .tiles import Place, Tiles
 
 ConditioningT = TypeVar("ConditioningT")
@@ -163,7 +163,7 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         check_can_write(self.folder)
         ids = self.tokenizer.encode_chat(checked_system(system), prompt)
         with self.turn():
-            made = answer(self.writer(), ids, self.tokenizer.stops, drawn(seed), written=written)
+            made = answer(self.writer(), ids, self.tokenizer.stops, lots_of(seed), written=written)
         return text_of(self.tokenizer, made, prompt)
 
     def encode(self, pixels: Array, tiles: Tiles | None = None) -> ArrayT:
@@ -208,8 +208,8 @@ class Engine(ABC, Generic[ArrayT, ConditioningT]):
         """
 
     @abstractmethod
-    def writer(self) -> NextToken:
-        """The text encoder as a language model at the beginning of a text; it remembers what it is given."""
+    def writer(self) -> Writer:
+        """The text encoder as a language model at the beginning of a text."""
 
     @abstractmethod
     def _encode(self, pixels: Array, shared: SharedMoments[ArrayT] | None = None) -> ArrayT:

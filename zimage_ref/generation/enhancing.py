@@ -1,18 +1,18 @@
 """Lets the text encoder of the model, a language model, write a longer prompt from a short one.
 
-Sampling is as the model card of Qwen3 recommends without thinking. The tokens follow from the seed of the picture.
+The tokens follow from the seed of the picture; `zimage_ref.model.sampling` says how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
 from zimage_ref.checkpoints.folder import ModelFolder
 from zimage_ref.errors import ConfigError
-from zimage_ref.formats.tensors import Array
 from zimage_ref.model.parameters import text_encoder_unused
 from zimage_ref.model.tokenizer import Tokenizer
 
@@ -24,47 +24,36 @@ SYSTEM = (
     "Describe only what one can see. Write plain sentences, no list, no title, no remark about quality."
 )
 MAX_NEW = 480  # tokens of an answer, so that it fits into a prompt
-_TEMPERATURE, _TOP_K, _TOP_P = 0.7, 20, 0.8
 _STREAM = 2  # of random numbers, beside those of noise and variety
 
-NextToken = Callable[[Sequence[int]], Array]  # the next ids -> logits (vocab_size,) of the token after them
 Written = Callable[[int, int], None]  # takes the tokens so far, and the most that there will be
 
 
-class Choose(Protocol):
-    """Takes logits (vocab_size,) and gives the id of a token."""
+class Writer(Protocol):
+    """The text encoder as a language model at the beginning of a text."""
 
-    def __call__(self, logits: Array, /) -> int: ...
+    def tokens(self, ids: Sequence[int], lots: Iterable[float], /) -> Iterator[int]:
+        """The tokens after ids (T,), one for each lot; see `model.sampling`."""
 
 
-def drawn(seed: int) -> Choose:
-    """Draws from the most likely tokens; the same numbers for the same seed."""
+def lots_of(seed: int) -> Iterator[float]:
+    """Endless numbers in [0, 1), the same for the same seed."""
     rng = np.random.default_rng([seed, _STREAM])
-
-    def choose(logits: Array) -> int:
-        top = np.argsort(-logits, kind="stable")[:_TOP_K]
-        scores = np.asarray(logits, np.float64)[top] / _TEMPERATURE
-        shares = np.exp(scores - scores[0])
-        shares /= shares.sum()
-        shares[np.cumsum(shares) - shares >= _TOP_P] = 0  # the first token always stays
-        return int(rng.choice(top, p=shares / shares.sum()))
-
-    return choose
+    while True:
+        yield rng.random()
 
 
 def answer(
-    next_token: NextToken, ids: Sequence[int], stops: frozenset[int], choose: Choose, most: int | None = None,
+    writer: Writer, ids: Sequence[int], stops: frozenset[int], lots: Iterable[float], most: int | None = None,
     written: Written = lambda done, total: None,
 ) -> list[int]:  # fmt: skip
     """The tokens that follow `ids`, without the one that ends them; at most `most`, or MAX_NEW."""
     made: list[int] = []
     limit = MAX_NEW if most is None else most
-    while len(made) < limit:
-        token = choose(next_token(ids))
+    for token in writer.tokens(ids, islice(lots, limit)):
         if token in stops:
             break
         made.append(token)
-        ids = [token]
         written(len(made), limit)
     return made
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
+from zimage_ref.memory import Footprint, LoadedModel, Mode, Stage, generation_stages
 from zimage_ref.model.arrays import ArrayT
 from zimage_ref.model.checks import check_finite
 from zimage_ref.pictures.images import Picture, fit, to_picture, to_unit
@@ -50,6 +52,24 @@ def _decoded(pipe: Pipeline[ArrayT, ConditioningT], x: ArrayT, decoder: Callable
     return to_picture(to_unit(pixels))
 
 
-def preview_bytes(pixels: int) -> int:
-    """The memory that TAEF1's decoder takes for a picture: four arrays of its width at full size, float32."""
-    return min(pixels, TILE_SIZE**2) * 64 * 4 * 4
+def with_previews(
+    stages: Sequence[Stage], model: LoadedModel, footprint: Footprint, size: tuple[int, int], mode: Mode
+) -> list[Stage]:
+    """The memory of each stage of making pictures of `size`, if the autoencoder makes previews.
+
+    It comes beside the transformer, and decodes half the sides, or less, between two steps.
+    """
+    width, height = (side // 2 for side in size)
+    while width * height > TILE_SIZE**2:
+        width, height = width // 2, height // 2
+    encode, denoise, decode = stages
+    preview = generation_stages(model, footprint, (width, height))[2].activations
+    weights = denoise.weights + (0 if mode == "fast" else decode.weights)  # fast holds all networks anyway
+    return [encode, replace(denoise, weights=weights, activations=max(denoise.activations, preview)), decode]
+
+
+def with_tiny_decoder(stages: Sequence[Stage], pixels: int) -> list[Stage]:
+    """The same if TAEF1's decoder makes the previews: four arrays of its width at full size, float32."""
+    encode, denoise, decode = stages
+    more = min(pixels, TILE_SIZE**2) * 64 * 4 * 4
+    return [encode, replace(denoise, activations=denoise.activations + more), decode]

@@ -36,7 +36,7 @@ from .enhancing import check_can_write
 from .jobs import Request
 from .loras import LoadedLoRA, LoRASource, with_scale
 from .pipeline import AnyPipeline, StageProgress, ignore_progress
-from .previews import preview_bytes, quick_picture
+from .previews import quick_picture, with_previews, with_tiny_decoder
 from .provenance import ModelChoice, Recorder, Repeat, identity
 from .steering import passes_of, prompts_of
 
@@ -57,6 +57,7 @@ class RunSettings:
     preview_steps: int = 0  # steps from one preview to the next; 0: no previews
     metadata: bool = True  # whether to make records
     preview_decoder: Path | None = None  # file of TAEF1's decoder; None: the autoencoder makes previews
+    enhance: bool = False  # whether `GenerationRun.enhanced` will be called, so that memory counts it
 
     def __post_init__(self) -> None:
         if self.preview_decoder is not None and not self.preview_steps:
@@ -179,10 +180,7 @@ class GenerationRun:
         pipe, requests = self.pipeline, self.plan(configs)
         mode = self.memory(requests).mode
         if not self.settings.force:
-            loaded = LoadedModel(pipe.folder, pipe.precision, pipe.quantization)
-            encode = self._memory(requests, mode)[0]
-            stage = writing_stage(loaded, pipe.footprint(mode), encode.weights, 2 * MAX_TOKENS)
-            require_memory([stage], pipe.memory_limit())
+            require_memory([self._writing(self._memory(requests, mode), mode)], pipe.memory_limit())
         texts: dict[tuple[str, int], str] = {}
         with pipe.turn():
             pipe.set_mode(mode)
@@ -273,11 +271,22 @@ class GenerationRun:
         return [recorder.record(request.config, request.digests) for request in requests]
 
     def _memory(self, requests: Sequence[Request], mode: Mode) -> list[Stage]:
-        stages = self.pipeline.memory(requests, self.settings.batch_size, mode)
-        if self.settings.preview_decoder is None:
-            return stages
-        more = max(preview_bytes(request.width * request.height) for request in requests)
-        return [replace(s, activations=s.activations + more) if s.name == "denoise" else s for s in stages]
+        pipe, settings = self.pipeline, self.settings
+        stages = pipe.memory(requests, settings.batch_size, mode)
+        width, height = max(((r.width, r.height) for r in requests), key=lambda size: size[0] * size[1])
+        if settings.preview_decoder is not None:
+            stages = with_tiny_decoder(stages, width * height)
+        elif settings.preview_steps:
+            stages = with_previews(stages, self._loaded, pipe.footprint(mode), (width, height), mode)
+        return [*stages, self._writing(stages, mode)] if settings.enhance else stages
+
+    def _writing(self, stages: Sequence[Stage], mode: Mode) -> Stage:
+        """The memory of writing a prompt. stages: of the pictures; the first is that of encoding."""
+        return writing_stage(self._loaded, self.pipeline.footprint(mode), stages[0].weights, 2 * MAX_TOKENS)
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        return LoadedModel(self.pipeline.folder, self.pipeline.precision, self.pipeline.quantization)
 
 
 def _idea(config: GenerateConfig) -> tuple[str, int]:

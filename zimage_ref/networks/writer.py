@@ -5,12 +5,13 @@ Source: modeling_qwen3.py of transformers (Qwen3ForCausalLM with tied embeddings
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.config import TextEncoderConfig
+from zimage_ref.model.sampling import drawn
 
 from .ops import linear, rms_norm
 from .text_encoder import Layer, Past
@@ -34,3 +35,10 @@ class Writer:
         for layer, past in zip(self.layers, self._past, strict=True):
             x = layer(x, past)
         return linear(rms_norm(x[-1], self.w["norm.weight"], self.eps), self.w["embed_tokens.weight"])
+
+    def tokens(self, ids: Sequence[int], lots: Iterable[float]) -> Iterator[int]:
+        """The tokens after the next ones ids (T,), one for each lot; see `model.sampling`."""
+        for lot in lots:
+            token = drawn(self(ids), lot)
+            yield token
+            ids = [token]

@@ -147,10 +147,10 @@ class Logs:
         """names: in LOGS. Raises TrainingError if one cannot be opened."""
         self._run, self._logs = run, {name: LOGS[name](run, facts, done) for name in names}
         self.notices = [log.notice for log in self._logs.values()]
-        before = [line for line in read_lines(run) if line["step"] <= done]
         for log in self._logs.values():
-            for line in () if log.begun else before:
-                self._add(log, line)
+            for line in () if log.begun else read_lines(run):
+                if line["step"] <= done:
+                    self._add(log, line)
 
     def write(self, line: MetricsLine) -> list[str]:
         """Adds a line of metrics.jsonl to each log. Returns a notice for each log that fails, which then ends."""

@@ -27,9 +27,10 @@ class Metrics:
     def __init__(self, run: RunFolder, facts: RunFacts, step: int, logs: Logs) -> None:
         """Continues after `step`. Lines of later steps are deleted, because these steps are made again."""
         self._run, self._facts, self._logs = run, facts, logs
-        lines = [line for line in read_lines(run) if line["step"] <= step]
         with atomic_write(run.metrics) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            for line in read_lines(run):
+                if line["step"] <= step:
+                    file.write(f"{json.dumps(line)}\n".encode())
         self._file = run.metrics.open("a", encoding="utf-8")
         self._refreshed = time.monotonic()
 

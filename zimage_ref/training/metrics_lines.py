@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TypeAlias, TypedDict, TypeGuard, final, get_type_hints
 
@@ -73,17 +73,16 @@ def line_of(event: Event, run: RunFolder) -> MetricsLine | None:
             return None
 
 
-def read_lines(run: RunFolder) -> list[MetricsLine]:
-    """All whole lines. One that a crash cut off, or that is damaged, is left out."""
+def read_lines(run: RunFolder) -> Iterator[MetricsLine]:
+    """All whole lines, one at a time. One that a crash cut off, or that is damaged, is left out."""
     if not run.metrics.is_file():
-        return []
-    lines: list[MetricsLine] = []
-    for text in run.metrics.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):
-            line: object = json.loads(text)
-            if _is_line(line):
-                lines.append(line)
-    return lines
+        return
+    with run.metrics.open("rb") as file:
+        for text in file:
+            with suppress(ValueError, RecursionError):
+                line: object = json.loads(text)
+                if _is_line(line):
+                    yield line
 
 
 def _is_line(data: object) -> TypeGuard[MetricsLine]:
@@ -119,11 +118,6 @@ def figures(line: MetricsLine) -> dict[str, float]:
 def step_lines(lines: Iterable[MetricsLine]) -> list[StepLine]:
     """The lines of steps."""
     return [line for line in lines if "loss" in line]
-
-
-def held_out_lines(lines: Iterable[MetricsLine]) -> list[HeldOutLine]:
-    """The lines of measurements of the held-out loss."""
-    return [line for line in lines if "validation" in line]
 
 
 def preview_lines(lines: Iterable[MetricsLine]) -> list[PreviewLine]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class Row:
     pictures: dict[str, Path]  # by label: "without LoRA", "step 250"
 
 
-def preview_rows(run: RunFolder, lines: Sequence[MetricsLine]) -> list[Row]:
+def preview_rows(run: RunFolder, lines: Iterable[MetricsLine]) -> list[Row]:
     """The previews whose files are there, at most COLUMNS a prompt. The first and the last are among them.
 
     A new LoRA changes nothing before its first step, so its pictures of that time are those without it.
@@ -46,7 +46,7 @@ def preview_rows(run: RunFolder, lines: Sequence[MetricsLine]) -> list[Row]:
     return rows
 
 
-def write_sheet(run: RunFolder, lines: Sequence[MetricsLine]) -> None:
+def write_sheet(run: RunFolder, lines: Iterable[MetricsLine]) -> None:
     """Writes previews.png. A damaged picture leaves its cell white."""
     rows = preview_rows(run, lines)
     labels = dict.fromkeys(label for row in rows for label in row.pictures)

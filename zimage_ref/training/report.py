@@ -3,52 +3,96 @@
 from __future__ import annotations
 
 import base64
+import math
+from array import array
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from zimage_ref.errors import ZImageError
+from zimage_ref.formats.tensors import Array
 from zimage_ref.pictures.images import thumbnail
 
 from .chart import Line, Point, chart
 from .config import auto_options
-from .metrics_lines import (
-    Finite,
-    HeldOutLine,
-    MetricsLine,
-    StepLine,
-    held_out_lines,
-    step_lines,
-)
+from .metrics_lines import HeldOutLine, MetricsLine, PreviewLine, StepLine
 from .preview_sheet import Row, preview_rows
 from .run_folder import RunFolder
 
 _THUMBNAIL = 192  # pixels
+_RECENT = 50  # steps that speed is measured over
+_CURVES = ("loss", "smoothed", "lr", "grad_norm")  # fields of a step that are drawn
 _AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reloads the page every 30 s during the run
 
 
+class _Measured:
+    """What the page shows of metrics. It takes little memory, since a run may have many thousand steps."""
+
+    def __init__(self, lines: Iterable[MetricsLine]) -> None:
+        self.last = self.peak_memory = self.skipped = 0
+        self.recent: deque[StepLine] = deque(maxlen=_RECENT)
+        self.held_out: list[HeldOutLine] = []
+        self.previews: list[PreviewLine] = []
+        self._steps = array("q")
+        self._values = {name: array("d") for name in _CURVES}
+        for line in lines:
+            self.last = max(self.last, line["step"])
+            if "loss" in line:
+                self._add(line)
+            elif "validation" in line:
+                self.held_out.append(line)
+            else:
+                self.previews.append(line)
+
+    def _add(self, line: StepLine) -> None:
+        self.recent.append(line)
+        self.peak_memory = max(self.peak_memory, line["peak_memory"])
+        self.skipped += line["skipped"]
+        self._steps.append(line["step"])
+        for name, value in zip(_CURVES, (line["loss"], line["smoothed"], line["lr"], line["grad_norm"]), strict=True):
+            self._values[name].append(math.nan if value is None else value)
+
+    def curve(self, name: str) -> Array:
+        """(N, 2): steps, and the finite values `name` at them."""
+        values = np.frombuffer(self._values[name]) if self._steps else np.zeros(0)
+        finite = np.isfinite(values)
+        return np.stack([np.array(self._steps, np.float64)[finite], values[finite]], axis=1)
+
+    @property
+    def levels(self) -> list[str]:
+        """The noise levels of the held-out loss."""
+        return list(self.held_out[0]["validation"]) if self.held_out else []
+
+    def held_out_at(self, level: str) -> list[Point]:
+        """Steps, and the finite held-out losses of a noise level at them."""
+        losses = ((line["step"], line["validation"].get(level)) for line in self.held_out)
+        return [(step, loss) for step, loss in losses if loss is not None]
+
+
 def page(
-    run: RunFolder, lines: Sequence[MetricsLine], config: Mapping[str, object], environment: Mapping[str, str]
+    run: RunFolder, lines: Iterable[MetricsLine], config: Mapping[str, object], environment: Mapping[str, str]
 ) -> str:
     """The whole page of a run with `lines` of metrics."""
-    steps = step_lines(lines)
-    last = max((line["step"] for line in lines), default=0)
-    ended = bool(steps) and steps[-1]["step"] == steps[-1]["total"]
+    measured = _Measured(lines)
+    ended = bool(measured.recent) and measured.recent[-1]["step"] == measured.recent[-1]["total"]
     title = escape(run.output.name)
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8>{'' if ended else _AGAIN}"
         f'<meta name=viewport content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head><body>'
-        f"<h1>{title}</h1>{_tiles(steps, held_out_lines(lines))}"
-        f"<div class=charts>{_charts(steps, held_out_lines(lines), last)}</div>"
-        f"{_previews(preview_rows(run, lines))}"
+        f"<h1>{title}</h1>{_tiles(measured)}<div class=charts>{_charts(measured)}</div>"
+        f"{_previews(preview_rows(run, measured.previews))}"
         f"<div class=tables>{_table('Options', config)}{_table('Environment', environment)}</div></body></html>\n"
     )
 
 
-def _tiles(steps: Sequence[StepLine], measured: Sequence[HeldOutLine]) -> str:
-    if not steps:
+def _tiles(measured: _Measured) -> str:
+    recent = measured.recent
+    if not recent:
         return "<p class=muted>no step made yet</p>"
-    latest, recent = steps[-1], steps[-50:]
+    latest = recent[-1]
     seconds = sum(line["seconds"] for line in recent)
     facts = {
         "step": f"{latest['step']:,} of {latest['total']:,}",
@@ -56,40 +100,29 @@ def _tiles(steps: Sequence[StepLine], measured: Sequence[HeldOutLine]) -> str:
         "smoothed loss": _text(latest["smoothed"]),
         "seconds a step": f"{seconds / len(recent):.3g}",
         "pictures a second": f"{sum(line['pictures'] for line in recent) / max(seconds, 1e-9):.3g}",
-        "peak memory": f"{max(line['peak_memory'] for line in steps) / 1e9:.3g} GB",
+        "peak memory": f"{measured.peak_memory / 1e9:.3g} GB",
     }
-    if measured:
-        losses = [loss for loss in measured[-1]["validation"].values() if loss is not None]
+    if measured.held_out:
+        losses = [loss for loss in measured.held_out[-1]["validation"].values() if loss is not None]
         facts["held-out loss"] = _text(sum(losses) / len(losses)) if losses else "not finite"
-    if skipped := sum(line["skipped"] for line in steps):
-        facts["steps skipped"] = str(skipped)
+    if measured.skipped:
+        facts["steps skipped"] = str(measured.skipped)
     tiles = (
         f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts.items()
     )
     return f"<div class=tiles>{''.join(tiles)}</div>"
 
 
-def _charts(steps: Sequence[StepLine], measured: Sequence[HeldOutLine], last: int) -> str:
-    levels = list(measured[0]["validation"]) if measured else []
-    held_out = [
-        Line(f"σ {level}", f"c{i}", _points((line["step"], line["validation"].get(level)) for line in measured))
-        for i, level in enumerate(levels)
-    ]
-    loss = _points((line["step"], line["loss"]) for line in steps)
-    smoothed = _points((line["step"], line["smoothed"]) for line in steps)
-    rate = _points((line["step"], line["lr"]) for line in steps)
-    norm = _points((line["step"], line["grad_norm"]) for line in steps)
-    figures = [chart("Training loss", [Line("each step", "c0 faint", loss), Line("smoothed", "c0", smoothed)], last)]
+def _charts(measured: _Measured) -> str:
+    held_out = [Line(f"σ {level}", f"c{i}", measured.held_out_at(level)) for i, level in enumerate(measured.levels)]
+    loss = [Line("each step", "c0 faint", measured.curve("loss")), Line("smoothed", "c0", measured.curve("smoothed"))]
+    figures = [chart("Training loss", loss, measured.last)]
     if held_out:
-        figures.append(chart("Held-out loss by noise level σ", held_out, last))
-    figures.append(chart("Learning rate", [Line("learning rate", "c1", rate)], last))
-    figures.append(chart("Gradient norm, before clipping", [Line("norm", "c2", norm)], last))
+        figures.append(chart("Held-out loss by noise level σ", held_out, measured.last))
+    rate, norm = Line("learning rate", "c1", measured.curve("lr")), Line("norm", "c2", measured.curve("grad_norm"))
+    figures.append(chart("Learning rate", [rate], measured.last))
+    figures.append(chart("Gradient norm, before clipping", [norm], measured.last))
     return "".join(figures)
-
-
-def _points(values: Iterable[tuple[int, Finite]]) -> list[Point]:
-    """(step, value) of the finite values."""
-    return [(step, value) for step, value in values if value is not None]
 
 
 def _previews(rows: Sequence[Row]) -> str:
