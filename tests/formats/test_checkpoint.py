@@ -52,6 +52,13 @@ def test_an_index_that_lies_is_refused(weight_map: object, fact: str, tmp_path: 
         Checkpoint.open(sharded(tmp_path, weight_map))
 
 
+def test_a_shard_with_more_than_the_index_says_is_refused(tmp_path: Path) -> None:
+    folder = sharded(tmp_path, {"a": "a.safetensors", "b": "b.safetensors"})
+    foreign.write(folder / "b.safetensors", {"b": ARRAYS["b"], "more": ARRAYS["a"]})
+    with pytest.raises(FormatError, match=r"b\.safetensors: differs from m\.safetensors\.index\.json in more"):
+        Checkpoint.open(folder)
+
+
 def test_a_missing_file_and_an_empty_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="nowhere: cannot be opened"):
         Checkpoint.open(tmp_path / "nowhere")

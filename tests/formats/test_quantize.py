@@ -14,6 +14,7 @@ import zimage_ref
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats import npz
+from zimage_ref.formats.affine import affine_layers
 from zimage_ref.formats.checkpoint import Checkpoint
 from zimage_ref.formats.quantize import (
     BITS,
@@ -25,6 +26,7 @@ from zimage_ref.formats.quantize import (
     quantized,
     unfold,
 )
+from zimage_ref.formats.small_floats import E4M3
 from zimage_ref.formats.tensors import BFLOAT16, DTYPES, Tensor, cast
 from zimage_ref.model import parameters
 from zimage_ref.model.config import OFFICIAL_TEXT_ENCODER, OFFICIAL_TRANSFORMER
@@ -60,6 +62,37 @@ def test_it_is_mlxs_bit_for_bit(bits: int, group_size: int, dtype: str) -> None:
     for name, mine, their in zip(("weight", "scales", "biases"), ours, theirs, strict=True):
         np.testing.assert_array_equal(bits_of(mine), mlx_bits(mx, their), err_msg=name)
     np.testing.assert_array_equal(bits_of(dequantized(*ours, how)), mlx_bits(mx, restored))
+
+
+def test_a_group_of_almost_nothing_is_mlxs_too() -> None:
+    mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+    weight, how = np.full((2, 64), 1e-9, np.float32), Quantization(4, 32)
+    weight[1] = 0
+    with mx.stream(mx.cpu):
+        theirs = mx.quantize(mx.array(weight), group_size=32, bits=4)
+        mx.eval(theirs)
+    for mine, their in zip(quantize(weight, how), theirs, strict=True):
+        np.testing.assert_array_equal(mine, np.array(their))
+
+
+def test_a_nan_stays_one_in_bfloat16() -> None:
+    values = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], "<u4").view("<f4")  # rounding could carry into the sign
+    assert np.isnan(cast(cast(values, DTYPES["bf16"]), DTYPES["f32"])).all()
+
+
+def test_float8_without_infinity_has_two_codes_that_are_no_numbers() -> None:
+    assert np.flatnonzero(np.isnan(E4M3)).tolist() == [0x7F, 0xFF]
+
+
+def test_a_width_of_the_file_decides_before_what_most_layers_have(tmp_path: Path) -> None:
+    def triple(words: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        scales = np.zeros((128, groups), np.float32)
+        return Tensor.of(np.zeros((128, words), "<u4")), Tensor.of(scales), Tensor.of(scales)
+
+    layers = {name: triple(16, 2) for name in "abc"} | {"d": triple(32, 4)}  # 4 bits in groups of 64, or 8 of 32
+    found = affine_layers(layers, {name: parts[0] for name, parts in layers.items()}, {}, tmp_path)
+    assert {name: tensor.shape for name, tensor in found.items()} == dict.fromkeys("abcd", (128, 128))
+    assert [found[name].quantization.bits for name in "ad"] == [4, 8]
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:

@@ -188,6 +188,15 @@ def test_changing_loras_neither_reloads_nor_drifts(bits: int, merge: bool, model
     assert not reads  # the same again costs nothing
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_loras_are_branches_if_the_pipeline_stays_and_merged_if_it_is_lean(
+    lean: bool, model: Path, files: dict[str, Path]
+) -> None:
+    pipe = zimage_mlx.ZImagePipeline.from_pretrained(model, lean=lean)
+    pipe.use_loras(pipe.read_loras([files["comfy"]]))
+    assert isinstance(find(pipe.transformer, "layers.0.attention.to_q"), LoRALinear) != lean
+
+
 def test_a_low_rank_lora_leaves_quantized_layers_quantized_and_a_dense_one_does_not(
     model: Path, files: dict[str, Path]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +41,13 @@ def test_dynamic_shifting_follows_the_number_of_image_tokens() -> None:
     assert flow.resolution_shift(256) == pytest.approx(np.exp(0.5))
     assert flow.resolution_shift(4096) == pytest.approx(np.exp(1.15))
     assert flow.sigmas(2, config, 256)[1] == pytest.approx(np.exp(0.5) / (np.exp(0.5) + 1))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "content", "style"])
+def test_no_training_sigma_is_exactly_0_or_1(kind: str) -> None:
+    ends = SimpleNamespace(random=lambda count: np.array([0.0, 1.0]))
+    drawn = flow.TimestepSampling(kind).sigmas(ends, 2, 256)
+    assert 0 < drawn.min() < 2e-5 and 1 > drawn.max() > 1 - 2e-5
 
 
 def test_a_perfect_prediction_leads_from_noise_to_the_picture_in_any_number_of_steps() -> None:

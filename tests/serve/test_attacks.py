@@ -20,7 +20,9 @@ from support.errands import Errands
 from support.serving import SMALL, Served, serving
 
 from zimage_cli.app import main
+from zimage_serve.refusals import UnknownError
 from zimage_serve.settings import ServeSettings
+from zimage_serve.store.names import file_in
 from zimage_serve.web.access import Gate, same_origin
 
 SECRET = "the content of a file outside"
@@ -30,6 +32,7 @@ MORE_PATHS = [
     "..\\secret.png", "secret.png\0.png", "~/secret", "file:///etc/passwd", "C:\\secret.png", "nul", ".hidden",
     "a/../b", "", " ", "x" * 300, "\u202egnp.exe",
 ]  # fmt: skip
+JSON = {"content-type": "application/json"}
 SCRIPT = '<script>alert(1)</script>"><img src=x onerror=alert(1)>'
 
 
@@ -121,6 +124,16 @@ def test_no_field_is_a_path(served: Served, path: str) -> None:
         "secret", "secret.png", "secret.safetensors", "secret.txt", "studio"
     ]  # fmt: skip
     assert not [name for name in served.studio.datasets.names() if set(name) & set("/\\~:%")]
+
+
+def test_a_link_is_no_file_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("outside.png", "folder/own.png"):
+        (tmp_path / name).write_text(SECRET, encoding="utf-8")
+    (tmp_path / "folder" / "link.png").symlink_to(tmp_path / "outside.png")
+    assert file_in(tmp_path / "folder", "own.png", "picture", (".png",)) == tmp_path / "folder" / "own.png"
+    with pytest.raises(UnknownError):
+        file_in(tmp_path / "folder", "link.png", "picture", (".png",))
 
 
 def test_a_picture_of_a_dataset_is_named_by_the_server(served: Served) -> None:
@@ -262,6 +275,8 @@ def test_an_oversized_body_is_refused_before_it_is_read(served: Served) -> None:
     assert endless.split(b" ")[1] in (b"413", b"400")
     large = served.client.post("/api/uploads", files={"file": ("a.png", b"x" * 1_100_000)})
     assert large.status_code == 413
+    pieces = (b" " * 65536 for _ in range(40))  # so that no length is declared
+    assert served.client.post("/api/jobs", content=pieces, headers=JSON).status_code == 413
     twice = "GET /api/model HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.com\r\nConnection: close\r\n\r\n"
     assert raw(served, twice.encode()).split(b" ")[1] == b"400"
 
@@ -278,7 +293,7 @@ def test_script_stays_text(served: Served) -> None:
     for page in pages:
         kind = page.headers["content-type"]
         assert kind.startswith("application/json") or SCRIPT not in page.text
-        assert "script-src 'self'" in page.headers["content-security-policy"]
+        assert "; script-src 'self';" in f"; {page.headers['content-security-policy']};"
         assert page.headers["x-content-type-options"] == "nosniff" and page.headers["x-frame-options"] == "DENY"
     picture = client.get(f"/api/pictures/{made['pictures'][0]}/file")
     assert picture.headers["content-type"] == "image/png"

@@ -68,6 +68,12 @@ def test_every_epoch_item_and_seed_has_its_own_noise_and_level() -> None:
     assert np.array(both.noise).std() == pytest.approx(1, abs=0.3)
 
 
+def test_vectors_are_float32_whatever_the_matrices_are() -> None:
+    matrices = {"x.lora_A": mx.ones((2, 3), mx.bfloat16), "x.lora_B": mx.ones((4, 2), mx.bfloat16)}
+    vectors = Packing(matrices).pack(matrices)
+    assert {name: vector.dtype for name, vector in vectors.items()} == dict.fromkeys(("lora_A", "lora_B"), mx.float32)
+
+
 def test_each_purpose_has_random_numbers_of_its_own() -> None:
     drawn = {purpose: rng_for(3, purpose, 1, 2).random() for purpose in (ORDER, DRAW, INITIAL)}
     assert len(set(drawn.values())) == len(drawn) == 3
