@@ -21,7 +21,7 @@ import zimage_ref.training.metrics
 from zimage_cli.app import main
 from zimage_mlx import Previewed, Validated, ZImagePipeline
 from zimage_ref import ConfigError, DatasetError
-from zimage_ref.training.chart import Line, chart
+from zimage_ref.training.chart import Curve, Line, chart
 from zimage_ref.training.report import page
 from zimage_ref.training.run_folder import RunFolder
 
@@ -121,6 +121,12 @@ def test_a_chart_stays_small_and_finite() -> None:
     assert "nothing measured yet" in chart("t", [Line("none", "c0", [])], 0)
     for flat in ([(0, 0.0), (5, 0.0)], [(3, 2.0)], [(0, 1e-9), (1, 2e-9)], [(0, -5.0), (9, 1e9)]):
         assert "polyline" in chart("t", [Line("flat", "c0", flat)], 9)
+
+
+def test_a_long_curve_has_the_means_of_its_points() -> None:
+    assert Curve([(0, 3.0), (1, 5.0)]).points == [(0, 3.0), (1, 5.0)]
+    points = Curve((i, i % 2) for i in range(3201)).points
+    assert len(points) == 201 and points[-1] == (3200, 0) and points[0] == (7.5, 0.5) and points[199] == (3191.5, 0.5)
 
 
 def test_a_larger_value_stands_higher_in_a_chart() -> None:

@@ -1,19 +1,15 @@
-"""Line charts as inline SVG. They need no script and no network."""
+"""Line charts as inline SVG. They need no script, no network and no library."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
-
-from zimage_ref.formats.tensors import Array
-
 _WIDTH, _HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 28  # margins
-_POINTS = 400  # a longer line is averaged down to this many points
+_POINTS = 400  # the most of a line; even, since two become one
 
 Point = tuple[float, float]
 
@@ -24,12 +20,41 @@ class Line:
 
     name: str
     style: str
-    points: Sequence[Point] | Array  # or (N, 2)
+    points: Sequence[Point]
+
+
+class Curve:
+    """The points of a line, at most _POINTS however many are added: each is then the mean of its neighbours."""
+
+    def __init__(self, points: Iterable[Point] = ()) -> None:
+        self._each = 1  # how many are averaged
+        self._groups: list[tuple[float, float, int]] = []  # sums of x and y, and how many
+        for x, y in points:
+            self.add(x, y)
+
+    def add(self, x: float, y: float) -> None:
+        """Adds a point to the right of the others."""
+        if self._groups and self._groups[-1][2] < self._each:
+            self._groups[-1] = _sum(self._groups[-1], (x, y, 1))
+            return
+        if len(self._groups) == _POINTS:
+            self._groups = [_sum(a, b) for a, b in zip(self._groups[::2], self._groups[1::2], strict=True)]
+            self._each *= 2
+        self._groups.append((x, y, 1))
+
+    @property
+    def points(self) -> list[Point]:
+        """From left to right."""
+        return [(x / count, y / count) for x, y, count in self._groups]
+
+
+def _sum(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[float, float, int]:
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
 
 
 def chart(title: str, lines: Sequence[Line], last: float) -> str:
     """A figure as HTML, with `lines` over the steps 0 to `last`."""
-    shown = [Line(line.name, line.style, _thinned(line.points)) for line in lines if len(line.points)]
+    shown = [Line(line.name, line.style, Curve(line.points).points) for line in lines if line.points]
     values = [y for line in shown for _, y in line.points]
     if not values:
         return f"<figure><figcaption>{escape(title)}</figcaption><p class=muted>nothing measured yet</p></figure>"
@@ -63,15 +88,6 @@ def _grid(low: float, high: float, last: float) -> str:
         if v == int(v)
     )
     return rows + columns
-
-
-def _thinned(points: Sequence[Point] | Array) -> list[Point]:
-    """At most _POINTS points, each the mean of its neighbours."""
-    pairs = np.asarray(points, np.float64)
-    each = math.ceil(len(pairs) / _POINTS)
-    begins = np.arange(0, len(pairs), each)
-    counts = np.diff(begins, append=len(pairs))
-    return [(x, y) for x, y in (np.add.reduceat(pairs, begins) / counts[:, None]).tolist()]
 
 
 def _range(low: float, high: float) -> Point:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import base64
-import math
-from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
 from zimage_ref.errors import ZImageError
-from zimage_ref.formats.tensors import Array
 from zimage_ref.pictures.images import thumbnail
 
-from .chart import Line, Point, chart
+from .chart import Curve, Line, Point, chart
 from .config import auto_options
 from .metrics_lines import HeldOutLine, MetricsLine, PreviewLine, StepLine
 from .preview_sheet import Row, preview_rows
@@ -29,15 +24,14 @@ _AGAIN = '<meta http-equiv=refresh content="30">'  # a browser reloads the page 
 
 
 class _Measured:
-    """What the page shows of metrics. It takes little memory, since a run may have many thousand steps."""
+    """What the page shows of metrics. Its memory does not grow with the number of steps."""
 
     def __init__(self, lines: Iterable[MetricsLine]) -> None:
         self.last = self.peak_memory = self.skipped = 0
         self.recent: deque[StepLine] = deque(maxlen=_RECENT)
         self.held_out: list[HeldOutLine] = []
         self.previews: list[PreviewLine] = []
-        self._steps = array("q")
-        self._values = {name: array("d") for name in _CURVES}
+        self.curves = {name: Curve() for name in _CURVES}
         for line in lines:
             self.last = max(self.last, line["step"])
             if "loss" in line:
@@ -51,15 +45,9 @@ class _Measured:
         self.recent.append(line)
         self.peak_memory = max(self.peak_memory, line["peak_memory"])
         self.skipped += line["skipped"]
-        self._steps.append(line["step"])
         for name, value in zip(_CURVES, (line["loss"], line["smoothed"], line["lr"], line["grad_norm"]), strict=True):
-            self._values[name].append(math.nan if value is None else value)
-
-    def curve(self, name: str) -> Array:
-        """(N, 2): steps, and the finite values `name` at them."""
-        values = np.frombuffer(self._values[name]) if self._steps else np.zeros(0)
-        finite = np.isfinite(values)
-        return np.stack([np.array(self._steps, np.float64)[finite], values[finite]], axis=1)
+            if value is not None:
+                self.curves[name].add(line["step"], value)
 
     @property
     def levels(self) -> list[str]:
@@ -115,11 +103,17 @@ def _tiles(measured: _Measured) -> str:
 
 def _charts(measured: _Measured) -> str:
     held_out = [Line(f"σ {level}", f"c{i}", measured.held_out_at(level)) for i, level in enumerate(measured.levels)]
-    loss = [Line("each step", "c0 faint", measured.curve("loss")), Line("smoothed", "c0", measured.curve("smoothed"))]
+    loss = [
+        Line("each step", "c0 faint", measured.curves["loss"].points),
+        Line("smoothed", "c0", measured.curves["smoothed"].points),
+    ]
     figures = [chart("Training loss", loss, measured.last)]
     if held_out:
         figures.append(chart("Held-out loss by noise level σ", held_out, measured.last))
-    rate, norm = Line("learning rate", "c1", measured.curve("lr")), Line("norm", "c2", measured.curve("grad_norm"))
+    rate, norm = (
+        Line("learning rate", "c1", measured.curves["lr"].points),
+        Line("norm", "c2", measured.curves["grad_norm"].points),
+    )
     figures.append(chart("Learning rate", [rate], measured.last))
     figures.append(chart("Gradient norm, before clipping", [norm], measured.last))
     return "".join(figures)
