@@ -126,6 +126,14 @@ def test_a_folder_of_mflux_has_no_config_and_other_names(tmp_path: Path) -> None
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize("numbers", [(0, 1), (0, 2)])
+def test_numbered_files_with_the_same_tensors_are_no_set(numbers: tuple[int, int], tmp_path: Path) -> None:
+    for number in numbers:
+        save(tmp_path / f"{number}.safetensors", {"a": np.full(3, number, np.float32)})
+        assert Checkpoint.open(tmp_path / f"{number}.safetensors").tensors["a"].read()[0] == number
+    assert Checkpoint.open(tmp_path / "0.safetensors").tensors["a"].read()[0] == 0
+
+
 def test_shards_without_an_index_are_one_set(tmp_path: Path) -> None:
     stored = packed({n: a for n, a in ARRAYS.items() if "embed" not in n}, 8, 32, "f32")
     stored |= {n: a for n, a in ARRAYS.items() if "embed" in n}

@@ -42,7 +42,7 @@ def set_of(path: Path) -> list[Path]:
     """The files of the set that `path` begins, if it is the first shard of a set without an index; else none.
 
     Sets are x-00001-of-00002.safetensors, as Z-Image.swift writes them, and 0.safetensors, 1.safetensors of mflux.
-    Raises FormatError if a shard is missing.
+    Raises FormatError if a shard is missing. Files with plain numbers that hold the same tensors are no set.
     """
     match = _NUMBERED.fullmatch(path.name)
     if match is None or any(own_files(path.parent, INDEX_PATTERN)):
@@ -57,9 +57,17 @@ def set_of(path: Path) -> list[Path]:
     missing = [name for name in names if not (path.parent / name).is_file()]
     if path.name != names[0] or len(names) < 2:
         return []
+    if missing and match[3] is None and _alike([path.parent / name for name in names if name not in missing]):
+        return []
     if missing:
         raise FormatError(f"{path.parent}: lacks {listing(missing)} of {len(names)} shards: download the rest")
     return [path.parent / name for name in names]
+
+
+def _alike(files: Sequence[Path]) -> bool:
+    """Whether two of `files` hold a tensor of one name. Then they are no set, such as LoRAs that you have numbered."""
+    names = [name for file in files for name in safetensors.read(file)[0]]
+    return len(set(names)) < len(names)
 
 
 def _number(path: Path) -> int:
