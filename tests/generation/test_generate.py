@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,13 @@ def test_a_pipeline_estimates_the_largest_of_its_requests(pipe: Any) -> None:
     assert pipe.memory(requests, 1) == pipe.memory(requests[1:2], 1) != pipe.memory(requests[:1], 1)
     limit = pipe.memory_limit()
     assert limit is None or limit > 500_000_000
+
+
+def test_only_prompts_and_seeds_may_differ_in_a_batch(model_dir: Path) -> None:
+    first = GenerateConfig("a", seed=1, steps=2, width=32, height=32)
+    others = [
+        replace(first, prompt="b", negative_prompt="c", seed=2),
+        *(replace(first, **more) for more in ({"width": 48}, {"steps": 3}, {"guidance": 2.0}, {"sampler": "heun"})),
+    ]
+    own, *rest = plan_requests([first, *others], ModelFolder.open(model_dir))
+    assert [own.batches_with(each) for each in rest] == [True, False, False, False, False]

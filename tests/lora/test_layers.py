@@ -12,6 +12,7 @@ from support.cases import LAYERS, random_lora
 from support.networks import HAS_MLX, PARAMETERS, mlx_only, native, network
 from support.parity import assert_parity
 
+from zimage_ref.lora.arithmetic import NumPyArithmetic
 from zimage_ref.lora.low_rank import LowRank
 from zimage_ref.lora.updates import LoRA
 from zimage_ref.model import parameters
@@ -23,6 +24,7 @@ if HAS_MLX:
     from mlx.utils import tree_flatten
 
     from zimage_mlx.lora import layers as mlx_lora
+    from zimage_mlx.lora.arithmetic import MLXArithmetic, updated
     from zimage_mlx.training.gradient import LossAndGradients
     from zimage_mlx.training.loss import NoisyBatch
 
@@ -207,3 +209,29 @@ def test_every_parameter_has_a_gradient(component: str, config: Any, output: Cal
     flat = {name for name, size in largest.items() if not size > 1e-3}
     # A bias on keys adds the same to every score of a query, which softmax takes out again
     assert flat == {name for name in largest if name.endswith("attentions.0.to_k.bias")}
+
+
+@pytest.mark.parametrize("engine", ["numpy", pytest.param("mlx", marks=mlx_only)])
+def test_a_row_of_zeros_stays_one_if_it_gets_a_norm(engine: str) -> None:
+    matrix, norms = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32), np.array([[10.0], [1.0]], np.float32)
+    if engine == "numpy":
+        made = NumPyArithmetic(np.dtype("<f4")).with_norms(matrix, norms, 1)
+    else:
+        made = np.array(MLXArithmetic().with_norms(mx.array(matrix), mx.array(norms), 1))
+    np.testing.assert_allclose(made, [[6, 8], [0, 0]], rtol=1e-6)
+
+
+@mlx_only
+def test_updates_are_added_in_float32_and_a_lora_at_0_is_left_out() -> None:
+    small = LowRank(np.full((1, 8), 1.0, np.float32), np.full((4, 1), 3e-3, np.float32))
+    weight = updated(mx.ones((4, 8), mx.bfloat16), [(small, 1.0), (small, 1.0)])
+    assert weight.dtype == mx.bfloat16 and (np.array(weight.astype(mx.float32)) == 1 + 2**-7).all()  # 1.003 would be 1
+    model = network("mlx", "transformer", CONFIG, WEIGHTS, "float32")
+    layer = "layers.0.attention.to_q"
+    plain = mlx_lora.find(model, layer)
+    adapters = mlx_lora.Adapters(model, lambda name: mx.array(WEIGHTS[name]), False)
+    lora = random_lora(2, 1, [layer])
+    adapters.use([(lora, 0.0)])
+    assert mlx_lora.find(model, layer) is plain
+    adapters.use([(lora, 1.0)])
+    assert mlx_lora.find(model, layer) is not plain

@@ -13,9 +13,11 @@ from PIL import Image
 
 from zimage_cli.app import main
 from zimage_ref import DatasetError, FormatError, ZImageError
+from zimage_ref.options import path_and_scale
 from zimage_ref.pictures.files import opened
 from zimage_ref.pictures.images import encoded, read_given, read_picture, save_picture
 from zimage_ref.pictures.metadata import read_record
+from zimage_ref.pictures.reading import decode
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n" + b"0 0 moveto 64 64 lineto stroke\n" * 20
 ERRORS = (
@@ -126,3 +128,20 @@ def test_a_record_keeps_paths_that_are_not_unicode(tmp_path: Path) -> None:
     for suffix in (".png", ".jpg", ".webp"):
         save_picture(Image.new("RGB", (32, 32)), tmp_path / f"a{suffix}", record)
         assert read_record(tmp_path / f"a{suffix}") == record
+
+
+@pytest.mark.parametrize(("form", "told"), [("MPO", False), ("TIFF", True)])
+def test_pictures_behind_the_first_are_named_unless_they_belong_to_a_photograph(
+    form: str, told: bool, tmp_path: Path
+) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.jpg", form, save_all=True, append_images=frames[1:])
+    decoded = decode((tmp_path / "x.jpg").read_bytes(), tmp_path / "x.jpg")
+    assert any("holds 2 pictures" in remark for remark in decoded.remarks) == told
+
+
+def test_a_file_with_a_colon_in_its_name_is_taken_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert path_and_scale("a:0.5") == (Path("a"), 0.5)
+    Path("a:0.5").touch()
+    assert path_and_scale("a:0.5") == (Path("a:0.5"), 1.0)
