@@ -14,7 +14,7 @@ from support.parity import assert_parity
 
 from zimage_ref.lora.arithmetic import NumPyArithmetic
 from zimage_ref.lora.low_rank import LowRank
-from zimage_ref.lora.updates import LoRA
+from zimage_ref.lora.updates import LoRA, by_parameter
 from zimage_ref.model import parameters
 from zimage_ref.model.flow import add_noise, model_time, training_target
 
@@ -231,6 +231,7 @@ def test_updates_are_added_in_float32_and_a_lora_at_0_is_left_out() -> None:
     plain = mlx_lora.find(model, layer)
     adapters = mlx_lora.Adapters(model, lambda name: mx.array(WEIGHTS[name]), False)
     lora = random_lora(2, 1, [layer])
+    assert by_parameter([(lora, 0.0)]) == {} and by_parameter([(lora, 1.0)]).keys() == {f"{layer}.weight"}
     adapters.use([(lora, 0.0)])
     assert mlx_lora.find(model, layer) is plain
     adapters.use([(lora, 1.0)])
