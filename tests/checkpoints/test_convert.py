@@ -24,7 +24,7 @@ from zimage_ref.checkpoints.convert import Target, open_source, write_model
 from zimage_ref.errors import ConfigError, FormatError
 from zimage_ref.formats import npz, safetensors
 from zimage_ref.formats.checkpoint import Checkpoint
-from zimage_ref.formats.quantize import Quantization, QuantizedTensor
+from zimage_ref.formats.quantize import Quantization
 from zimage_ref.formats.shards import parse_size
 from zimage_ref.formats.tensors import BFLOAT16, DTYPES, Tensor, cast, count_nonfinite
 from zimage_ref.model.parameters import transformer_parameters
@@ -94,14 +94,6 @@ def test_overflow_and_nan_are_counted_and_told(
     text = capfd.readouterr().err
     assert f"2 values were too large and became infinite, in {name}" in text and "2 values are NaN" in text
     assert count_nonfinite(cast(values, BFLOAT16)) == (2, 1)
-
-
-def test_bits_that_are_asked_for_replace_those_of_the_file(model: Path, tmp_path: Path) -> None:
-    for name, source, bits in (("8.npz", model, 8), ("4.npz", tmp_path / "8.npz", 4)):
-        target = Target(tmp_path / name, "transformer", quantization=Quantization(bits))
-        write_model(open_source(source, "transformer"), target)
-    found = open_source(tmp_path / "4.npz", "transformer").tensors.values()
-    assert {t.quantization.bits for t in found if isinstance(t, QuantizedTensor)} == {4}
 
 
 def test_shards_hold_at_most_what_is_asked_and_are_read_back(model: Path, tmp_path: Path) -> None:

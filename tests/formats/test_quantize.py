@@ -64,6 +64,14 @@ def test_it_is_mlxs_bit_for_bit(bits: int, group_size: int, dtype: str) -> None:
     np.testing.assert_array_equal(bits_of(dequantized(*ours, how)), mlx_bits(mx, restored))
 
 
+def test_bits_that_are_asked_for_replace_those_of_the_file(model: Path, tmp_path: Path) -> None:
+    for name, source, bits in (("8.npz", model, 8), ("4.npz", tmp_path / "8.npz", 4)):
+        target = Target(tmp_path / name, "transformer", quantization=Quantization(bits))
+        write_model(open_source(source, "transformer"), target)
+    found = open_source(tmp_path / "4.npz", "transformer").tensors.values()
+    assert {t.quantization.bits for t in found if isinstance(t, QuantizedTensor)} == {4}
+
+
 def test_a_group_of_almost_nothing_is_mlxs_too() -> None:
     mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
     weight, how = np.full((2, 64), 1e-9, np.float32), Quantization(4, 32)
