@@ -90,6 +90,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     return folder, lines
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_a_small_network_of_the_layout_of_2_1(trained: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, lines = trained
     file = ControlFile.open(folder / "controlnet", ModelFolder.open(BUILT_IN))
@@ -109,6 +110,7 @@ def _run(*arguments: str) -> None:
         command.main()
 
 
+@pytest.mark.slow
 def test_the_demo_shows_a_row_of_pictures_that_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def test_progress_says_how_good_each_stage_is(made: tuple[Path, list[dict[str, A
     assert json.loads(json.dumps(lines)) == lines
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step_it_comes_to_the_same_bytes(
     made: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def everything(shop: Workshop) -> dict[str, Any]:
         pytest.param("schedulefree", {"ema": 0.0}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_run_with_all_of_it_is_resumed_bit_for_bit(shop: Workshop, optimizer: str, more: dict[str, Any]) -> None:
     options = everything(shop) | {"optimizer": optimizer, **more}
     whole = shop.train(f"whole-{optimizer}", **options)

@@ -73,6 +73,7 @@ def test_stopping_and_resuming_changes_no_bit(options: dict[str, Any], shop: Who
         assert np.array_equal(before[name], after[name]) == (name not in chosen), name
 
 
+@pytest.mark.slow
 def test_the_result_is_a_base_for_everything(shop: WholeShop) -> None:
     run = shop.train("base", steps=6, preview_prompt="a wave", preview_every=6, preview_size=32, preview_steps=2)
     first, last = (run.output.with_suffix(".run") / f"previews/step{step}-0.png" for step in (0, 6))
@@ -100,6 +101,7 @@ def test_the_result_is_a_base_for_everything(shop: WholeShop) -> None:
     "options",
     [{}, pytest.param({"base_precision": "bf16", "optimizer": "adamw8bit", "targets": "layers.1.*"}, marks=slow)],
 )
+@pytest.mark.slow
 def test_weights_that_are_changed_on_disk_give_the_same_bytes(options: dict[str, Any], shop: WholeShop) -> None:
     shown = {"preview_prompt": "a wave", "preview_every": 2, "preview_size": 32, "preview_steps": 2}
     options = {**options, **shown, "steps": 4, "resume_every": 2, "validation": "0.25", "validation_every": 2}

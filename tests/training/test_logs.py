@@ -202,6 +202,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     return stand_in
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_figure_and_preview_and_a_resumed_run_has_its_id(shop: Workshop, recorder: Recorder) -> None:
     folder = cut(shop, "weights", log="wandb")
     assert recorder.ended == 1

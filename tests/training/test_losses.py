@@ -143,6 +143,7 @@ def test_module_dropout_rests_whole_layers(shop: Workshop) -> None:
         np.testing.assert_allclose(some[layer], full[layer], rtol=2e-2, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_preservation_pulls_the_class_word_back_to_the_base(shop: Workshop) -> None:
     """Its loss is 0 as long as the LoRA does nothing; later it is that of the class word's own prediction."""
     data = pictures(shop.folder / "class", (32, 32), captions=["a [trigger] in snow"])

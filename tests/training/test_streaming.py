@@ -110,6 +110,7 @@ def test_a_file_that_is_cut_ends_the_run_in_one_line_and_leaves_no_lora(shop: Wo
     assert not config.output.exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {}
     for blocks in (8, 32):
