@@ -3,8 +3,8 @@
 The same modules under the same names as `zimage_ref`, whose definitions it shares and whose mathematics it does not.
 
 The names in `__all__` are public: all of those of `zimage_ref`, and training. Submodules are private: everything in
-them may change between versions. Importing this package does not load MLX; using its names does. On
-Linux, importing it loads a fast BLAS for MLX, if the machine has one.
+them may change between versions. Importing this package does not load MLX; using its names does. On Linux, importing
+it loads a fast BLAS for MLX, if the machine has one.
 """
 
 from typing import TYPE_CHECKING

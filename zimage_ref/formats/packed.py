@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from .tensors import DTYPES, Array, DType, Tensor, cast, float_dtype
+from .tensors import DTYPES, Array, DType, Tensor, cast, float_dtype, values_as_stored
 
 F32 = DTYPES["f32"]
 
@@ -77,7 +77,7 @@ def as_float32(tensor: Tensor) -> Array:
 
 
 def _as_they_are(values: Callable[[], Array]) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):  # scales may be NaN or infinite, as any weight of a file
+    with values_as_stored():
         return values()
 
 

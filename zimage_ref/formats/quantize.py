@@ -23,7 +23,7 @@ from zimage_ref.errors import ConfigError, FormatError
 from .bits import packed_bits, unpacked_bits
 from .json_file import JsonObject
 from .packed import PackedTensor
-from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype, row_blocks
+from .tensors import DTYPE_NAMES, Array, Tensor, cast, float_dtype, row_blocks, values_as_stored
 
 BITS = (3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -192,7 +192,7 @@ def dequantized(packed: Array, scales: Array, biases: Array, how: Quantization) 
         q = unpacked_bits(packed[block], how.bits)
         q = q.reshape(len(q), -1, how.group_size).astype(wide)
         scale, bias = (cast(part[block], wide)[..., None] for part in (scales, biases))
-        with np.errstate(over="ignore", invalid="ignore"):  # scales may be NaN or infinite, as any weight of a file
+        with values_as_stored():
             product = cast(cast(q * scale, dtype), wide)
             weight[block] = cast(product + bias, dtype).reshape(len(q), -1)
     return weight

@@ -205,6 +205,11 @@ def _cast(array: Array, dtype: DType) -> Array:
         return array.astype(dtype)
 
 
+def values_as_stored() -> np.errstate:
+    """A block without NumPy's warnings: scales in a file may be NaN or infinite, as any of its weights."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def _round_to_bfloat16(array: Array) -> Array:
     values = np.ascontiguousarray(array, dtype="<f4")
     bits = values.view("<u4")
