@@ -3,7 +3,8 @@
     python tests/bench/bench_options.py                       # ControlNet 2.1 and its lite variant, and NAG
     python tests/bench/bench_options.py --sides 512 --small   # a small model, to try the script anywhere
 
-One JSON line a case, then a line for each option with its time over that of the plain pass.
+Where mflux is installed, its ControlNet 2.1 is measured, too. One JSON line a case, then a line for each option with
+its time over that of the plain pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import replace
 import mlx.core as mx
 from bench_speed import SMALL, transformer
 from measure import Bench, random_, random_caption
+from peers import mflux_controlled
 
 from zimage_mlx.networks.controlnet import Control, ControlNet
 from zimage_mlx.networks.running import BlockRunner
@@ -59,6 +61,12 @@ def main() -> None:
                 name: bench.measure(f"{name} {side}", run_of(model, x, given), runs=8) for name, given in cases.items()
             }
             lines += [f"{n} {side}: {s / seconds['plain']:.3f} x" for n, s in seconds.items() if not math.isnan(s)]
+    theirs = mflux_controlled(bench)
+    lines += [
+        f"mflux 2.1 {side}: {theirs[f'mflux 2.1 {side}'] / theirs[f'mflux plain {side}']:.3f} x"
+        for side in sides
+        if theirs
+    ]
     print("\n".join(lines))
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +40,38 @@ def mflux(bench: Bench) -> None:
     text = random_(encoder())
     ids, mask = mx.arange(_PADDED)[None], (mx.arange(_PADDED) < CAPTION).astype(mx.int32)[None]
     bench.measure(f"mflux text encoder {CAPTION} tokens", lambda: mx.eval(text(ids, mask)))
+
+
+def mflux_controlled(bench: Bench) -> dict[str, float]:
+    """Seconds of a plain pass of mflux, and of one with its ControlNet 2.1, by case; as its loops run them."""
+    try:
+        net = importlib.import_module(_Z_IMAGE + "z_image_transformer.transformer").ZImageTransformer
+        control = importlib.import_module("mflux.models.z_image.variants.controlnet.transformer_controlnet")
+    except ImportError as error:
+        print(json.dumps({"case": "mflux", "skipped": f"not installed: {error}"}))
+        return {}
+    c, found = bench.config, dict[str, float]()
+    model = random_(net(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads))
+    layout = control.ZImageControlNetConfig.defaults_union_2_1()
+    places = [place for place in layout.control_layers_places if place < c.n_layers]
+    layout = replace(layout, dim=c.dim, n_heads=c.n_heads, control_layers_places=places)
+    network = control.ZImageControlNet.from_transformer(random_(control.ZImageControlNet(layout)), model)
+    sigmas = mx.array([0.7])
+    for side in bench.sides:
+        x, caption, picture = (
+            _inputs(side),
+            random_caption(c),
+            mx.concatenate([_inputs(side)] * 3)[: layout.control_in_dim],
+        )
+
+        def controlled(x: mx.array = x, caption: mx.array = caption, picture: mx.array = picture) -> None:
+            hints = network(x=x, t=0, sigmas=sigmas, cap_feats=caption, control_context=picture)
+            mx.eval(model(x=x, timestep=0, sigmas=sigmas, cap_feats=caption, controlnet_block_samples=hints))
+
+        plain = mx.compile(lambda x, caption=caption: model(x=x, timestep=0, sigmas=sigmas, cap_feats=caption))
+        found[f"mflux plain {side}"] = bench.measure(f"mflux plain {side}", lambda x=x, f=plain: mx.eval(f(x)), runs=8)
+        found[f"mflux 2.1 {side}"] = bench.measure(f"mflux 2.1 {side}", controlled, runs=8)
+    return found
 
 
 def _inputs(side: int) -> mx.array:
