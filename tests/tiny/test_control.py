@@ -128,7 +128,7 @@ def test_the_demo_shows_a_row_of_pictures_that_follow(
 @pytest.mark.slow
 def test_the_built_in_control_puts_shapes_in_their_places() -> None:
     shares = control.judge_control(BUILT_IN, BUILT_IN / "controlnet", 40)
-    assert shares["in place"] > 0.3 and shares["without control"] < 0.1  # docs/tiny.md has the figures of more pictures
+    assert shares["in place"] >= 0.9 and shares["without control"] < 0.2  # docs/tiny.md has the figures of 200 pictures
 
 
 def test_a_new_network_changes_nothing_and_a_step_does() -> None:
