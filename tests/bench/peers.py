@@ -42,15 +42,15 @@ def mflux(bench: Bench) -> None:
     bench.measure(f"mflux text encoder {CAPTION} tokens", lambda: mx.eval(text(ids, mask)))
 
 
-def mflux_controlled(bench: Bench) -> dict[str, float]:
-    """Seconds of a plain pass of mflux, and of one with its ControlNet 2.1, by case; as its loops run them."""
+def mflux_controlled(bench: Bench) -> dict[int, float]:
+    """A pass of mflux with its ControlNet 2.1, as its loop runs it, over the plain pass, by side."""
     try:
         net = importlib.import_module(_Z_IMAGE + "z_image_transformer.transformer").ZImageTransformer
         control = importlib.import_module("mflux.models.z_image.variants.controlnet.transformer_controlnet")
     except ImportError as error:
         print(json.dumps({"case": "mflux", "skipped": f"not installed: {error}"}))
         return {}
-    c, found = bench.config, dict[str, float]()
+    c, ratios = bench.config, dict[int, float]()
     model = random_(net(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads))
     layout = control.ZImageControlNetConfig.defaults_union_2_1()
     places = [place for place in layout.control_layers_places if place < c.n_layers]
@@ -58,31 +58,33 @@ def mflux_controlled(bench: Bench) -> dict[str, float]:
     network = control.ZImageControlNet.from_transformer(random_(control.ZImageControlNet(layout)), model)
     sigmas = mx.array([0.7])
     for side in bench.sides:
-        x, caption, picture = (
-            _inputs(side),
-            random_caption(c),
-            mx.concatenate([_inputs(side)] * 3)[: layout.control_in_dim],
-        )
+        x, caption = _inputs(side), random_caption(c)
+        picture = mx.concatenate([_inputs(side)] * 3)[: layout.control_in_dim]
 
         def controlled(x: mx.array = x, caption: mx.array = caption, picture: mx.array = picture) -> None:
             hints = network(x=x, t=0, sigmas=sigmas, cap_feats=caption, control_context=picture)
             mx.eval(model(x=x, timestep=0, sigmas=sigmas, cap_feats=caption, controlnet_block_samples=hints))
 
-        plain = mx.compile(lambda x, caption=caption: model(x=x, timestep=0, sigmas=sigmas, cap_feats=caption))
-        found[f"mflux plain {side}"] = bench.measure(f"mflux plain {side}", lambda x=x, f=plain: mx.eval(f(x)), runs=8)
-        found[f"mflux 2.1 {side}"] = bench.measure(f"mflux 2.1 {side}", controlled, runs=8)
-    return found
+        plain = bench.measure(f"mflux plain {side}", _pass(model, x, caption), runs=8)
+        ratios[side] = bench.measure(f"mflux 2.1 {side}", controlled, runs=8) / plain
+    return ratios
 
 
 def _inputs(side: int) -> mx.array:
     return mx.random.normal((16, 1, side // 8, side // 8)).astype(mx.bfloat16)
 
 
+def _pass(model: Any, x: mx.array, caption: mx.array) -> Callable[[], None]:
+    """Computes a plain forward pass, as one compiled program."""
+    t = mx.array([0.3])
+    call = mx.compile(lambda x: model(x=x, timestep=t, sigmas=None, cap_feats=caption))
+    return lambda: mx.eval(call(x))
+
+
 def _forward(bench: Bench, model: Any) -> None:
     for side in bench.sides:
-        x, caption, t = _inputs(side), random_caption(bench.config), mx.array([0.3])
-        call = mx.compile(lambda x, caption=caption, t=t: model(x=x, timestep=t, sigmas=None, cap_feats=caption))
-        bench.measure(f"mflux forward {side}", lambda x=x, call=call: mx.eval(call(x)), bench.flops(side), 8)
+        run = _pass(model, _inputs(side), random_caption(bench.config))
+        bench.measure(f"mflux forward {side}", run, bench.flops(side), 8)
 
 
 def _steps(bench: Bench, model: Any, lora: Any) -> None:
