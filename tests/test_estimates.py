@@ -87,7 +87,7 @@ def test_the_estimate_of_generation_is_what_was_measured() -> None:
 
 @pytest.mark.parametrize(
     ("lean", "side", "measured", "within"),
-    [(True, 512, 1.4e9, 0.2), (True, 1024, 4.6e9, 0.05), (False, 512, 5.1e9, 0.35), (False, 1024, 21.8e9, 0.05)],
+    [(True, 512, 1.2e9, 0.2), (True, 1024, 3.44e9, 0.05), (False, 512, 5.1e9, 0.35), (False, 1024, 21.8e9, 0.05)],
 )
 def test_the_estimate_of_training_is_what_was_measured(lean: bool, side: int, measured: float, within: float) -> None:
     captions, pictures, train = training_stages(loaded(), (side // 16) ** 2, LORA, lean=lean)
@@ -96,7 +96,7 @@ def test_the_estimate_of_training_is_what_was_measured(lean: bool, side: int, me
     assert captions.weights > pictures.weights > 0
 
 
-@pytest.mark.parametrize(("side", "generated", "trained"), [(512, 4.95e9, 5.74e9), (1024, 5.72e9, 8.20e9)])
+@pytest.mark.parametrize(("side", "generated", "trained"), [(512, 4.95e9, 5.15e9), (1024, 5.72e9, 7.2e9)])
 def test_the_estimates_at_4_bits_are_what_whole_runs_took(side: int, generated: float, trained: float) -> None:
     model = loaded(quantization=FOUR)
     picture = peak(generation_stages(model, LEAN, (side, side)))
@@ -105,7 +105,7 @@ def test_the_estimates_at_4_bits_are_what_whole_runs_took(side: int, generated: 
 
 
 @pytest.mark.parametrize(
-    ("bits", "pictures", "training"), [(None, (1.5e9, 2.2e9), (2.8e9, 5.6e9)), (FOUR, (2.2e9, 2.7e9), (2.9e9, 5.7e9))]
+    ("bits", "pictures", "training"), [(None, (1.5e9, 2.2e9), (2.5e9, 4.7e9)), (FOUR, (2.2e9, 2.7e9), (2.5e9, 4.6e9))]
 )
 def test_streaming_needs_the_memory_of_three_blocks(
     bits: Quantization | None, pictures: tuple[float, float], training: tuple[float, float]
@@ -135,7 +135,7 @@ def test_the_weights_of_three_blocks_are_counted() -> None:
 def test_a_mac_of_8_gb_generates_at_1024_and_does_not_train() -> None:
     model, limit = loaded(quantization=FOUR), 5_726_623_061  # what an M1 says
     require_memory(generation_stages(model, METAL_LEAN, (1024, 1024)), limit)
-    with pytest.raises(ConfigError, match=r"about 6\.1 GB to train, .* there are 5\.7 GB"):
+    with pytest.raises(ConfigError, match=r"about 5\.8 GB to train, .* there are 5\.7 GB"):
         require_memory(training_stages(model, 32**2, LORA, footprint=METAL_LEAN), limit)
 
 
@@ -145,8 +145,8 @@ def test_the_estimate_of_training_follows_the_options() -> None:
 
     plain, four, whole = last(), last(loaded(quantization=FOUR)), last(lean=False)
     assert four.weights == pytest.approx(3.6e9, rel=0.05)
-    unpacked = 2 * 3840 * (2 * 3 * 10240 + 4 * 3840)  # feed-forwards of two pieces, attention of one
-    assert four.activations - plain.activations == pytest.approx(unpacked, rel=0.02)
+    block = 2 * 3840 * (3 * 10240 + 4 * 3840)  # bytes of its matrices
+    assert four.activations - plain.activations == pytest.approx(1.2 * block, rel=0.02)
     assert last(loaded("float32")).weights == 2 * plain.weights
     assert whole.activations - plain.activations > 2 * (1024 + 128) * 34 * (6 * 3840 + 2 * 10240)
     assert last(lora=lora_bytes(TRAINABLE, slots=2, ema=True)).lora == TRAINABLE * 20

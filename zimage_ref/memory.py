@@ -31,8 +31,8 @@ CAPTION_TOKENS = 128  # the padded length of an ordinary caption
 _STREAM_WIDTHS, _FFN_WIDTHS = 16, 6
 _WIDE_WIDTHS = 6  # of them, those of the stream itself, its norms and sums; float32 beside matrices in float16
 # Training: the number of blocks whose values are in memory at once, besides the values that are kept for the gradient
-_LEAN_BLOCKS, _FAST_BLOCKS = 2.7, 8.2
-_LEAN_UNPACKED = 1.7  # training on 4 or 8 bits: blocks with matrices unpacked at once: two feed-forwards, one attention
+_LEAN_BLOCKS, _FAST_BLOCKS = 1.8, 8.2
+_LEAN_UNPACKED = 1.2  # training on 4 or 8 bits: blocks with matrices unpacked at once
 _LAYER_WIDTHS = 16  # values in two layers of the autoencoder, in the unit of `Footprint.pixel_widths`
 _LATENT_BYTES, _PIXEL_BYTES = 8, 40  # of a picture made of tiles, for each pixel: latents and noise; the picture itself
 _SIDES = "`width` and `height`"
@@ -70,12 +70,12 @@ class Footprint:
 #   transformer, 8 bits, more than at 16 bits        1.2 to 1.7   1.4
 #   text encoder, 512 tokens                           0.8        0.8          0.8        0.8
 #   autoencoder, decoding 1024 x 1024                  4.0        5.4          1.8        2.0
-#   training step, rank 16, AdamW, 512 x 512           5.1        6.6          1.4        1.6
-#   training step, rank 16, AdamW, 1024 x 1024        21.8       22.7          4.6        4.5
+#   training step, rank 16, AdamW, 512 x 512           5.1        6.6          1.2        1.4
+#   training step, rank 16, AdamW, 1024 x 1024        21.8       22.7          3.4        3.5   in chunks; fused 2.8
 #   generation at 4 bits, whole run, 512 x 512                                 4.9        5.1   with weights
 #   generation at 4 bits, whole run, 1024 x 1024                               5.7        5.7   with weights
-#   training at 4 bits, whole run, 512 x 512                                   5.7        5.9   with weights
-#   training at 4 bits, whole run, 1024 x 1024                                 8.2        8.7   with weights
+#   training at 4 bits, whole run, 512 x 512                                   5.2        5.5   with weights
+#   training at 4 bits, whole run, 1024 x 1024                                 6.5        7.6   with weights, fused
 #
 # FAST computes one block while the next is queued. It computes whole layers of the autoencoder up to 1024 x 1024, and
 # strips of them above that; strips of half the size took a seventh longer. LEAN computes blocks in pieces, and layers

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 import whole_runs
 
 from zimage_mlx import Step, TrainConfig, ZImagePipeline, train
+from zimage_mlx.networks.fused_attention import without_fused_gradient
 from zimage_mlx.networks.weights import to_stored
 from zimage_ref.formats import safetensors
 from zimage_ref.formats.checkpoint import RECORD_KEY
@@ -131,12 +133,14 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "4"])
     parser.add_argument("--blocks", type=int, default=config.OFFICIAL_TRANSFORMER.n_layers)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--chunks", action="store_true", help="the gradient of attention in chunks, as on a Mac")
     parser.add_argument("--folder", type=Path, help="where the files are made, and kept; default: a temporary one")
     parser.add_argument("--run", nargs=4, metavar=("WORK", "MODEL", "SIDE", "MEMORY"), help="one run, in this process")
     args = parser.parse_args()
     if args.run:
         work, model, side, memory = args.run
-        print(json.dumps(measured(work, Path(model), int(side), memory, args.steps)), flush=True)
+        with without_fused_gradient() if args.chunks else nullcontext():
+            print(json.dumps(measured(work, Path(model), int(side), memory, args.steps)), flush=True)
         return
     with tempfile.TemporaryDirectory() as temporary:
         home, rows = args.folder or Path(temporary), []
@@ -154,6 +158,7 @@ def main() -> None:
                 for side in args.sides:
                     for memory in args.memory:
                         given = ["--run", work, str(model), str(side), memory, "--steps", str(args.steps)]
+                        given += ["--chunks"] * args.chunks
                         done = subprocess.run([sys.executable, __file__, *given], stdout=subprocess.PIPE, text=True)
                         row = {"work": work, "side": side, "precision": precision, "memory": memory}
                         row |= json.loads(done.stdout) if done.returncode == 0 else {"seconds": "failed"}

@@ -99,6 +99,25 @@ def test_gradients_are_those_of_the_whole_network(trains: str, keep: int, monkey
         assert mx.abs(array).max() > 0
 
 
+@pytest.mark.parametrize("trains", ["every linear layer", "one late layer"])
+def test_the_feed_forward_in_rows_of_tokens_has_the_same_gradients(trains: str, monkeypatch) -> None:
+    monkeypatch.setattr(block_gradient, "_FEED_FORWARD_ROWS", 100)  # 2 x 128 tokens: parts of 43, 43 and 42
+    again, rows = block_gradient._hidden_again, []
+
+    def spy(block: Any, middle: Any, modulation: Any) -> Any:
+        rows.append(middle.x.shape[1])
+        return again(block, middle, modulation)
+
+    monkeypatch.setattr(block_gradient, "_hidden_again", spy)
+    loss, expected = of_the_whole_network(trains)
+    actual_loss, actual = LossAndGradients(model_with_loras(LAYERS[trains]), 0, compiled=False)(batch())
+    assert rows[:3] == [43, 43, 42]
+    assert actual.keys() == expected.keys()
+    assert_parity(actual_loss, loss, "same", name="loss")
+    for name, array in expected.items():
+        assert_parity(actual[name], array, "same", name=name)
+
+
 @pytest.mark.parametrize("keep", [0, 2])
 def test_compiled_pieces_and_blocks_have_the_same_gradients(keep: int) -> None:
     model = model_with_loras(LAYERS["every linear layer"])
@@ -195,7 +214,7 @@ def test_pieces_make_the_gradient_of_a_scale_only_where_it_is_wanted(wanted: boo
 
     def run(function: Any, *args: Any) -> Any:
         result = function(*args)
-        if function is not block_gradient._kept_again:
+        if function not in (block_gradient._kept_again, block_gradient._hidden_again):
             made.extend(array.shape for _, array in tree_flatten(result) if isinstance(array, mx.array))
         return result
 

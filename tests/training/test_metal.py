@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from zimage_cli.app import main
 from zimage_mlx import Checkpointed, Done, ZImagePipeline, device
-from zimage_mlx.training import learner, loop, machines
+from zimage_mlx.training import learner, loop, machines, run
 from zimage_mlx.training.gradient import LossAndGradients
 from zimage_ref import BackendError, TrainingError
 from zimage_ref.options_file import dump_options
@@ -170,3 +170,28 @@ def test_float32_means_float32_before_the_first_product(asked: str, model_dir: P
         command = [sys.executable, "-c", program, str(model_dir), asked]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "metal", "expected"), [(True, False, ("7", "50")), (True, True, ("7", None)), (False, False, ("7", None))]
+)
+def test_memory_comes_back_early_on_cuda_unless_a_user_said_otherwise(
+    gpu: bool, metal: bool, expected: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(device, "on_metal", lambda: metal)
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "7")
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "")  # so that it is deleted in the end
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
+    device.give_memory_back_early()
+    assert (os.environ["MLX_MAX_OPS_PER_BUFFER"], os.environ.get("MLX_MAX_MB_PER_BUFFER")) == expected
+
+
+@pytest.mark.parametrize(("memory", "times"), [("lean", 1), ("fast", 0)])
+def test_training_asks_for_it_where_memory_is_short(
+    memory: str, times: int, shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(run, "give_memory_back_early", lambda: asked.append(1))
+    shop.train(f"early-{memory}", steps=1, memory=memory)
+    assert len(asked) == times

@@ -12,9 +12,11 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 
 import mlx.core as mx
 
+from zimage_mlx.training import optimizer as optimizer_module
 from zimage_mlx.training.eight_bits import BLOCK, Quantized, dequantized, quantized
-from zimage_mlx.training.optimizer import make_optimizer
+from zimage_mlx.training.optimizer import Optimizer, make_optimizer
 from zimage_mlx.training.optimizers import AdamW8bit, Prodigy, ScheduleFreeAdamW
+from zimage_mlx.training.packing import Packing
 from zimage_ref import TrainConfig
 from zimage_ref.formats.tensors import Array
 
@@ -182,3 +184,23 @@ def test_rounding_is_close_and_right_in_the_mean(signed: bool) -> None:
 def test_blocks_without_numbers_stay_zero() -> None:
     stored = quantized(mx.zeros(300), True, mx.random.key(0))
     assert not np.array(dequantized(stored, 300)).any()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "schedulefree", "adamw8bit"])
+def test_an_optimizer_in_one_pass_as_on_a_gpu_makes_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, gradient = problem(5)
+    config, packing = TrainConfig(Path("m"), Path("d"), optimizer=name, weight_decay=0.1), Packing(start)
+    found = []
+    for gpu in (False, True):
+        monkeypatch.setattr(optimizer_module, "on_gpu", lambda gpu=gpu: gpu)
+        vectors = packing.pack({name: mx.array(value) for name, value in start.items()})
+        optimizer = Optimizer(config, packing, vectors)
+        for step, rate in enumerate(RATES[:10]):
+            if step == 5:  # a run that goes on has the same program and another state
+                optimizer.restore(optimizer.state())
+            matrices = {name: np.array(value) for name, value in packing.unpack(vectors).items()}
+            gradients = {name: mx.array(g.astype(np.float32)) for name, g in gradient(matrices, step).items()}
+            vectors = optimizer.apply(vectors, packing.pack(gradients), rate)
+        found.append(packing.unpack(vectors))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-5)

@@ -23,6 +23,8 @@ from zimage_mlx.networks.tree import substituted, trainable
 
 P = ParamSpec("P")
 
+_FEED_FORWARD_ROWS = 2304  # tokens whose wide arrays are made again at once: fewer take longer
+
 
 class BlockContext(NamedTuple):
     """What a block takes beside the stream; see `Block`."""
@@ -37,6 +39,25 @@ class Kept(NamedTuple):
 
     attention: AttentionKept
     feed_forward: FeedForwardKept
+
+
+class _Middle(NamedTuple):
+    """What the stream between the halves follows from; see `AttentionKept`."""
+
+    x: mx.array
+    out: mx.array
+    gate: mx.array | None
+
+    def stream(self, block: Block) -> mx.array:
+        """(B, S, D), the input of the half with the feed-forward."""
+        return self.x + block.attention_added(self.out, self.gate)
+
+
+class _Modulation(NamedTuple):
+    """Scale and gate of the half with the feed-forward, (B, 1, D) each; None for a block without modulation."""
+
+    scale: mx.array | None
+    gate: mx.array | None
 
 
 BlockGradients = tuple[mx.array, "mx.array | None", Parameters]  # of the input, of adaln, of parameters
@@ -72,18 +93,19 @@ def backward(
     kept: the arrays that `forward` kept, or the input alone; the others are then made again. run: runs a part; see
     `running.RunInPieces`.
     """
-    if isinstance(kept, mx.array):
-        kept = run(_kept_again, block, kept, context)
     rotation, mask, adaln = context
     scales_too = adaln is not None and (time_too or bool(trainable(block, ["adaLN_modulation"])))
-    attention, feed_forward = kept
-    d_middle, d_scales_f, gradients = run(_feed_forward_back, block, attention, feed_forward, d_out, scales_too)
-    del kept, feed_forward  # in pieces they are gone by the time that attention needs the room
+    attention, other = kept if isinstance(kept, Kept) else run(_kept_again, block, kept, context)
+    d_middle, d_scales_f, gradients = _feed_forward_back(block, attention, other, d_out, scales_too, run)
     ready, d_attended, d_gate_a, more = run(_output_back, block, attention, rotation, d_middle, scales_too)
     gradients = gradients | more  # not in place: `run` still has to wait for what the first piece returned
     heads = block.attention.heads
-    d_ready = attention_gradient(ready, heads(d_attended), heads(attention.attended), mask, run)
-    d, d_scale_a, more = run(_projections_back, block, attention, rotation, d_ready, scales_too)
+    d_heads, attended = heads(d_attended), heads(attention.attended)
+    x, projected, scale_a = attention.x, QKV(attention.q, attention.k, attention.v), attention.scale
+    del attention, d_attended
+    d_ready = attention_gradient(ready, d_heads, attended, mask, run)
+    del ready, d_heads, attended  # in pieces, an array is gone by the time that another one needs the room
+    d, d_scale_a, more = run(_projections_back, block, x, projected, scale_a, rotation, d_ready, scales_too)
     gradients = gradients | more
 
     d_adaln = None
@@ -95,29 +117,73 @@ def backward(
 
 
 def _feed_forward_back(
-    block: Block, attention: AttentionKept, kept: FeedForwardKept, d_out: mx.array, scales_too: bool
+    block: Block,
+    attention: AttentionKept,
+    kept: FeedForwardKept | _Modulation,
+    d_out: mx.array,
+    scales_too: bool,
+    run: Run,
 ) -> tuple[mx.array, list[mx.array], Parameters]:
     """Gradients of the half with the feed-forward: of its input; of scale and gate, if `scales_too`; of parameters.
 
+    kept: if it is the modulation alone, the wide arrays are made again, for some tokens at a time.
+    """
+    B, S, _ = d_out.shape
+    chunks = 1 if isinstance(kept, FeedForwardKept) else min(S, -(-B * S // _FEED_FORWARD_ROWS))
+    size = -(-S // chunks)
+    d_parts: list[mx.array] = []
+    d_scales: list[mx.array] = []
+    gradients: Parameters = {}
+    for start in range(0, S, size):
+        rows = slice(start, start + size)
+        d, x, out = (a if chunks == 1 else a[:, rows] for a in (d_out, attention.x, attention.out))
+        middle = _Middle(x, out, attention.gate)
+        hidden = kept if isinstance(kept, FeedForwardKept) else run(_hidden_again, block, middle, kept)
+        d_hidden, d_gate, more = run(_contract_back, block, hidden, d, scales_too)
+        del hidden
+        d, d_scale, last = run(_expand_back, block, middle, kept.scale, d_hidden, d, scales_too)
+        del d_hidden
+        d_parts.append(d)
+        found = [*d_scale, *d_gate]
+        d_scales = [a + b for a, b in zip(d_scales, found, strict=True)] if d_scales else found
+        more = more | last
+        gradients = {name: gradients[name] + d for name, d in more.items()} if gradients else more
+    return d_parts[0] if chunks == 1 else mx.concatenate(d_parts, axis=1), d_scales, gradients
+
+
+def _contract_back(
+    block: Block, kept: FeedForwardKept, d_out: mx.array, scales_too: bool
+) -> tuple[list[mx.array], list[mx.array], Parameters]:
+    """Gradients of the hidden gate and value (B, S, F); of the block's gate, if `scales_too`; of parameters.
+
     All that a piece returns is computed, and gradients of scale and gate take passes over wide float32 arrays.
     """
-    feed_forward = block.feed_forward
-    middle = attention.x + block.attention_added(attention.out, attention.gate)
     _, (d_normed, *d_gate), gradients = pull_back(
         block, ["ffn_norm2"], block.feed_forward_added, _present(kept.out, kept.gate), [d_out]
     )
     _, d_hidden, more = pull_back(
-        block, ["feed_forward.w2"], feed_forward.contract, [kept.hidden_gate, kept.hidden_value], [d_normed]
+        block, ["feed_forward.w2"], block.feed_forward.contract, [kept.hidden_gate, kept.hidden_value], [d_normed]
     )
-    gradients |= more
-    _, (d, *d_scale), more = pull_back(
+    return d_hidden, d_gate if scales_too else [], gradients | more
+
+
+def _expand_back(
+    block: Block,
+    middle: _Middle,
+    scale: mx.array | None,
+    d_hidden: list[mx.array],
+    d_out: mx.array,
+    scales_too: bool,
+) -> tuple[mx.array, list[mx.array], Parameters]:
+    """Gradients of the input of the half with the feed-forward; of its scale, if `scales_too`; of parameters."""
+    _, (d, *d_scale), gradients = pull_back(
         block,
         ["feed_forward.w1", "feed_forward.w3", "ffn_norm1"],
-        lambda x, scale=None: feed_forward.expand(block.feed_forward_input(x, scale)),
-        _present(middle, kept.scale),
+        lambda x, scale=None: block.feed_forward.expand(block.feed_forward_input(x, scale)),
+        _present(middle.stream(block), scale),
         d_hidden,
     )
-    return d_out + d, [*d_scale, *d_gate] if scales_too else [], gradients | more
+    return d_out + d, d_scale if scales_too else [], gradients
 
 
 def _output_back(
@@ -134,22 +200,28 @@ def _output_back(
 
 
 def _projections_back(
-    block: Block, kept: AttentionKept, rotation: Rotation, d_ready: QKV, scales_too: bool
+    block: Block,
+    x: mx.array,
+    projected: QKV,
+    scale: mx.array | None,
+    rotation: Rotation,
+    d_ready: QKV,
+    scales_too: bool,
 ) -> tuple[mx.array, list[mx.array], Parameters]:
-    """Gradients of the input of attention, its scale and its projections' parameters."""
+    """Gradients of the input x of attention, its scale and its projections' parameters."""
     attention = block.attention
     _, d, gradients = pull_back(
         block,
         ["attention.norm_q", "attention.norm_k"],
         lambda q, k, v: attention.norm_and_rotate(q, k, v, rotation),
-        [kept.q, kept.k, kept.v],
+        projected,
         d_ready,
     )
     _, (dx, *d_scale), more = pull_back(
         block,
         ["attention.to_q", "attention.to_k", "attention.to_v", "attention_norm1"],
         lambda x, scale=None: attention.project(block.attention_input(x, scale)),
-        _present(kept.x, kept.scale),
+        _present(x, scale),
         d,
     )
     return dx, d_scale if scales_too else [], gradients | more
@@ -183,5 +255,14 @@ def _present(array: mx.array, scale: mx.array | None) -> list[mx.array]:
     return [array] if scale is None else [array, scale]
 
 
-def _kept_again(block: Block, x: mx.array, context: BlockContext) -> Kept:
-    return forward(block, x, context)[1]
+def _kept_again(block: Block, x: mx.array, context: BlockContext) -> tuple[AttentionKept, _Modulation]:
+    """What the half with attention keeps, and the modulation of the other half."""
+    rotation, mask, adaln = context
+    scale_a, gate_a, scale_f, gate_f = [None] * 4 if adaln is None else block.modulation(adaln)
+    kept = block.attention_half(x, rotation, mask, scale_a, gate_a)[1]
+    return kept, _Modulation(scale_f, gate_f)
+
+
+def _hidden_again(block: Block, middle: _Middle, modulation: _Modulation) -> FeedForwardKept:
+    """What the half with the feed-forward keeps."""
+    return block.feed_forward_half(middle.stream(block), *modulation)[1]

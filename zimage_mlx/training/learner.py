@@ -127,7 +127,7 @@ class Learner:
     def _gradients(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> tuple[float, Vectors]:
         """Loss and gradients, means over all pictures of the step, the same on every machine."""
         dropped = dropout(self._plan.config, self._kind, self._packing.shapes, step)
-        masked = {factor: vector * dropped.get(factor, 1.0) for factor, vector in self._vectors.items()}
+        masked = thinned(self._vectors, dropped)
         self._use(masked, self._model.dtype)  # the branches work in the stream's dtype
         pictures = sum(map(len, batches))
         loss, gradients = mx.array(0.0), {factor: mx.zeros_like(vector) for factor, vector in masked.items()}
@@ -144,7 +144,7 @@ class Learner:
         if self._group.size() > 1:
             loss, *summands = summed_together([loss, *gradients.values()], self._group)
             gradients = dict(zip(gradients, summands, strict=True))
-        return number(loss), {factor: part * dropped.get(factor, 1.0) for factor, part in gradients.items()}
+        return number(loss), thinned(gradients, dropped)
 
     def _preserved(
         self, noisy: NoisyBatch, vectors: Vectors, step: int, epoch: int, items: Sequence[int]
@@ -186,6 +186,11 @@ class Learner:
 
     def _use(self, vectors: Vectors, dtype: mx.Dtype = mx.float32) -> None:
         place(self._model, self._packing.unpack(vectors, dtype))
+
+
+def thinned(vectors: Vectors, dropped: Mapping[str, mx.array]) -> Vectors:
+    """`vectors` times what `dropout` gave. A vector that is left as it is stays the same array."""
+    return {factor: v * dropped[factor] if factor in dropped else v for factor, v in vectors.items()}
 
 
 def check_same(output: Path, what: str, saved: Mapping[str, Array], fresh: Tensors) -> None:

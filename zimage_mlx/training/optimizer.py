@@ -7,13 +7,13 @@ Source: LoRA+, arXiv 2402.12354 (B learns faster than A).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from zimage_mlx.device import number
+from zimage_mlx.device import number, on_gpu
 from zimage_ref.formats.tensors import Array
 from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.training.config import TrainConfig
@@ -44,13 +44,20 @@ class Optimizer:
         self._parts = {name: make_optimizer(config, name != MAGNITUDE) for name in self._factors}
         for name, part in self._parts.items():
             part.init(self._view(name, vectors))
+        self._changes = {name: self._change(part) for name, part in self._parts.items()}
+
+    def _change(self, part: optim.Optimizer) -> Callable[[Vectors, Vectors], Vectors]:
+        """`part.apply_gradients`. On a GPU its passes become one, so that no array between two passes is in memory."""
+        if not on_gpu() or self._by_matrix or not hasattr(optim, type(part).__name__):
+            return part.apply_gradients
+        return mx.compile(part.apply_gradients, inputs=part.state, outputs=part.state)
 
     def apply(self, vectors: Vectors, gradients: Vectors, lr: float) -> Vectors:
         """The vectors after one step. `gradients` has the layout of `vectors`."""
         updated: dict[str, mx.array] = {}
         for name, part in self._parts.items():
             part.learning_rate = lr * self._ratios.get(name, 1.0)
-            updated |= part.apply_gradients(self._view(name, gradients), self._view(name, vectors))
+            updated |= self._changes[name](self._view(name, gradients), self._view(name, vectors))
             mx.eval(updated, part.state)  # one part after the other, so that only one has old and new state in memory
         return self._packing.pack(updated) if self._by_matrix else updated
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from zimage_mlx.device import gpu_errors_explained
+from zimage_mlx.device import give_memory_back_early, gpu_errors_explained
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.formats.quantize import GROUP_SIZE
+from zimage_ref.memory import Mode
 from zimage_ref.training.checked_dataset import CheckedDataset
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
@@ -88,9 +89,7 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
         yield Notice(f"memory {choice.sentence(plan.model)}")
         if config.kind == FULL:
             yield Notice(written(plan, dtype))
-    # with auto, what does not fit into the mode fast keeps as much of it as fits: see `loop`
-    between = config.memory == "auto" and choice.mode == "lean"
-    pipeline.set_mode("fast" if between else choice.mode)
+    _set_mode(pipeline, config, choice.mode)
     pipeline.unpack = _unpacks(pipeline, config, saved)
     if machines.first and not config.resume:
         run.clear()
@@ -105,6 +104,15 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
                 return
         loop = Loop(plan, pipeline, data, machines, facts, saved)
         yield from recorded(loop.events(), run, facts, loop.done, logs) if machines.first else loop.events()
+
+
+def _set_mode(pipeline: ZImagePipeline, config: TrainConfig, mode: Mode) -> None:
+    """Makes the pipeline as frugal as `mode` says."""
+    if mode != "fast":
+        give_memory_back_early()
+    # with auto, what does not fit into the mode fast keeps as much of it as fits: see `loop`
+    between = config.memory == "auto" and mode == "lean"
+    pipeline.set_mode("fast" if between else mode)
 
 
 def _unpacks(pipeline: ZImagePipeline, config: TrainConfig, saved: SavedState | None) -> bool:
