@@ -6,7 +6,8 @@
 
 ms is the median of several runs after two warm-ups; over_gb the peak over the weights that lie in memory; mfu the share
 of this machine's own bfloat16 matrix product (8192 x 8192 x 8192). Where mflux is installed, it is measured beside
-ours, in the same process and on the same number of tokens.
+ours, in the same process and on the same number of tokens. Training sets MLX_MAX_OPS_PER_BUFFER=5 and
+MLX_MAX_MB_PER_BUFFER=50 in the modes lean and stream; set them to measure lean steps.
 """
 
 from __future__ import annotations

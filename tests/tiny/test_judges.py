@@ -61,14 +61,13 @@ def trained(config: TrainConfig) -> tuple[Path, int]:
     return config.output, steps
 
 
-# The known scenes of 60 that must be kept are one fewer than were measured: another BLAS may change a picture.
+# Measured were 9 and 56 with lokr, 10 and 57 with loha, 10 and 57 with dora.
 @long_only
 @pytest.mark.parametrize(
-    ("kind", "options", "keeps"),
-    [("lokr", {"epochs": 2 * demo.EPOCHS, "ema": 0.985}, 55), ("loha", {}, 55), ("dora", {}, 56)],
+    ("kind", "options"), [("lokr", {"epochs": 2 * demo.EPOCHS, "ema": 0.985}), ("loha", {}), ("dora", {})]
 )
 def test_each_kind_learns_the_word_and_keeps_the_others_within_twice_the_steps(
-    tmp_path: Path, kind: str, options: dict[str, Any], keeps: int
+    tmp_path: Path, kind: str, options: dict[str, Any]
 ) -> None:
     config = lesson(tmp_path, kind=kind, **options)
     usual, of_lora = (make_plan(replace(config, lr=None, kind=name)).lr for name in (kind, "lora"))
@@ -76,7 +75,7 @@ def test_each_kind_learns_the_word_and_keeps_the_others_within_twice_the_steps(
     lora, steps = trained(replace(config, lora_plus=usual / of_lora))
     assert steps <= 2 * 8 * demo.EPOCHS
     assert right(drawings.examination(demo.WORD), lora) >= 9
-    assert right(KNOWN, lora) >= keeps
+    assert right(KNOWN, lora) >= 56
 
 
 GROUND = "purple"
