@@ -25,6 +25,8 @@ if HAS_MLX:
 
     from zimage_mlx.lora import layers as mlx_lora
     from zimage_mlx.lora.arithmetic import MLXArithmetic, updated
+    from zimage_mlx.networks import ops
+    from zimage_mlx.training import block_gradient
     from zimage_mlx.training.gradient import LossAndGradients
     from zimage_mlx.training.loss import NoisyBatch
 
@@ -124,8 +126,16 @@ def test_fresh_factors_are_kaiming_uniform_and_zero() -> None:
 
 
 @mlx_only
-def test_lora_gradients_are_those_of_the_reference_loss() -> None:
-    """Each matrix's gradient along a random direction, with central differences of zimage_ref in float64."""
+@pytest.mark.parametrize(("tokens", "rows"), [(2304, 768), (50, 30)])
+def test_lora_gradients_are_those_of_the_reference_loss(
+    tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each matrix's gradient along a random direction, with central differences of zimage_ref in float64.
+
+    The second time, the feed-forward and attention go in several parts.
+    """
+    monkeypatch.setattr(block_gradient, "_FEED_FORWARD_ROWS", tokens)
+    monkeypatch.setattr(ops, "_FEWER_ROWS", rows)
     rng = np.random.default_rng(3)
     model = mlx_transformer()
     mlx_lora.add_trainable_loras(model, LAYERS, rank=3, alpha=1.2, rng=rng)  # alpha / rank is not 1
