@@ -1,6 +1,6 @@
 """A harder word than the demo's: a block letter of five strokes. Its captions name no place and no size.
 
-The preset for it was tuned on S alone; see `docs/training.md`. To measure another letter, change LETTER.
+The preset for it was chosen by S and E; see `docs/training.md`. To measure another letter, change LETTER.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zimage_ref.training.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 WORD, CLASS, LETTER = "dax", "star", "S"
-RATE = 1.5e-3  # that of the preset is for Z-Image; the built-in model is narrower
+RATE = 8e-4  # that of the preset is for Z-Image; the built-in model is narrower
 _THICK = 0.36  # of a stroke; a letter reaches from -1 to 1
 _EDGE = 0.85
 _OPEN, _HALF = _EDGE - _THICK, _THICK / 2  # the inner end of a stroke at the side, and half a stroke in the middle
@@ -98,7 +98,7 @@ def letter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @long_only
 @pytest.mark.usefixtures("letter")
 def test_the_preset_for_a_shape_learns_a_letter_and_keeps_the_known_words(tmp_path: Path) -> None:
-    """Measured were 0.83 and 55 of 60. In as much time the defaults give 0.63 and 50, and the model alone draws 59."""
+    """Measured were 0.84 and 57 of 60. In as much time the defaults give 0.63 and 50, and the model alone draws 59."""
     data, output = lesson(tmp_path / "dataset"), tmp_path / f"{WORD}.safetensors"
     options: dict[str, Any] = {**PRESETS["logo"], "resolution": (SIDE,), "lr": RATE, "trigger": WORD, "preserve": CLASS}
     assert any(isinstance(event, Done) for event in train(TrainConfig(Path(TINY), data, output, **options)))
@@ -106,4 +106,4 @@ def test_the_preset_for_a_shape_learns_a_letter_and_keeps_the_known_words(tmp_pa
     assert np.mean([overlap(picture) for picture in letters]) >= 0.8
     known = take(60, seed=77, held_out=True)
     shown = [judge.shows(judge.look(p), s) for p, s in zip(drawn(known, output), known, strict=True)]
-    assert sum(shown) >= 54  # one fewer than was measured: another BLAS may change a picture
+    assert sum(shown) >= 56  # one fewer than was measured: another BLAS may change a picture
