@@ -96,8 +96,9 @@ def test_the_estimate_of_training_is_what_was_measured(lean: bool, side: int, me
     assert captions.weights > pictures.weights > 0
 
 
-@pytest.mark.parametrize(("side", "generated", "trained"), [(512, 4.95e9, 5.15e9), (1024, 5.72e9, 7.2e9)])
+@pytest.mark.parametrize(("side", "generated", "trained"), [(512, 4.95e9, 5.15e9), (1024, 5.72e9, 6.53e9 + 0.71e9)])
 def test_the_estimates_at_4_bits_are_what_whole_runs_took(side: int, generated: float, trained: float) -> None:
+    """The gradient of attention was fused there. In chunks, a step at 1024 took 3.44 instead of 2.73 GB."""
     model = loaded(quantization=FOUR)
     picture = peak(generation_stages(model, LEAN, (side, side)))
     run = peak(training_stages(model, (side // 16) ** 2, LORA))
