@@ -96,7 +96,11 @@ def in_rows(layer: Callable[[mx.array], mx.array], x: mx.array, outputs: int) ->
 
 def _row_chunks(rows: int, operations: int) -> list[slice]:
     """All `rows` of a kernel of this many operations, or as many parts as it needs to be short enough on Metal."""
-    count = math.ceil(operations / _LONGEST_KERNEL) if device.on_metal() else 1
+    return row_parts(rows, math.ceil(operations / _LONGEST_KERNEL) if device.on_metal() else 1)
+
+
+def row_parts(rows: int, count: int) -> list[slice]:
+    """`rows` in at most `count` parts, as equal as can be."""
     if count == 1:
         return [slice(None)]
     size = -(-rows // count)
@@ -117,13 +121,11 @@ def attention_gradient(
         return QKV(*run(fused_attention.fused_gradient, q, k, v, d_out, mask))
     most = _QUERY_ROWS if run is run_directly else min(_QUERY_ROWS, _FEWER_ROWS)
     chunks = max(-(-S // most), B * H * S * S * q.dtype.size // _MOST_SCORES + 1)
-    rows = -(-S // chunks)  # as equal as can be
     d_wide, v_wide_t = run(_widened, d_out, out, v)
     if chunks == 1:
         return run(_chunk_gradient, q, k, v_wide_t, d_wide, mask)
     dq, sums = [], (mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32))
-    for start in range(0, S, rows):
-        part = slice(start, start + rows)
+    for part in row_parts(S, chunks):
         allowed = mask[:, :, part] if mask is not None and mask.shape[2] > 1 else mask
         rows_dq, sums = run(_chunk_added, sums, q[:, :, part], k, v_wide_t, d_wide[:, :, part], allowed)
         dq.append(rows_dq)

@@ -156,7 +156,7 @@ class Block(nn.Module):
         run: RunHalf = output_of,
     ) -> mx.array:
         """The output (B, S, D). run: how each half is run, and what becomes of what it keeps."""
-        scale_a, gate_a, scale_f, gate_f = [None] * 4 if adaln is None else self.modulation(adaln)
+        scale_a, gate_a, scale_f, gate_f = self.scales_and_gates(adaln)
         x = run(Block.attention_half, self, x, rotation, mask, scale_a, gate_a)
         return run(Block.feed_forward_half, self, x, scale_f, gate_f)
 
@@ -195,6 +195,10 @@ class Block(nn.Module):
     def feed_forward_added(self, out: mx.array, gate: mx.array | None = None) -> mx.array:
         """The update of the stream by the feed-forward; `out` (B, S, D) is its output."""
         return normed(self.ffn_norm2, out, gate, feed_forward_factor(out.dtype))
+
+    def scales_and_gates(self, adaln: mx.array | None) -> Sequence[mx.array | None]:
+        """The `modulation` by adaln (B, adaln), or four times None for a block without one."""
+        return [None] * 4 if adaln is None else self.modulation(adaln)
 
     def modulation(self, adaln: mx.array) -> list[mx.array]:
         """(B, adaln) -> scale and gate of attention, then of the feed-forward, (B, 1, D) each."""

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from zimage_mlx.networks.kept import AttentionKept, FeedForwardKept
-from zimage_mlx.networks.ops import QKV, Rotation, attention_gradient
+from zimage_mlx.networks.ops import QKV, Rotation, attention_gradient, row_parts
 from zimage_mlx.networks.parameters import Parameters
 from zimage_mlx.networks.running import Run, run_directly
 from zimage_mlx.networks.transformer import Block
@@ -129,14 +129,12 @@ def _feed_forward_back(
     kept: if it is the modulation alone, the wide arrays are made again, for some tokens at a time.
     """
     B, S, _ = d_out.shape
-    chunks = 1 if isinstance(kept, FeedForwardKept) else min(S, -(-B * S // _FEED_FORWARD_ROWS))
-    size = -(-S // chunks)
+    parts = row_parts(S, 1 if isinstance(kept, FeedForwardKept) else -(-B * S // _FEED_FORWARD_ROWS))
     d_parts: list[mx.array] = []
     d_scales: list[mx.array] = []
     gradients: Parameters = {}
-    for start in range(0, S, size):
-        rows = slice(start, start + size)
-        d, x, out = (a if chunks == 1 else a[:, rows] for a in (d_out, attention.x, attention.out))
+    for rows in parts:
+        d, x, out = (a if len(parts) == 1 else a[:, rows] for a in (d_out, attention.x, attention.out))
         middle = _Middle(x, out, attention.gate)
         hidden = kept if isinstance(kept, FeedForwardKept) else run(_hidden_again, block, middle, kept)
         d_hidden, d_gate, more = run(_contract_back, block, hidden, d, scales_too)
@@ -148,7 +146,7 @@ def _feed_forward_back(
         d_scales = [a + b for a, b in zip(d_scales, found, strict=True)] if d_scales else found
         more = more | last
         gradients = {name: gradients[name] + d for name, d in more.items()} if gradients else more
-    return d_parts[0] if chunks == 1 else mx.concatenate(d_parts, axis=1), d_scales, gradients
+    return d_parts[0] if len(parts) == 1 else mx.concatenate(d_parts, axis=1), d_scales, gradients
 
 
 def _contract_back(
@@ -258,7 +256,7 @@ def _present(array: mx.array, scale: mx.array | None) -> list[mx.array]:
 def _kept_again(block: Block, x: mx.array, context: BlockContext) -> tuple[AttentionKept, _Modulation]:
     """What the half with attention keeps, and the modulation of the other half."""
     rotation, mask, adaln = context
-    scale_a, gate_a, scale_f, gate_f = [None] * 4 if adaln is None else block.modulation(adaln)
+    scale_a, gate_a, scale_f, gate_f = block.scales_and_gates(adaln)
     kept = block.attention_half(x, rotation, mask, scale_a, gate_a)[1]
     return kept, _Modulation(scale_f, gate_f)
 
