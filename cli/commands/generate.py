@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,8 @@ from zimage_mlx import blas
 from zimage_ref import ConfigError, GenerateConfig
 from zimage_ref.bounds import COUNT
 from zimage_ref.checkpoints.registry import part_options
-from zimage_ref.errors import reason
 from zimage_ref.formats.files import check_writable
 from zimage_ref.formats.quantize import BITS, GROUP_SIZE, GROUP_SIZES
-from zimage_ref.formats.reading import read_text
 from zimage_ref.generation.caching import choice_for, computed_share
 from zimage_ref.generation.config import GenerateGroup
 from zimage_ref.generation.grid import Grid
@@ -35,6 +32,7 @@ from ..terminal.enhancer import Enhancer
 from ..terminal.options import add_fields, flag, from_args, in_flags
 from ..terminal.parser import CommandParser
 from ..terminal.pictures import STDOUT, GridSheet, OutputNames, PictureWriter, control_path, preview_path
+from ..terminal.prompt_file import read_prompts
 from . import interactive
 
 _EXAMPLES = (
@@ -211,7 +209,7 @@ def _settings(args: argparse.Namespace) -> RunSettings:
 
 def _configs(args: argparse.Namespace, repeat: Repeat | None) -> list[GenerateConfig]:
     """A config for every prompt and seed."""
-    prompts = [*args.prompts, *(_prompts(args.prompt_file) if args.prompt_file else [])]
+    prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
     template = _template(args, repeat)
     if not prompts and not repeat:
         raise ConfigError("--prompt or --prompt-file must be given")
@@ -244,17 +242,6 @@ def _seed(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, and not random") from None
-
-
-def _prompts(path: Path) -> list[str]:
-    try:
-        text = sys.stdin.read().removeprefix("\ufeff") if path == Path("-") else read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {reason(error)}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError(f"{path}: holds no prompts: write one a line")
-    return prompts
 
 
 def _show_facts(run: GenerationRun, requests: Sequence[Request], grid: str | None, console: Console) -> None:

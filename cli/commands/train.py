@@ -30,6 +30,7 @@ from ..terminal.console import Bars, Console
 from ..terminal.duration import duration
 from ..terminal.options import add_fields, from_args
 from ..terminal.parser import CommandParser
+from ..terminal.prompt_file import read_prompts
 from ..terminal.signals import noted
 
 _LOG_EVERY = 10.0  # seconds between lines if there is no terminal for a bar
@@ -69,6 +70,10 @@ def add_options(parser: CommandParser) -> None:
         TrainGroup.RUN, choices=tuple(PRESETS), metavar="NAME",
     )  # fmt: skip
     parser.option(
+        "--preserve-prompt-file", "File with prompts to preserve, one in each line. - reads them from stdin.",
+        TrainGroup.LOSS, essential=False, type=Path, metavar="FILE",
+    )  # fmt: skip
+    parser.option(
         "--dry-run", "Check everything and show the plan. Load no weights.",
         TrainGroup.RUN, action="store_true",
     )  # fmt: skip
@@ -84,6 +89,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Trains, shows the progress and each written file. Returns 0, or 128 + the signal that stopped the run."""
     file = read_options(args.config, TrainConfig) if args.config else {}
     kind = getattr(args, "kind", file.get("kind"))
+    if args.preserve_prompt_file:
+        args.preserve_prompt = (*getattr(args, "preserve_prompt", ()), *read_prompts(args.preserve_prompt_file))
     config = from_args(TrainConfig, args, {**preset_options(args.preset, kind), **file})
     if args.dump_config:
         console.print(dump_options(config).rstrip("\n"))

@@ -31,7 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
-        "batch.py", "merge.py", "stream.py", "train-character.toml", "train-datasets.toml",
+        "batch.py", "merge.py", "preserve.txt", "stream.py", "train-character.toml", "train-datasets.toml",
         "train-object.toml", "train-style.toml",
     }  # fmt: skip
 
@@ -63,6 +63,16 @@ def ranks_of(path: Path) -> dict[str, int]:
     """The rank of each layer's A in a LoRA file."""
     with safe_open(path, framework="np") as file:
         return {key: file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key}  # noqa: SIM118
+
+
+@mlx_only
+def test_the_prompts_to_preserve_are_read_and_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompts = EXAMPLES / "preserve.txt"
+    assert len(set(prompts.read_text(encoding="utf-8").splitlines())) == 100
+    command = "zimage train --model-dir ~/Z-Image --dataset dog --output kept.safetensors --preserve-prompt-file"
+    assert Errands(tmp_path).run(f"{command} {prompts.as_posix()}") == 0
+    assert len([path for path in (tmp_path / "zimage-cache").rglob("*") if path.is_file()]) >= 100
 
 
 @mlx_only

@@ -54,6 +54,7 @@ def test_the_whole_way_from_drawings_to_a_picture_of_the_word(browser: Any, serv
         page.locator("#pictures textarea").first.input_value() == "a red [trigger] in the middle on a white background"
     )
     fill_in(page, run_name="fox", trigger=WORD, train_steps=24, preview_prompt=PROMPT, preview_every=12, save_every=12)
+    keep_prompts(page)
     tab.drop("#pictures-drop", [tmp_path / "drawings" / "zorp1.png"])
     tab.see("#plan-warnings li", "equal pictures: zorp1-2.png, zorp1.png")
     tab.see("#pictures li[data-name='zorp1-2.png'] .shown", "trained at 128 x 128")
@@ -68,9 +69,8 @@ def test_the_whole_way_from_drawings_to_a_picture_of_the_word(browser: Any, serv
     assert page.locator("#run-name").input_value() == "fox"
     tab.see("#run-state", "fox: running")
     tab.see("#run-state", "fox: done, step 24 of 24", 300)
-    text = tab.see("#chart-text", "Step 24:").text_content()
-    last, first = (float(part.split()[0].rstrip(".,")) for part in text.split("loss ")[1].split("at first "))
-    assert last < first
+    assert served.client.get("/api/runs").json()[0]["options"]["preserve_prompt"] == ["a red star, small", "a ring"]
+    check_fall(tab)
     assert page.locator("#chart polyline").first.get_attribute("points").count(",") == 24
     tab.see("#sample-shown", "step 24")
     page.locator("#sample").press("ArrowLeft")
@@ -87,6 +87,20 @@ def test_the_whole_way_from_drawings_to_a_picture_of_the_word(browser: Any, serv
     job = served.client.get(f"/api/jobs/{made['job']}").json()
     assert job["asked"]["loras"] == [{"name": "fox.safetensors", "scale": 1}]
     tab.clean()
+
+
+def check_fall(tab: Tab) -> None:
+    """The text of the chart names a loss that is lower than at first."""
+    text = tab.see("#chart-text", "Step 24:").text_content()
+    last, first = (float(part.split()[0].rstrip(".,")) for part in text.split("loss ")[1].split("at first "))
+    assert last < first
+
+
+def keep_prompts(page: Any) -> None:
+    """Gives prompts to preserve, one with a comma, in a field that has a line for each."""
+    page.click("summary:has(+ #train-more)")
+    page.fill("#train-preserve_prompt", "a red star, small\n\n a ring ")
+    page.fill("#train-preserve_every", "12")
 
 
 def compare_and_use(tab: Tab) -> None:

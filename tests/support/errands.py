@@ -113,7 +113,7 @@ class Errands:
             "--model-dir": self._weights, "--dataset": self.dataset, "--init-image": self.photo,
             "--control-image": self.photo,
             "--control": self.control, "--mask": self._mask,
-            "--tokenizer": self._tokenizer, "--config": self._config,
+            "--tokenizer": self._tokenizer, "--config": self._copy, "--preserve-prompt-file": self._copy,
         }  # fmt: skip
         names_no_file = value == TINY or (flag == "--mask" and value in MASKS)  # of `zimage train`
         if flag in makers and not names_no_file and not path.exists():
@@ -177,6 +177,7 @@ class Errands:
     def _tokenizer(self, path: Path) -> None:
         shutil.copy(BUILT_IN / "tokenizer" / "tokenizer.json", path)
 
-    def _config(self, path: Path) -> None:
+    def _copy(self, path: Path) -> None:
+        """A file of examples/."""
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path.relative_to(self.folder), path)

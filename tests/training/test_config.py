@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import fields
@@ -37,7 +38,8 @@ OTHER: dict[str, Any] = {
     "shuffle_tags": True, "keep_tags": 2, "module_dropout": 0.25, "min_sigma": 0.1, "max_sigma": 0.9,
     "noise_offset": 0.05, "loss": "huber", "huber_delta": 0.2, "loss_weight": "flow-weighted",
     "differential_guidance": 3.0, "preserve": "dog", "preserve_blank": True, "preserve_every": 2,
-    "preserve_weight": 0.5, "log": ("tensorboard", "wandb"), "preview_first": False,
+    "preserve_prompt": ("a cat, asleep", "an owl"), "preserve_weight": 0.5,
+    "log": ("tensorboard", "wandb"), "preview_first": False,
 }  # fmt: skip
 # A value that no run has beside the kind of OTHER
 BESIDE_LORA: dict[str, Any] = {"model_dir": Path("m"), "dataset": Path("d é"), "dropout": 0.15}
@@ -114,7 +116,7 @@ def test_every_option_goes_through_toml_json_and_the_command_line(
     argv = ["train", "--dump-config"]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if name == "preview_prompt":
+        if name in ("preview_prompt", "preserve_prompt"):
             argv += [part for prompt in value for part in (flag, prompt)]
         elif value is True:
             argv.append(flag)
@@ -146,6 +148,28 @@ def test_a_preset_sets_what_nobody_else_does(name: str, tmp_path: Path, capfd: p
     expected = {**PRESETS[name], "rank": 5, "epochs": 7}
     assert TrainConfig(**read_options(file, TrainConfig)) == TrainConfig(Path("m"), Path("d"), **expected)
     assert TrainConfig(Path("m"), Path("d"), **PRESETS[name]).resolution != (256,)
+
+
+def test_prompts_to_preserve_come_from_options_and_a_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, dumped, stdin = tmp_path / "kept.txt", tmp_path / "o.toml", io.StringIO("from stdin\n")
+    kept.write_text("\ufeffa dog, asleep\r\n\n  an owl\n", encoding="utf-8")
+    argv = ["train", "--model-dir=m", "--dataset=d", "--dump-config"]
+    for more, expected in (
+        ([f"--preserve-prompt-file={kept}"], ["a dog, asleep", "an owl"]),
+        (["--preserve-prompt=a cat, awake", f"--preserve-prompt-file={kept}", "--preserve-prompt=a tree"],
+         ["a cat, awake", "a tree", "a dog, asleep", "an owl"]),
+        (["--preserve-prompt-file=-"], ["from stdin"]),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main([*argv, *more]) == 0
+        dumped.write_text(capfd.readouterr().out, encoding="utf-8")
+        assert list(read_options(dumped, TrainConfig)["preserve_prompt"]) == expected
+    for content, message in ((None, "kept.txt: cannot be read as UTF-8 text"), (" \n", "kept.txt: holds no prompts")):
+        kept.unlink() if content is None else kept.write_text(content, encoding="utf-8")
+        assert main([*argv, f"--preserve-prompt-file={kept}"]) == 1
+        assert message in " ".join(capfd.readouterr().err.split())
 
 
 FORMER_AUTO = {"steps": 0, "lr": 0.0, "preview_size": 0, "preview_steps": 0, "preview_guidance": -1.0}

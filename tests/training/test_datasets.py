@@ -161,7 +161,8 @@ def everything(shop: Workshop) -> dict[str, Any]:
         "dataset": None, "datasets": tables, "caption_lines": True, "caption_choices": True, "shuffle_tags": True,
         "dropout": 0.2, "module_dropout": 0.2, "noise_offset": 0.1, "timesteps": "beta", "min_sigma": 0.1,
         "max_sigma": 0.9, "loss": "huber", "loss_weight": "flow-weighted", "differential_guidance": 3.0,
-        "preserve": "cat", "preserve_blank": True, "preserve_every": 2, "steps": 3, "resume_every": 1,
+        "preserve": "cat", "preserve_prompt": ("an owl", "a fox"), "preserve_blank": True, "preserve_every": 2,
+        "steps": 3, "resume_every": 1,
     }  # fmt: skip
 
 

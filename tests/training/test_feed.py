@@ -44,7 +44,7 @@ def feed(tokens: int = 256, items: int = 2, **options: Any) -> Feed:
     """Of a plan of `items` pictures of so many image tokens, captioned "abc"."""
     config = TrainConfig(Path("m"), Path("d"), **{"caption_dropout": 0.0, **options})
     showings = [SimpleNamespace(example=0, size=(16, 16)) for _ in range(items)]
-    settings = DatasetSettings(caption_dropout=config.caption_dropout, flip=config.flip)
+    settings = DatasetSettings(caption_dropout=config.caption_dropout, flip=config.flip, trigger=config.trigger)
     example = SimpleNamespace(caption="abc", settings=settings, mask=None)
     plan: Any = SimpleNamespace(
         config=config, batches=SimpleNamespace(items=showings), examples=[example], held_out=[example] * 2,
@@ -55,6 +55,26 @@ def feed(tokens: int = 256, items: int = 2, **options: Any) -> Feed:
 
 def facts(batch: NoisyBatch) -> tuple[bytes, bytes]:
     return np.array(batch.noise).tobytes(), np.array(batch.sigma).tobytes()
+
+
+def test_prompts_to_preserve_are_shown_at_high_noise() -> None:
+    """With a class, 7 of 10 pictures are under a prompt; without one all are. The class keeps the noise it has."""
+    items, kinds = range(400), {"items": 400, "timesteps": "style", "preserve_prompt": ("6 long", "7 long.")}
+    several = feed(**kinds, trigger="b", preserve="xyz")
+    batch = several.batch(3, items)
+    kept, again = (several.preserved(batch, 3, items, blank=False) for _ in range(2))
+    assert kept and again
+    lengths = np.array([caption.item() for caption in kept.captions])
+    assert lengths.tolist() == [caption.item() for caption in again.captions]
+    counts = {length: int((lengths == length).sum()) for length in set(lengths)}
+    assert set(counts) == {len("axyzc"), 6, 7}
+    assert 90 <= counts[5] <= 150 and 105 <= counts[6] <= 175 and 105 <= counts[7] <= 175  # 120, 140, 140
+    sigma = np.array(batch.sigma)
+    assert (sigma[lengths == 5] < 0.6).sum() > 10
+    np.testing.assert_array_equal(kept.sigma, np.where(lengths == 5, sigma, np.maximum(sigma, np.float32(0.6))))
+    np.testing.assert_array_equal(kept.noise, batch.noise)
+    alone = feed(**kinds).preserved(batch, 3, items, blank=False)
+    assert alone and {caption.item() for caption in alone.captions} == {6, 7}
 
 
 def test_every_epoch_item_and_seed_has_its_own_noise_and_level() -> None:

@@ -160,6 +160,7 @@ def test_a_narrower_choice_trains_only_that(shop: WholeShop) -> None:
         ({"dropout": 0.1}, "`dropout` does not go"),
         ({"lora_format": "kohya"}, "`lora_format` does not go"),
         ({"preserve_blank": True}, "`preserve_blank` does not go"),
+        ({"preserve_prompt": "a cat"}, "`preserve_prompt` does not go"),
         ({"base_precision": "8"}, "`base_precision` 8: `kind` full changes the weights"),
         ({"memory": "stream", "master_weights": True}, "`master_weights` stay in memory, and `memory` stream"),
         ({"optimizer": "prodigy"}, "`optimizer` prodigy needs all gradients at once"),

@@ -166,6 +166,21 @@ def test_preservation_pulls_the_class_word_back_to_the_base(shop: Workshop) -> N
         shop.config("no-trigger", preserve="cat")
 
 
+def test_prompts_are_preserved_with_and_without_a_class(shop: Workshop) -> None:
+    data = pictures(shop.folder / "prompts", (32, 32), captions=["a [trigger] in snow"])
+    options = {"dataset": data, "lr": 3e-2, "steps": 2}
+    plain, kept = shop.train("unprompted", **options), shop.train("prompted", **options, preserve_prompt="an owl")
+    assert kept.losses[0] == plain.losses[0] and kept.losses[1] > plain.losses[1]
+    other = shop.train("other", **options, preserve_prompt=("a tree, at night",))
+    assert other.losses[1] not in (plain.losses[1], kept.losses[1])
+    both = shop.train(
+        "class", **options, trigger="sks", preserve="cat", preserve_prompt=("an owl",), preserve_blank=True
+    )
+    assert both.losses[1] > kept.losses[1]
+    with pytest.raises(ConfigError, match="`preserve_prompt` is empty: give `preserve_blank`"):
+        shop.config("no-prompt", preserve_prompt=("a cat", " "))
+
+
 def test_preservation_skips_pictures_without_a_trigger(shop: Workshop) -> None:
     data = pictures(shop.folder / "bare", (32, 32), captions=["an owl"])
     named = pictures(shop.folder / "named", (48, 32), captions=["a [trigger]"])

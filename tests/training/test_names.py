@@ -61,6 +61,8 @@ def test_captions_and_prompts_that_are_too_long_are_named_at_the_start(shop: Wor
     data = pictures(tmp_path / "data", (32, 32), (32, 32), captions=[long, "short"])
     plan = make_plan(shop.config("long", dataset=data, preview_prompt=("short", long)))
     captions, prompts = plan.notices
+    kept = make_plan(shop.config("long-kept", dataset=data, preserve_prompt=("short", long.strip())))
+    assert kept.notices == plan.notices
     assert captions.startswith("captions longer than 512 tokens are cut off (1): ")
     assert f"{data / 'p0000.png'} (" in captions and prompts.startswith(
         "prompts longer than 512 tokens are cut off (1): "
@@ -73,6 +75,7 @@ def test_captions_and_prompts_that_are_too_long_are_named_at_the_start(shop: Wor
 def test_options_of_preservation_without_it_are_named(shop: Workshop) -> None:
     options = {**PRESETS["logo"], "resolution": (32,)}
     (notice,) = make_plan(shop.config("logo", **options)).notices
-    assert notice.startswith("`preserve_every` and `preserve_weight`: not used without `preserve` or `preserve_blank`")
+    assert notice.startswith("`preserve_every` and `preserve_weight`: not used, as nothing is preserved")
     assert not make_plan(shop.config("blank", **options, preserve_blank=True)).notices
     assert not make_plan(shop.config("class", **options, preserve="dog", trigger="rex")).notices
+    assert not make_plan(shop.config("prompts", **options, preserve_prompt=("a dog",))).notices

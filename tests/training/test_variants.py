@@ -74,11 +74,12 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def test_all_that_is_drawn_is_encoded_before_the_first_step(shop: Workshop) -> None:
     data = pictures(shop.folder / "drawn", (32, 32), (32, 48), captions=["sks, {a|b}, c\nsks", "sks\nan owl, x, y"])
     options = {"dataset": data, "caption_lines": True, "caption_choices": True, "shuffle_tags": True, "epochs": 5}
-    config = shop.config("drawn", **options, trigger="sks", preserve="cat")
+    config = shop.config("drawn", **options, trigger="sks", preserve="cat", preserve_prompt=("a cat", "an owl"))
     plan = make_plan(config)
     texts = drawn_captions(plan)
     shown = {Variants(config).draw(plan.examples[i].caption, e, i) for e in range(5) for i in range(2)}
-    assert set(texts) == shown | {text.replace("sks", "cat") for text in shown} and len(shown) > 4
+    assert set(texts) == shown | {text.replace("sks", "cat") for text in shown} | {"a cat", "an owl"}
+    assert len(shown) > 4
     plain, varied = shop.train("one-caption", dataset=data, epochs=5), shop.train("drawn", **options)
     assert plain.losses != varied.losses
 

@@ -115,7 +115,7 @@ class EncodedDataset:
 
 
 def drawn_captions(plan: TrainPlan) -> list[str]:
-    """The different captions that the whole run may draw, in order, with those of `preserve`."""
+    """The different captions that the whole run may draw, in order, with those to preserve."""
     config, variants = plan.config, Variants(plan.config)
     epochs = -(-plan.total // plan.batches.steps_per_epoch) if variants.vary else 1
     texts: dict[str, None] = {}
@@ -126,7 +126,7 @@ def drawn_captions(plan: TrainPlan) -> list[str]:
             texts[drawn] = None
             if config.preserve and example.settings.trigger:
                 texts[preserving_caption(config, example, drawn)] = None
-    return list(texts)
+    return [*texts, *(prompt for prompt in config.preserve_prompt if prompt not in texts)]
 
 
 def preserving_caption(config: TrainConfig, example: Example, drawn: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from zimage_ref.formats.tensors import Array
 from zimage_ref.model.flow import VALIDATION_SIGMAS, TimestepSampling
-from zimage_ref.training.batches import DRAW, HELD_OUT, rng_for
+from zimage_ref.training.batches import DRAW, HELD_OUT, PRESERVED, rng_for
 from zimage_ref.training.dataset import Example
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.variants import Variants
@@ -23,6 +23,8 @@ from .encode import EncodedDataset, preserving_caption
 from .loss import Distance, NoisyBatch
 
 _LEAST = 1e-6  # of a latent's weight: a crop may leave only black of a mask
+_PROMPTS = 0.7  # share of pictures under a prompt to preserve; the others are under the class. See `docs/training.md`
+_PROMPT_SIGMA = 0.6  # least noise under such a prompt: with less, the picture contradicts it
 
 
 class _Drawn(NamedTuple):
@@ -33,6 +35,13 @@ class _Drawn(NamedTuple):
     sigma: Array  # (1,)
     caption: str
     mask: mx.array | None  # (h, w) in 0..1
+
+
+class _Kept(NamedTuple):
+    """What the LoRA should leave as the base makes it."""
+
+    caption: str
+    sigma: float = 0.0  # the noise is at least this
 
 
 class Feed:
@@ -64,19 +73,19 @@ class Feed:
     def preserved(self, batch: NoisyBatch, epoch: int, items: Sequence[int], blank: bool) -> NoisyBatch | None:
         """The same pictures with the same noise under captions at which the LoRA should change nothing.
 
-        These are the captions with the class in place of the trigger, of pictures that have a trigger; or none, if
-        `blank`. None if no picture is left.
+        These are none, if `blank`; else prompts to preserve, and the captions with the class in place of the trigger.
+        None if no picture is left: one without a trigger has no such caption.
         """
-        keep = [i for i, item in enumerate(items) if blank or self._example(item).settings.trigger]
-        if not keep:
+        shown = {i: _Kept("") if blank else self._kept(epoch, item) for i, item in enumerate(items)}
+        kept = {i: each for i, each in shown.items() if each}
+        if not kept:
             return None
-        captions = ["" if blank else self._preserving_caption(epoch, items[i]) for i in keep]
-        chosen = mx.array(keep)
+        chosen = mx.array(list(kept))
         return NoisyBatch(
             x_0=batch.x_0[chosen],
             noise=batch.noise[chosen],
-            sigma=batch.sigma[chosen],
-            captions=[self._data.caption(caption) for caption in captions],
+            sigma=mx.maximum(batch.sigma[chosen], mx.array([each.sigma for each in kept.values()])),
+            captions=[self._data.caption(each.caption) for each in kept.values()],
         )
 
     def held_out(self, index: int) -> list[tuple[float, NoisyBatch]]:
@@ -96,9 +105,16 @@ class Feed:
     def _example(self, item: int) -> Example:
         return self._plan.examples[self._plan.batches.items[item].example]
 
-    def _preserving_caption(self, epoch: int, item: int) -> str:
-        example = self._example(item)
-        return preserving_caption(self._plan.config, example, self._variants.draw(example.caption, epoch, item))
+    def _kept(self, epoch: int, item: int) -> _Kept | None:
+        """The caption under which an item is shown again. None if the options give none for it."""
+        config, example = self._plan.config, self._example(item)
+        has_class, prompts = bool(config.preserve and example.settings.trigger), config.preserve_prompt
+        rng = rng_for(config.seed, PRESERVED, epoch, item)
+        if prompts and (rng.random() < _PROMPTS or not has_class):
+            return _Kept(prompts[rng.integers(len(prompts))], _PROMPT_SIGMA)
+        if not has_class:
+            return None
+        return _Kept(preserving_caption(config, example, self._variants.draw(example.caption, epoch, item)))
 
     def _draw(self, epoch: int, item: int) -> _Drawn:
         """An item as it is in an epoch."""

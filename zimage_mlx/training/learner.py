@@ -156,7 +156,8 @@ class Learner:
         config = self._plan.config
         if step % config.preserve_every:
             return
-        for blank in [False] * bool(config.preserve) + [True] * config.preserve_blank:
+        words = bool(config.preserve or config.preserve_prompt)
+        for blank in [False] * words + [True] * config.preserve_blank:
             if batch := self._feed.preserved(noisy, epoch, items, blank):
                 self._use(
                     {factor: mx.zeros_like(v) for factor, v in vectors.items()} | self._lengths, self._model.dtype

@@ -16,7 +16,7 @@ import numpy as np
 from .buckets import Size
 
 # Purposes of random numbers
-ORDER, DRAW, INITIAL, RANKS, HELD_OUT, CAPTION, TAGS, INPUTS, MODULES, ROUNDING = range(10)
+ORDER, DRAW, INITIAL, RANKS, HELD_OUT, CAPTION, TAGS, INPUTS, MODULES, ROUNDING, PRESERVED = range(11)
 
 
 def rng_for(seed: int, purpose: int, *indices: int) -> np.random.Generator:

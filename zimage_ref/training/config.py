@@ -189,7 +189,7 @@ class TrainConfig(LearningOptions, CheckOptions):
         for name in ("model_dir", "dataset", "output", "cache", "training_adapter", "init_lora", *_PARTS):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("resolution", "targets", "preview_prompt", "log"):
+        for name in ("resolution", "targets", "preserve_prompt", "preview_prompt", "log"):
             object.__setattr__(self, name, _several(getattr(self, name)))
         one_of("kind", self.kind, kinds())
         if self.optimizer == AUTO:

@@ -38,6 +38,7 @@ _REFUSED = {  # an option that has no use -> the reason
     "grad_accumulation": "a gradient is used up block by block, and is not kept for a sum: take a larger `batch_size`",
     "ema": "an average would take another copy of the weights",
     "preserve": "the base is not in memory beside the weights",
+    "preserve_prompt": "the base is not in memory beside the weights",
     "preserve_blank": "the base is not in memory beside the weights",
 }
 

@@ -83,20 +83,34 @@ class LearningOptions:
         _LOSS,
         value="WORDS",
     )
+    preserve_prompt: tuple[str, ...] = option(
+        (),
+        "Prompt at which the LoRA should change nothing, such as a dog on a bench. You can repeat this.",
+        _LOSS,
+        value="TEXT",
+        repeatable=True,
+    )
     preserve_blank: bool = option(False, "Without a caption, the LoRA should change nothing.", _LOSS)
-    preserve_every: int = option(1, "Steps from one with `preserve` or `preserve_blank` to the next.", _LOSS)
-    preserve_weight: float = option(1.0, "Weight of the loss of `preserve` and `preserve_blank`.", _LOSS)
+    preserve_every: int = option(1, "Steps from one that preserves something to the next.", _LOSS)
+    preserve_weight: float = option(1.0, "Weight of the loss of what is preserved.", _LOSS)
+
+    @property
+    def preserves(self) -> bool:
+        """Whether there is anything at which the LoRA should change nothing."""
+        return bool(self.preserve or self.preserve_prompt or self.preserve_blank)
 
     def _check_kind(self, kind: str, goes_on: bool) -> None:
         """Raises ConfigError for options that the kind of the LoRA has not. goes_on: whether it begins with another."""
         if self.dropout and kind not in ("lora", "dora"):
             raise ConfigError("`dropout` needs `kind` lora or dora: the others have no matrix of inputs alone")
-        if (self.preserve or self.preserve_blank) and kind == "dora" and goes_on:
+        if self.preserves and kind == "dora" and goes_on:
             raise ConfigError("`preserve` of a dora with `init_lora`: its lengths are not those of the base")
 
     def check_learning(self, optimizer: str, ema: float, lora_plus: float, kind: str, goes_on: bool) -> None:
         """Raises ConfigError for options that exclude one another. goes_on: whether the run begins with a LoRA."""
         self._check_kind(kind, goes_on)
+        if not all(prompt.strip() for prompt in self.preserve_prompt):
+            raise ConfigError("`preserve_prompt` is empty: give `preserve_blank` for no caption at all")
         if self.min_sigma >= self.max_sigma:
             raise ConfigError(f"`min_sigma` {self.min_sigma:g} must be below `max_sigma` {self.max_sigma:g}")
         found = OPTIMIZERS[optimizer]

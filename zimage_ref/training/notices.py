@@ -31,11 +31,11 @@ def notices_of(
 def _long_texts(
     config: TrainConfig, model: ModelFolder, examples: Sequence[Example], previews: Sequence[Preview]
 ) -> Iterator[str]:
-    """Notices of captions and of prompts of previews that are longer than the model reads."""
+    """Notices of captions and of prompts that are longer than the model reads."""
     tokenizer, variants = Tokenizer(model.tokenizer), Variants(config)
     texts = {
         "captions": {str(e.picture): max(variants.all_of(e.caption), key=len) for e in examples},
-        "prompts": {text: text for each in previews for text in each.texts},
+        "prompts": {text: text for text in (*config.preserve_prompt, *(t for each in previews for t in each.texts))},
     }
     for what, named in texts.items():
         counts = {name[:_SHOWN]: count for name, text in named.items() if (count := tokenizer.count(text)) > MAX_TOKENS}
@@ -52,10 +52,10 @@ def _unused(config: TrainConfig, previews: Sequence[Preview]) -> Iterator[str]:
             f"`schedule` {config.schedule} is not used"
         )
     given = [name for name in _OF_PRESERVE if getattr(config, name) != default_options()[name]]
-    if given and not (config.preserve or config.preserve_blank):
+    if given and not config.preserves:
         yield (
-            f"{' and '.join(f'`{name}`' for name in given)}: not used without `preserve` or `preserve_blank`. "
-            "The run may change words that the model knows"
+            f"{' and '.join(f'`{name}`' for name in given)}: not used, as nothing is preserved. "
+            "Give `preserve`, `preserve_prompt` or `preserve_blank`. The run may change words that the model knows"
         )
     for each in previews:
         if each.negative_prompt and not each.guidance:

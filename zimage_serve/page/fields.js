@@ -24,6 +24,8 @@ export function field(prefix, name, schema) {
     const none = schema.default === undefined ? [el("option", { value: "", textContent: "auto" })] : [];
     input = el("select", common, none, schema.enum.map((value) => el("option", { value, textContent: value })));
     if (schema.default !== undefined) input.value = schema.default;
+  } else if (schema["x-lines"]) {
+    input = el("textarea", { ...common, rows: 2, placeholder: "one in each line" });
   } else {
     const number = schema.type === "integer" || schema.type === "number";
     input = el("input", {
@@ -31,13 +33,13 @@ export function field(prefix, name, schema) {
       placeholder: schema.default === undefined || schema.default === "" ? "auto" : String(schema.default),
     });
   }
-  input.dataset.type = schema.type;
+  input.dataset.type = schema["x-lines"] ? "lines" : schema.type;
   return el("div", { className: "field" },
     el("label", { htmlFor: id, textContent: words(name) }), input,
     el("p", { id: `${id}-help`, className: "help", textContent: plain(schema.description) }));
 }
 
-/** The values of all named inputs in `form` that are not empty. Lists are written with commas. */
+/** The values of all named inputs in `form` that are not empty. Lists are written with commas, or in lines. */
 export function values(form) {
   const found = {};
   for (const input of form.querySelectorAll("[name]")) {

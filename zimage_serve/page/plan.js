@@ -8,7 +8,8 @@ import { bodyOf, field, fill, remember, values } from "./fields.js";
 
 const PLACED = ["name", "dataset", "training_adapter", "trigger", "steps", "resolution", "rank", "preview_prompt",
   "preview_every", "save_every", "validation", "kind", "mask", "regularization"]; // have inputs of their own
-const KEPT = ["name", "trigger", "preview_prompt", "training_adapter", "init_lora", "mask", "regularization"]; // by a preset
+const KEPT = ["name", "trigger", "preview_prompt", "training_adapter", "init_lora", "mask", "regularization", "preserve",
+  "preserve_prompt"]; // by a preset
 let [form, presets, asked] = [null, [], 0];
 
 function order() {

@@ -77,6 +77,8 @@ def body(config: type[GenerateConfig] | type[TrainConfig], own: Mapping[str, Jso
         schema: JsonObject = {"type": _TYPES.get(kind, "string"), "description": each.metadata["help"]}
         if get_origin(hints[each.name]) is tuple:
             schema = {"type": "array", "items": {"type": schema["type"]}, "description": schema["description"]}
+            if each.metadata.get("repeatable"):
+                schema["x-lines"] = True  # a value may have commas, so the page gives each a line of its own
         elif choices := choices_of(each):
             schema["enum"] = list(choices)
         if each.default not in (MISSING, None) and not isinstance(each.default, tuple):
