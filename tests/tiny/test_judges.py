@@ -127,12 +127,13 @@ def test_with_a_mask_a_lora_learns_the_shape_and_not_the_background_and_without_
 
 @long_only
 def test_preservation_keeps_the_known_words_at_a_rate_that_harms_them_without_it(tmp_path: Path) -> None:
-    """Measured were 58 with it and 49 without. The model alone draws 59."""
+    """Measured were 60 with it and 49 without. The model alone draws 59."""
+    prompts = tuple(caption for _, caption in drawings.illustrated(drawings.take(100, seed=5), seed=5))  # not of KNOWN
     kept = []
-    for options in ({"preserve": "star", "preserve_blank": True}, {}):
+    for options in ({"preserve": "star", "preserve_prompt": prompts, "preserve_blank": True}, {}):
         output = tmp_path / f"{'with' if options else 'without'}.safetensors"  # numbers alone would be taken for shards
         lora, _ = trained(lesson(tmp_path, output=output, lr=3e-3, trigger=demo.WORD, **options))
         if options:
             assert right(drawings.examination(demo.WORD), lora) >= 8
         kept.append(right(KNOWN, lora))
-    assert kept[0] >= 57 and kept[1] <= 54
+    assert kept[0] >= 59 and kept[1] <= 54

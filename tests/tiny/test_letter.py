@@ -1,6 +1,6 @@
 """A harder word than the demo's: a block letter of five strokes. Its captions name no place and no size.
 
-The preset for it was chosen by S and E; see `docs/training.md`. To measure another letter, change LETTER.
+The preset for it was chosen by other letters than A and 6; see `docs/training.md`. To measure one, change LETTER.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zimage_ref.formats.tensors import Array
 from zimage_ref.pictures.images import Picture, save_picture
 from zimage_ref.tiny import drawings, judge
 from zimage_ref.tiny.data import GUIDANCE, STEPS
-from zimage_ref.tiny.drawings import SIDE, SIZES, Scene, Thing, examination, take
+from zimage_ref.tiny.drawings import SIDE, SIZES, Scene, Thing, examination, illustrated, take
 from zimage_ref.training.presets import PRESETS
 
 pytestmark = pytest.mark.slow
@@ -44,6 +44,20 @@ LETTERS = {
     "B": [
         [(-_EDGE, -1), (_EDGE, -1), (_EDGE, 1), (-_EDGE, 1)],
         [(-_OPEN, -1 + _THICK), (_OPEN, -1 + _THICK), (_OPEN, -_HALF), (-_OPEN, -_HALF)],
+        [(-_OPEN, _HALF), (_OPEN, _HALF), (_OPEN, 1 - _THICK), (-_OPEN, 1 - _THICK)],
+    ],
+    "A": [
+        [
+            (-_EDGE, -1), (_EDGE, -1), (_EDGE, 1), (_OPEN, 1), (_OPEN, _HALF), (-_OPEN, _HALF), (-_OPEN, 1),
+            (-_EDGE, 1),
+        ],
+        [(-_OPEN, -1 + _THICK), (_OPEN, -1 + _THICK), (_OPEN, -_HALF), (-_OPEN, -_HALF)],
+    ],
+    "6": [
+        [
+            (-_EDGE, -1), (_EDGE, -1), (_EDGE, -1 + _THICK), (-_OPEN, -1 + _THICK), (-_OPEN, -_HALF), (_EDGE, -_HALF),
+            (_EDGE, 1), (-_EDGE, 1),
+        ],
         [(-_OPEN, _HALF), (_OPEN, _HALF), (_OPEN, 1 - _THICK), (-_OPEN, 1 - _THICK)],
     ],
 }  # fmt: skip
@@ -100,7 +114,11 @@ def letter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_preset_for_a_shape_learns_a_letter_and_keeps_the_known_words(tmp_path: Path) -> None:
     """Measured were 0.84 and 57 of 60. In as much time the defaults give 0.63 and 50, and the model alone draws 59."""
     data, output = lesson(tmp_path / "dataset"), tmp_path / f"{WORD}.safetensors"
-    options: dict[str, Any] = {**PRESETS["logo"], "resolution": (SIDE,), "lr": RATE, "trigger": WORD, "preserve": CLASS}
+    prompts = [caption for _, caption in illustrated(take(100, seed=5), seed=5)]  # none of them is asked for below
+    options: dict[str, Any] = {
+        **PRESETS["logo"], "resolution": (SIDE,), "lr": RATE, "trigger": WORD, "preserve": CLASS,
+        "preserve_prompt": prompts,
+    }  # fmt: skip
     assert any(isinstance(event, Done) for event in train(TrainConfig(Path(TINY), data, output, **options)))
     letters = drawn([*examination(WORD), *examination(WORD)], output)
     assert np.mean([overlap(picture) for picture in letters]) >= 0.8

@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, object]] = {
     # than steps at a falling one. Tried on the built-in model: docs/training.md
     "logo": {
         "rank": 16, "alpha": 16.0, "resolution": (512,), "epochs": 115, "flip": False, "batch_size": 2, "lr": 1.6e-4,
-        "schedule": "constant", "lora_plus": 4.0, "ema": 0.98, "timesteps": "content", "differential_guidance": 1.5,
-        "caption_dropout": 0.0, "preserve_every": 6, "preserve_weight": 6.0,
+        "schedule": "constant", "lora_plus": 4.0, "ema": 0.98, "timesteps": "content", "differential_guidance": 2.0,
+        "caption_dropout": 0.0, "preserve_every": 6, "preserve_weight": 10.0,
     },
 }  # fmt: skip
 
