@@ -134,6 +134,7 @@ def _show_options(config: TrainConfig, console: Console) -> None:
         "length": f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         "learning rate": f"{f'{config.lr:g}' if config.lr else 'by width'}, {config.optimizer}, {config.schedule}",
         "resolution": ", ".join(map(str, config.resolution)),
+        **_preserved(config),
         "report": RunFolder(config.output).report,
         **({"previews": RunFolder(config.output).sheet} if config.preview_prompt else {}),
         **_time(config),
@@ -142,6 +143,22 @@ def _show_options(config: TrainConfig, console: Console) -> None:
 
 def _size(config: TrainConfig) -> str:
     return "" if config.kind == FULL else f"rank {config.rank}, alpha {config.alpha:g}, on "
+
+
+def _preserved(config: TrainConfig) -> dict[str, str]:
+    """What the LoRA should not change, and how often a step sees to it. {} if nothing is preserved."""
+    if not config.preserves:
+        return {}
+    count, every = len(config.preserve_prompt), config.preserve_every
+    kept = [
+        *([config.preserve] if config.preserve else []),
+        *([f"{count} prompt{'s' * (count > 1)}"] if count else []),
+        *(["no caption"] if config.preserve_blank else []),
+    ]
+    return {
+        "preserved": f"{', '.join(kept)}; every {f'{every} steps' if every > 1 else 'step'}, weight "
+        f"{config.preserve_weight:g}"
+    }
 
 
 def _time(config: TrainConfig) -> dict[str, str]:
@@ -249,6 +266,7 @@ def _show_plan(config: TrainConfig, console: Console) -> None:
         ("targets", ", ".join(config.targets)),
         ("learning rate", f"{plan.lr:.3g}, {config.schedule}"),
         ("steps", f"{plan.total:,}, of {plan.batches.steps_per_epoch} an epoch"),
+        *_preserved(config).items(),
         ("memory", choice.sentence(plan.model)),
     ])  # fmt: skip
     if config.datasets:

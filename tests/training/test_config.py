@@ -299,6 +299,12 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(
     assert not (tmp_path / "x.run").exists() and not (tmp_path / "zimage-cache").exists()
     file = tmp_path / "q4.npz"
     write_model(open_source(shop.model, "transformer"), Target(file, "transformer", quantization=Quantization(4)))
-    for option, words in ((f"--transformer={file}", "Turbo in 4 bits as stored"), ("--base-precision=8", "in 8 bits")):
-        assert main([*argv, "--dry-run", "--resolution=32", option]) == 0
-        assert words in capfd.readouterr().out
+    for words, *options in (
+        ("Turbo in 4 bits as stored", f"--transformer={file}"),
+        ("in 8 bits", "--base-precision=8"),
+        ("preserved │ no caption; every step, weight 1", "--preserve-blank"),
+        ("preserved │ a cat, 1 prompt; every 6 steps, weight 2.5", "--preserve=a cat", "--preserve-prompt=a dog, a",
+         "--trigger=x", "--preserve-every=6", "--preserve-weight=2.5"),
+    ):  # fmt: skip
+        assert main([*argv, "--dry-run", "--resolution=32", *options]) == 0
+        assert words in " ".join(capfd.readouterr().out.split())
