@@ -78,4 +78,7 @@ def test_options_of_preservation_without_it_are_named(shop: Workshop) -> None:
     assert notice.startswith("`preserve_every` and `preserve_weight`: not used, as nothing is preserved")
     assert not make_plan(shop.config("blank", **options, preserve_blank=True)).notices
     assert not make_plan(shop.config("class", **options, preserve="dog", trigger="rex")).notices
-    assert not make_plan(shop.config("prompts", **options, preserve_prompt=("a dog",))).notices
+    prompts = {"preserve_prompt": ("a dog", "a rex")}
+    assert not make_plan(shop.config("prompts", **options, **prompts)).notices
+    (notice,) = make_plan(shop.config("against", **options, **prompts, trigger="rex")).notices
+    assert notice.startswith("prompts to preserve that hold the trigger (1): a rex: the run would unlearn it")

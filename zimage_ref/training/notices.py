@@ -24,8 +24,11 @@ _SHOWN = 200  # characters of a path or a prompt in a notice
 def notices_of(
     config: TrainConfig, model: ModelFolder, examples: Sequence[Example], previews: Sequence[Preview]
 ) -> list[str]:
-    """Notices of long texts, of programs that do not load the result, and of options without an effect."""
-    return [*_long_texts(config, model, examples, previews), *_readers(config), *_unused(config, previews)]
+    """Notices of long texts, of programs that do not load the result, and of options that do not help."""
+    return [
+        *_long_texts(config, model, examples, previews), *_readers(config), *_unused(config, previews),
+        *_against_itself(config, examples),
+    ]  # fmt: skip
 
 
 def _long_texts(
@@ -60,6 +63,16 @@ def _unused(config: TrainConfig, previews: Sequence[Preview]) -> Iterator[str]:
     for each in previews:
         if each.negative_prompt and not each.guidance:
             yield f"`preview_prompt` {each.text!r}: its negative prompt is not used without guidance"
+
+
+def _against_itself(config: TrainConfig, examples: Sequence[Example]) -> Iterator[str]:
+    """A notice of prompts to preserve that hold a trigger."""
+    triggers = {example.settings.trigger for example in examples} - {""}
+    if found := [text[:_SHOWN] for text in config.preserve_prompt if any(trigger in text for trigger in triggers)]:
+        yield (
+            f"prompts to preserve that hold the trigger ({len(found)}): {listing(found, 3)}: the run would unlearn it: "
+            "leave it out"
+        )
 
 
 def _readers(config: TrainConfig) -> list[str]:
