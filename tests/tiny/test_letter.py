@@ -112,7 +112,7 @@ def letter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @long_only
 @pytest.mark.usefixtures("letter")
 def test_the_preset_for_a_shape_learns_a_letter_and_keeps_the_known_words(tmp_path: Path) -> None:
-    """Measured were 0.84 and 57 of 60. In as much time the defaults give 0.63 and 50, and the model alone draws 59."""
+    """Measured were 0.85 and 56 of 60. In as much time the defaults give 0.63 and 50, and the model alone draws 59."""
     data, output = lesson(tmp_path / "dataset"), tmp_path / f"{WORD}.safetensors"
     prompts = [caption for _, caption in illustrated(take(100, seed=5), seed=5)]  # none of them is asked for below
     options: dict[str, Any] = {
@@ -124,4 +124,4 @@ def test_the_preset_for_a_shape_learns_a_letter_and_keeps_the_known_words(tmp_pa
     assert np.mean([overlap(picture) for picture in letters]) >= 0.8
     known = take(60, seed=77, held_out=True)
     shown = [judge.shows(judge.look(p), s) for p, s in zip(drawn(known, output), known, strict=True)]
-    assert sum(shown) >= 56  # one fewer than was measured: another BLAS may change a picture
+    assert sum(shown) >= 55  # one fewer than was measured: another BLAS may change a picture

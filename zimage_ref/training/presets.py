@@ -18,8 +18,8 @@ PRESETS: dict[str, dict[str, object]] = {
     # Labels and small parts need pixels, and writing must not be mirrored
     "object": {"rank": 16, "alpha": 16.0, "resolution": (768,), "epochs": 100, "flip": False},
     # High noise decides a shape; B that learns faster and a target that is moved away need fewer steps. Together they
-    # would change every word. So words are to be preserved, and an average of steps at a constant rate forgets less
-    # than steps at a falling one. Tried on the built-in model: docs/training.md
+    # would change every word. So words and prompts are to be preserved, and an average of steps at a constant rate
+    # forgets less than steps at a falling one. Tried on the built-in model: docs/training.md
     "logo": {
         "rank": 16, "alpha": 16.0, "resolution": (512,), "epochs": 115, "flip": False, "batch_size": 2, "lr": 1.6e-4,
         "schedule": "constant", "lora_plus": 4.0, "ema": 0.98, "timesteps": "content", "differential_guidance": 2.0,

@@ -10,7 +10,7 @@ ABOUT = {
     "character": "A person, a pet or a figure: 10 to 30 pictures in different poses, places and light",
     "style": "The look of many pictures: their lines, colours and grain",
     "object": "One thing with its small parts and labels",
-    "logo": "A sign, a letter or a logo: one exact shape in many colours. Name its class to be preserved",
+    "logo": "A sign, a letter or a logo: one exact shape in many colours. Name its class, and prompts, to be preserved",
 }
 
 
