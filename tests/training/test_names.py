@@ -81,4 +81,6 @@ def test_options_of_preservation_without_it_are_named(shop: Workshop) -> None:
     prompts = {"preserve_prompt": ("a dog", "a rex")}
     assert not make_plan(shop.config("prompts", **options, **prompts)).notices
     (notice,) = make_plan(shop.config("against", **options, **prompts, trigger="rex")).notices
-    assert notice.startswith("prompts to preserve that hold the trigger (1): a rex: the run would unlearn it")
+    assert notice.startswith(
+        "prompts to preserve that hold the trigger (1): a rex: the LoRA would not learn the trigger there"
+    )
