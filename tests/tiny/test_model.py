@@ -171,21 +171,6 @@ def test_a_lora_learns_a_word_from_eight_drawings_and_leaves_the_others_alone(
     np.testing.assert_array_equal(without, at_scale_0)
 
 
-@long_only
-@pytest.mark.slow
-def test_the_whole_transformer_learns_the_word_and_leaves_the_others_alone(tmp_path: Path) -> None:
-    demo = pytest.importorskip("zimage_cli.commands.demo")
-    zimage_mlx = pytest.importorskip("zimage_mlx", reason="training needs MLX", exc_type=ImportError)
-    pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportError)
-    given = Path(TINY), demo.write_dataset(tmp_path / "dataset"), tmp_path / "zorp.npz"
-    config = zimage_mlx.TrainConfig(*given, kind="full", lr=6e-4, epochs=35, resolution=(SIDE,))
-    losses = [event.loss for event in zimage_mlx.train(config) if isinstance(event, zimage_mlx.Step)]
-    trained = zimage_ref.ZImagePipeline.from_pretrained(TINY, parts={"transformer": config.output})
-    new, known = shares(trained, None, 1.0, drawings.examination("zorp"), held_out(24))
-    assert new > LEARNED and known > 0.8
-    assert float(np.mean(losses[-40:])) < 0.5 * float(np.mean(losses[:16]))
-
-
 MISTAKES: dict[str, tuple[str, str, Callable[..., Any]]] = {  # what, where, and how it is done instead
     "time runs with the noise": ("training.gradient", "model_time", lambda real, sigma: 1 - real(sigma)),
     "velocity towards the noise": ("training.loss", "training_target", lambda real, x_0, noise: -real(x_0, noise)),

@@ -18,7 +18,7 @@ import mlx.core as mx
 from zimage_mlx.training import measure
 from zimage_mlx.training.feed import Feed
 from zimage_mlx.training.gradient import LossAndGradients
-from zimage_mlx.training.loss import NoisyBatch, flow_matching_error
+from zimage_mlx.training.loss import NoisyBatch
 from zimage_mlx.training.measure import Measurer
 from zimage_mlx.training.optimizer import Optimizer, averaged, clipped
 from zimage_mlx.training.packing import Packing
@@ -155,7 +155,7 @@ def test_the_loss_is_float32_whatever_the_model_computes_in() -> None:
     weight = np.array([0.5, 1.5], np.float32)
     narrow = mx.array(raw).astype(mx.bfloat16)
     batch = NoisyBatch(mx.array(x_0), mx.array(noise), mx.array([0.3, 0.6]), [], mx.array(weight))
-    loss = flow_matching_error(narrow, batch)
+    loss = batch.error(narrow)
     exact = np.array(narrow.astype(mx.float32)).astype(np.float64) - (x_0.astype(np.float64) - noise)
     expected = (weight * (exact**2).mean(axis=(1, 2, 3))).mean()
     assert loss.dtype == mx.float32 and loss.item() == pytest.approx(expected, rel=1e-5)

@@ -91,7 +91,7 @@ def test_kill_9_of_a_run_of_the_whole_transformer_and_resuming_changes_no_bit(sh
     """Once while the state is written, once at another moment."""
     options: dict[str, Any] = {
         "kind": "full", "rank": 16, "alpha": 16.0, "base_precision": "bf16", "steps": 8, "resume_every": 2,
-        "caption_dropout": 0.3, "batch_size": 2,
+        "caption_dropout": 0.3, "batch_size": 2, "preserve_prompt": ("an owl", "a tree"), "preserve_every": 2,
     }  # fmt: skip
     assert not _killed(shop, "whole", [], lambda: False, **options)
     expected = (shop.folder / "whole.safetensors").read_bytes()

@@ -13,7 +13,7 @@ pytest.importorskip("mlx.core", reason="training needs MLX", exc_type=ImportErro
 
 import mlx.core as mx
 
-from zimage_mlx.training.loss import NoisyBatch, flow_matching_error
+from zimage_mlx.training.loss import NoisyBatch
 from zimage_ref import DatasetError
 from zimage_ref.training.dataset import Example, fingerprint, list_dataset
 from zimage_ref.training.dataset_options import DatasetSettings
@@ -54,7 +54,7 @@ def test_the_loss_is_the_mean_weighted_by_the_mask() -> None:
     squares = (raw - (x_0 - noise)) ** 2
     each = [(m * s).sum() / (4 * m.sum()) for m, s in zip(mask, squares, strict=True)]
     batch = NoisyBatch(mx.array(x_0), mx.array(noise), mx.array([0.5, 0.5]), [], mx.array(weight), mx.array(mask))
-    assert flow_matching_error(mx.array(raw), batch).item() == pytest.approx(np.mean(weight * each), rel=1e-5)
+    assert batch.error(mx.array(raw)).item() == pytest.approx(np.mean(weight * each), rel=1e-5)
 
 
 def masked_run(shop: Workshop, name: str, left: int, right: int, **options: object) -> np.ndarray:

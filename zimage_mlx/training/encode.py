@@ -31,12 +31,12 @@ _Work = tuple[Path, Callable[[], mx.array]]  # an entry, and what computes it
 
 
 class EncodedDataset:
-    """Latents, masks and caption features of a plan's pictures, and of its previews' prompts."""
+    """Latents, masks, targets and caption features of a plan's pictures, and of its previews' prompts."""
 
     def __init__(self, plan: TrainPlan, pipeline: ZImagePipeline) -> None:
         engine = f"mlx {mx.default_device().type} {pipeline.dtype}"
         self._plan, self._pipeline = plan, pipeline
-        self._cache = TrainCache(plan.config.cache_folder, plan.model, engine, pipeline.quantization)
+        self.cache = TrainCache(plan.config.cache_folder, plan.model, engine, pipeline.quantization)
 
     def build(self, rank: int = 0, ranks: int = 1) -> Iterator[Encoded]:
         """Computes every entry that is missing or damaged; each network is freed when its part is done.
@@ -44,7 +44,7 @@ class EncodedDataset:
         Machines that share a disk begin at different places and find each other's entries. Raises TrainingError if the
         disk is full.
         """
-        remove_stale(self._cache.folder, deep=True)
+        remove_stale(self.cache.folder, deep=True)
         for what, network, work in (
             ("captions", "text_encoder", self._caption_work()),
             ("latents", "vae", self._latent_work()),
@@ -52,34 +52,39 @@ class EncodedDataset:
             first = rank * len(work) // ranks
             for done, (path, compute) in enumerate(work[first:] + work[:first], start=1):
                 if not is_entry(path):
-                    self._write(path, to_stored(compute()), len(work) - done + 1)
+                    self.write(path, to_stored(compute()), len(work) - done + 1)
                 yield Encoded(done, len(work), what)
             self._pipeline.release(network)
         for example in (*self._plan.examples, *self._plan.held_out):
             example.forget()
 
-    def _write(self, path: Path, value: Array, left: int) -> None:
+    def write(self, path: Path, value: Array, left: int) -> None:
+        """Writes an entry. left: entries like it that are missing. Raises TrainingError if the disk is full."""
         try:
             write_entry(path, value)
         except OSError as error:
             if not disk_is_full(error):
                 raise
             raise TrainingError(
-                f"{self._cache.folder}: the disk is full: about {left * value.nbytes / 1e6:,.1f} MB are missing: make "
+                f"{self.cache.folder}: the disk is full: about {left * value.nbytes / 1e6:,.1f} MB are missing: make "
                 f"room or give `cache` on another disk"
             ) from error
 
     def latents(self, example: Example, size: Size, flip: bool = False) -> mx.array:
         """(C, h, w) float32. Raises TrainingError if the entry is gone or damaged since `build`."""
-        return _read(self._cache.latents(example, size, flip))
+        return _read(self.cache.latents(example, size, flip))
 
     def mask(self, example: Example, size: Size, flip: bool = False) -> mx.array:
         """(h, w) float32 in 0..1: the mask of a picture that has one. Raises as `latents` does."""
-        return _read(self._cache.mask(example, size, flip, self._plan.model.vae.factor))
+        return _read(self.cache.mask(example, size, flip, self._plan.model.vae.factor))
 
     def caption(self, text: str) -> mx.array:
         """(T, cap_feat_dim) in the text encoder's precision. Raises as `latents` does."""
-        return _read(self._cache.caption(text))
+        return _read(self.cache.caption(text))
+
+    def target(self, path: Path) -> mx.array:
+        """(C, h, w) float32: an entry of `BaseTargets`. Raises as `latents` does."""
+        return _read(path).astype(mx.float32)
 
     def _caption_work(self) -> list[_Work]:
         plan, config = self._plan, self._plan.config
@@ -88,7 +93,7 @@ class EncodedDataset:
         dropped = any(example.settings.caption_dropout for example in plan.examples)
         if dropped or config.preserve_blank:
             texts.append("")
-        return [(self._cache.caption(text), partial(self._encode_caption, text)) for text in dict.fromkeys(texts)]
+        return [(self.cache.caption(text), partial(self._encode_caption, text)) for text in dict.fromkeys(texts)]
 
     def _latent_work(self) -> list[_Work]:
         plan = self._plan
@@ -96,9 +101,9 @@ class EncodedDataset:
         seen = [
             (example, size, flip) for example, size in wanted for flip in (False, True)[: 1 + example.settings.flip]
         ]
-        masks = {self._cache.mask(*p, plan.model.vae.factor): partial(self._mask, *p) for p in seen if p[0].mask}
+        masks = {self.cache.mask(*p, plan.model.vae.factor): partial(self._mask, *p) for p in seen if p[0].mask}
         seen += [(example, size, False) for example, size in zip(plan.held_out, plan.held_out_sizes, strict=True)]
-        work = {self._cache.latents(*picture): partial(self._encode_picture, *picture) for picture in seen}
+        work = {self.cache.latents(*picture): partial(self._encode_picture, *picture) for picture in seen}
         return list((work | masks).items())
 
     def _encode_caption(self, text: str) -> mx.array:

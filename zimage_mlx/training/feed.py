@@ -38,7 +38,7 @@ class _Drawn(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the LoRA should leave as the base makes it."""
+    """What training should leave as the base makes it."""
 
     caption: str
     sigma: float = 0.0  # the noise is at least this
@@ -49,7 +49,7 @@ class Feed:
 
     def __init__(self, plan: TrainPlan, data: EncodedDataset) -> None:
         config = plan.config
-        self._plan, self._data, self._variants = plan, data, Variants(config)
+        self.data, self._plan, self._variants = data, plan, Variants(config)
         weighs = config.loss_weight != "none"
         self._sampling = TimestepSampling.parse(config.timesteps, config.min_sigma, config.max_sigma, weighs)
         self._distance = Distance(config.loss, config.huber_delta, config.differential_guidance)
@@ -65,13 +65,13 @@ class Feed:
             noise=mx.array(np.stack([each.noise for each in drawn])),
             sigma=mx.array(sigma),
             weight=mx.array(self._sampling.weights(sigma) * own),
-            captions=[self._data.caption(each.caption) for each in drawn],
+            captions=[self.data.caption(each.caption) for each in drawn],
             mask=self._weights(masks, drawn[0].x_0.shape[1:]) if any(m is not None for m in masks) else None,
             distance=self._distance,
         )
 
     def preserved(self, batch: NoisyBatch, epoch: int, items: Sequence[int], blank: bool) -> NoisyBatch | None:
-        """The same pictures with the same noise under captions at which the LoRA should change nothing.
+        """The same pictures with the same noise under captions at which training should change nothing.
 
         These are none, if `blank`; else prompts to preserve, and the captions with the class in place of the trigger.
         None if no picture is left: one without a trigger has no such caption.
@@ -85,7 +85,7 @@ class Feed:
             x_0=batch.x_0[chosen],
             noise=batch.noise[chosen],
             sigma=mx.maximum(batch.sigma[chosen], mx.array([each.sigma for each in kept.values()])),
-            captions=[self._data.caption(each.caption) for each in kept.values()],
+            captions=[self.data.caption(each.caption) for each in kept.values()],
         )
 
     def held_out(self, index: int) -> list[tuple[float, NoisyBatch]]:
@@ -93,8 +93,8 @@ class Feed:
         plan = self._plan
         example, size = plan.held_out[index], plan.held_out_sizes[index]
         x_0, caption = (
-            self._data.latents(example, size)[None],
-            self._data.caption(self._variants.first(example.caption)),
+            self.data.latents(example, size)[None],
+            self.data.caption(self._variants.first(example.caption)),
         )
         batches = []
         for i, sigma in enumerate(VALIDATION_SIGMAS):
@@ -123,13 +123,13 @@ class Feed:
         rng = rng_for(config.seed, DRAW, epoch, item)
         mirrored, unnamed = rng.random() < 0.5, rng.random() < example.settings.caption_dropout
         flip = example.settings.flip and mirrored
-        x_0 = self._data.latents(example, size, flip)
+        x_0 = self.data.latents(example, size, flip)
         noise = rng.standard_normal(x_0.shape, dtype=np.float32)
         sigma = self._sampling.sigmas(rng, 1, self._plan.tokens(size))
         if config.noise_offset:
             noise += config.noise_offset * rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
         caption = "" if unnamed else self._variants.draw(example.caption, epoch, item)
-        return _Drawn(x_0, noise, sigma, caption, self._data.mask(example, size, flip) if example.mask else None)
+        return _Drawn(x_0, noise, sigma, caption, self.data.mask(example, size, flip) if example.mask else None)
 
     def _weights(self, masks: Sequence[mx.array | None], shape: tuple[int, ...]) -> mx.array:
         """(B, 1, h, w): the weight of each latent in the loss. A picture without a mask counts everywhere alike."""

@@ -28,14 +28,17 @@ from zimage_ref.formats.tensors import Array, Tensors
 from zimage_ref.model.parameters import block_of
 from zimage_ref.training.batches import ROUNDING, rng_for
 from zimage_ref.training.config import TrainConfig
+from zimage_ref.training.events import Encoded
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.whole_file import write_whole
 
+from .base_targets import BaseTargets
 from .feed import Feed
 from .gradient import LossAndGradients
 from .held import Held, as_tensor
 from .learner import check_same
 from .learning import Outcome
+from .loss import JointBatch
 from .optimizer import learning_rate, make_optimizer
 from .rounding import stochastically
 
@@ -117,7 +120,7 @@ class WholeLearner:
     ) -> None:
         """group: of one machine. budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         assert group.size() == 1  # the plan has refused more
-        self._plan, self._model, self._feed = plan, model, feed
+        self._plan, self._model, self._feed, self._targets = plan, model, feed, BaseTargets(plan, feed)
         model.freeze()
         for name in plan.parameters:
             path, _, key = name.rpartition(".")
@@ -140,6 +143,10 @@ class WholeLearner:
         others = self._plan.model.weights["transformer"].items()
         return trained + sum(tensor.nbytes for name, tensor in others if name not in self._plan.parameters)
 
+    def prepare(self) -> Iterator[Encoded]:
+        """Computes the base's predictions for pictures to preserve, while the weights are still those of the base."""
+        return self._targets.build(self._model)
+
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on a batch of items.
 
@@ -147,10 +154,16 @@ class WholeLearner:
         change, and those after it have changed already.
         """
         self._step, self._lr, self._squares = step, learning_rate(self._plan, step), 0.0
-        loss, _ = self._differentiate(self._feed.batch(epoch, batches[0]))
+        loss, _ = self._differentiate(self._shown(step, epoch, batches[0]))
         norm = math.sqrt(self._squares)
         finite = math.isfinite(number(loss)) and math.isfinite(norm)
         return Outcome(number(loss), norm, self._lr, len(batches[0]), finite)
+
+    def _shown(self, step: int, epoch: int, items: Sequence[int]) -> JointBatch:
+        """The pictures of step `step`, and those to preserve: a gradient is used up at once, so it must be of both."""
+        kept, weight = self._targets.batches(step, epoch, items), self._plan.config.preserve_weight
+        shares = [(weight * len(batch.captions) / len(items), batch) for batch in kept]
+        return JointBatch([(1.0, self._feed.batch(epoch, items)), *shares])
 
     def _use_up(self, gradients: Parameters) -> None:
         """Changes the weights by their gradients, and empties the table of these."""

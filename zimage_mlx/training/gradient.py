@@ -26,7 +26,7 @@ from zimage_ref.memory import kept_values
 from zimage_ref.model.flow import model_time
 
 from .block_gradient import Backward, BlockContext, Forward, Kept, backward, forward, pull_back
-from .loss import NoisyBatch, flow_matching_error
+from .loss import JointBatch, NoisyBatch
 
 _PADDING = {"all_x_embedder": ["x_pad_token"], "cap_embedder": ["cap_pad_token"]}  # what fills up the tokens of each
 
@@ -56,7 +56,7 @@ class LossAndGradients:
         chains = ("noise_refiner", "context_refiner", "layers")
         self.blocks_train = {name: [_trains(block) for block in getattr(model, name)] for name in chains}
 
-    def __call__(self, batch: NoisyBatch) -> tuple[mx.array, Parameters]:
+    def __call__(self, batch: NoisyBatch | JointBatch) -> tuple[mx.array, Parameters]:
         """The loss, a float32 scalar, and the gradients of all trainable parameters by name, computed."""
         model, t, captions, x = self.model, model_time(batch.sigma), batch.captions, batch.x_sigma
         layout = model.layout([len(c) for c in captions], *x.shape[2:])
@@ -70,7 +70,7 @@ class LossAndGradients:
         trains = {name: bool(trainable(model, owners[name])) for name in roots}
         time_too = trains["t_embedder"]
 
-        keep = self._keep(batch, layout)
+        keep = self._keep(len(x), layout)
         left = keep - len(model.layers)  # the last blocks keep theirs, for the shortest time
         of_image = _Chain(self, "noise_refiner", left, BlockContext(layout.image_rotation, None, adaln), time_too)
         left -= len(model.noise_refiner)
@@ -81,7 +81,7 @@ class LossAndGradients:
         tokens = of_both.forward(mx.concatenate([image, caption], axis=1))
 
         def error(tokens: mx.array, adaln: mx.array) -> mx.array:
-            return flow_matching_error(model.finish(tokens, adaln, *x.shape[2:]), batch)
+            return batch.error(model.finish(tokens, adaln, *x.shape[2:]))
 
         last, one, gradients = ["all_final_layer"], mx.array(1.0), dict[str, mx.array]()
         (loss,), (d_tokens, d_time), found = pull_back(model, last, error, [tokens, adaln], [one])
@@ -111,10 +111,10 @@ class LossAndGradients:
         if more:
             self.use(more)
 
-    def _keep(self, batch: NoisyBatch, layout: TokenLayout) -> int:
+    def _keep(self, pictures: int, layout: TokenLayout) -> int:
         """How many blocks may keep all that their gradient needs."""
         config = self.model.config
-        tokens = len(batch.x_0) * layout.rotation[0].shape[1]
+        tokens = pictures * layout.rotation[0].shape[1]
         each = tokens * kept_values(config) * self.model.dtype.size
         return int(min(self.budget / each, len(self.model.layers) + 2 * config.n_refiner_layers))
 

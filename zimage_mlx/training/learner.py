@@ -24,6 +24,7 @@ from zimage_ref.formats.tensors import Array, Tensor, Tensors
 from zimage_ref.lora.file import write_lora
 from zimage_ref.lora.trained import MAGNITUDE, TRAINED
 from zimage_ref.model.flow import model_time
+from zimage_ref.training.events import Encoded
 from zimage_ref.training.plan import TrainPlan
 
 from .dropout import dropout
@@ -63,6 +64,10 @@ class Learner:
     def file_bytes(self) -> int:
         """Bytes of the file with the LoRA, which holds bfloat16."""
         return sum(vector.nbytes for vector in self._vectors.values()) // 2
+
+    def prepare(self) -> Iterator[Encoded]:
+        """Computes nothing: the base stays beside the LoRA."""
+        return iter(())
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on batches of items; changes nothing if loss or gradient is not finite."""
@@ -156,8 +161,7 @@ class Learner:
         config = self._plan.config
         if step % config.preserve_every:
             return
-        words = bool(config.preserve or config.preserve_prompt)
-        for blank in [False] * words + [True] * config.preserve_blank:
+        for blank in config.showings:
             if batch := self._feed.preserved(noisy, epoch, items, blank):
                 self._use(
                     {factor: mx.zeros_like(v) for factor, v in vectors.items()} | self._lengths, self._model.dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Protocol
 
 from zimage_mlx.networks.transformer import Transformer
 from zimage_ref.formats.tensors import Array, Tensors
+from zimage_ref.training.events import Encoded
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Learning(Protocol):
     @property
     def file_bytes(self) -> int:
         """About the bytes that `write` needs."""
+
+    def prepare(self) -> Iterator[Encoded]:
+        """Computes what needs the base as it is, before `restore` and the first step."""
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on batches of items."""

@@ -15,7 +15,7 @@ from zimage_mlx.networks.weights import to_mlx
 from zimage_mlx.pipeline import ZImagePipeline
 from zimage_ref.errors import TrainingError
 from zimage_ref.training.batches import ItemBatch
-from zimage_ref.training.events import Done, Event, Notice, Saving, Started, Step, Stopped
+from zimage_ref.training.events import Done, Encoded, Event, Notice, Saving, Started, Step, Stopped
 from zimage_ref.training.facts import RunFacts
 from zimage_ref.training.kinds import FULL
 from zimage_ref.training.plan import TrainPlan
@@ -57,10 +57,7 @@ class Loop:
         facts: RunFacts,
         saved: SavedState | None,
     ) -> None:
-        """Loads the base and puts the LoRA beside it, a new one or the one that the first machine has in `saved`.
-
-        facts: what the run is. Raises ConfigError if the saved LoRA does not fit.
-        """
+        """Loads the base and puts a new LoRA beside it. facts: what the run is. saved: what it will go on from."""
         run = RunFolder(plan.config.output)
         if plan.config.kind == FULL and pipeline.mode == "stream":  # blocks are changed in a file
             weights = plan.model.weights
@@ -78,8 +75,16 @@ class Loop:
         previewer = Previewer(plan, pipeline, data, self._learner, adapter) if machines.first else None
         self._measurer = Measurer(plan, feed, self._learner, previewer)
         self._saver = Saver(plan, run, self._learner, facts, budget, pipeline.unpack)
+        self._saved_at = clock()
         self.done, self._losses = 0, _Losses()  # steps that are made already, and how they went
-        if saved := machines.told_by_first(saved, facts, self._learner.state()):
+
+    def prepare(self) -> Iterator[Encoded]:
+        """Computes what needs the base as it is."""
+        return self._learner.prepare()
+
+    def begin(self, facts: RunFacts, saved: SavedState | None) -> None:
+        """Takes up what the first machine has in `saved`. Raises ConfigError if the saved LoRA does not fit."""
+        if saved := self._machines.told_by_first(saved, facts, self._learner.state()):
             self._learner.restore(saved.tensors)
             self.done, self._losses = saved.step, _Losses(saved.facts["smoothed"], saved.facts["failures"])
         self._saved_at = clock()

@@ -65,19 +65,48 @@ class NoisyBatch:
         """(B, C, h, w): the pictures with their noise."""
         return add_noise(self.x_0, self.noise, self.sigma[:, None, None, None])
 
+    def error(self, raw: mx.array) -> mx.array:
+        """The weighted mean error, a float32 scalar, of what the transformer made of the batch, (B, C, h, w)."""
+        target = training_target(self.x_0, self.noise) if self.target is None else self.target
+        errors = self.distance(raw.astype(mx.float32), target)
+        if self.mask is None:
+            losses = mx.mean(errors, axis=(1, 2, 3))  # (B,)
+        else:
+            by_place = mx.mean(errors, axis=1, keepdims=True)  # (B, 1, h, w)
+            losses = mx.sum(self.mask * by_place, axis=(1, 2, 3)) / mx.sum(self.mask, axis=(1, 2, 3))
+        return mx.mean(losses if self.weight is None else self.weight * losses)
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """Batches of one size that go through the transformer in one pass. Their errors are summed by weight."""
+
+    parts: Sequence[tuple[float, NoisyBatch]]
+
+    @property
+    def x_sigma(self) -> mx.array:
+        """(B, C, h, w), B the pictures of all parts."""
+        return mx.concatenate([part.x_sigma for _, part in self.parts])
+
+    @property
+    def sigma(self) -> mx.array:
+        """(B,)."""
+        return mx.concatenate([part.sigma for _, part in self.parts])
+
+    @property
+    def captions(self) -> Sequence[mx.array]:
+        """B arrays (T_i, cap_feat_dim)."""
+        return [caption for _, part in self.parts for caption in part.captions]
+
+    def error(self, raw: mx.array) -> mx.array:
+        """The sum of the parts' errors by weight, a float32 scalar. raw: (B, C, h, w)."""
+        total, first = mx.array(0.0), 0
+        for weight, part in self.parts:
+            total = total + weight * part.error(raw[first : first + len(part.captions)])
+            first += len(part.captions)
+        return total
+
 
 def flow_matching_loss(model: Transformer, batch: NoisyBatch) -> mx.array:
     """The loss of `batch`, a float32 scalar."""
-    return flow_matching_error(model(batch.x_sigma, model_time(batch.sigma), batch.captions), batch)
-
-
-def flow_matching_error(raw: mx.array, batch: NoisyBatch) -> mx.array:
-    """The weighted mean error, a float32 scalar, of what the transformer made of `batch`, (B, C, h, w)."""
-    target = training_target(batch.x_0, batch.noise) if batch.target is None else batch.target
-    errors = batch.distance(raw.astype(mx.float32), target)
-    if batch.mask is None:
-        losses = mx.mean(errors, axis=(1, 2, 3))  # (B,)
-    else:
-        by_place = mx.mean(errors, axis=1, keepdims=True)  # (B, 1, h, w)
-        losses = mx.sum(batch.mask * by_place, axis=(1, 2, 3)) / mx.sum(batch.mask, axis=(1, 2, 3))
-    return mx.mean(losses if batch.weight is None else batch.weight * losses)
+    return batch.error(model(batch.x_sigma, model_time(batch.sigma), batch.captions))

@@ -3,7 +3,8 @@
     check the pictures, plan the run                        Encoded
     look for an earlier run to go on with                   Notice
     encode captions and pictures, or find them encoded      Encoded
-    load the base, and put a LoRA beside it, new or saved   Started
+    load the base, and put a LoRA beside it                 Encoded, if the base itself trains and must not forget
+    begin, or go on with what was saved                     Started
     measure the held-out loss, draw previews                Validated, Previewed
     for each step:
         compute the gradient, apply the optimizer           Step
@@ -19,7 +20,7 @@ cached data alone, so `resume` gives the same bytes as a run that nothing interr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from zimage_mlx.device import give_memory_back_early, gpu_errors_explained
 from zimage_mlx.pipeline import ZImagePipeline
@@ -28,7 +29,7 @@ from zimage_ref.memory import Mode
 from zimage_ref.training.checked_dataset import CheckedDataset
 from zimage_ref.training.config import TrainConfig
 from zimage_ref.training.earlier_run import state_to_resume
-from zimage_ref.training.events import Event, Notice, Stopped
+from zimage_ref.training.events import Encoded, Event, Notice, Stopped
 from zimage_ref.training.kinds import FULL
 from zimage_ref.training.logs import opened_logs
 from zimage_ref.training.metrics import recorded
@@ -97,13 +98,24 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
     done = saved.step if saved else 0
     with opened_logs(run, config.log if machines.first else (), facts, done) as logs:
         yield from map(Notice, logs.notices)
-        for encoded in data.build(machines.rank, machines.size):
-            yield encoded
-            if machines.asked_to_stop():
-                yield Stopped(done)
-                return
+        if (yield from _until_stop(data.build(machines.rank, machines.size), machines)):
+            yield Stopped(done)
+            return
         loop = Loop(plan, pipeline, data, machines, facts, saved)
+        if (yield from _until_stop(loop.prepare(), machines)):
+            yield Stopped(done)
+            return
+        loop.begin(facts, saved)
         yield from recorded(loop.events(), run, facts, loop.done, logs) if machines.first else loop.events()
+
+
+def _until_stop(work: Iterator[Encoded], machines: Machines) -> Generator[Encoded, None, bool]:
+    """Does `work`, yielding each part. Whether the run was asked to stop before the end of it."""
+    for encoded in work:
+        yield encoded
+        if machines.asked_to_stop():
+            return True
+    return False
 
 
 def _set_mode(pipeline: ZImagePipeline, config: TrainConfig, mode: Mode) -> None:

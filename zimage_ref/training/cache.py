@@ -1,6 +1,7 @@
-"""Latents, masks and caption features on disk, kept between runs: names of the entries and layout of their files.
+"""Latents, masks, caption features and targets on disk, kept between runs: names and layout of their files.
 
     <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors     <cache>/masks/<key>.safetensors
+    <cache>/targets/<key>.safetensors
 
 A key is a digest of everything that the value depends on, so an entry is never out of date. A file holds one tensor,
 `value`, and the SHA-256 of its bytes. A damaged file counts as absent.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ class TrainCache:
         self.folder = folder
         digests = part_digests(model)
         self._vae = [engine, digests["vae"]]
+        self._transformer = [engine, digests["transformer"]]
         self._text_encoder = [engine, digests["text_encoder"], digests["tokenizer"]]
         if quantization:
             self._text_encoder.append(f"{quantization.bits} bits in groups of {quantization.group_size}")
@@ -52,6 +55,10 @@ class TrainCache:
         """The file of the features of a caption."""
         return self._entry("captions", [text, *self._text_encoder])
 
+    def target(self, inputs: Sequence[Array]) -> Path:
+        """The file of what the transformer makes of `inputs`, by their values."""
+        return self._entry("targets", [*map(_array_digest, inputs), *self._transformer])
+
     def _entry(self, kind: str, facts: list[object]) -> Path:
         key = hashlib.sha256(json.dumps([VERSION, kind, *facts]).encode()).hexdigest()
         return self.folder / kind / f"{key}.safetensors"
@@ -59,7 +66,7 @@ class TrainCache:
 
 def entry_names(folder: Path) -> list[Path]:
     """Names as long as those of the entries in the cache `folder`, one for each kind."""
-    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions", "masks")]
+    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions", "masks", "targets")]
 
 
 def read_entry(path: Path) -> Array:

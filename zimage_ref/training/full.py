@@ -1,7 +1,7 @@
 """Training of the transformer itself, the kind `full`: which options it has, what it trains, what it takes.
 
 The backward pass is fused with the optimizer: the gradient of one block is used up before that of the next is made.
-So options that need the gradients of all blocks at once, or the base beside the weights, are refused.
+So options that need the gradients of all blocks at once, or another copy of the weights, are refused.
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ _REFUSED = {  # an option that has no use -> the reason
     "training_adapter": _MERGE,
     "grad_accumulation": "a gradient is used up block by block, and is not kept for a sum: take a larger `batch_size`",
     "ema": "an average would take another copy of the weights",
-    "preserve": "the base is not in memory beside the weights",
-    "preserve_prompt": "the base is not in memory beside the weights",
-    "preserve_blank": "the base is not in memory beside the weights",
 }
 
 

@@ -79,25 +79,30 @@ class LearningOptions:
     )
     preserve: str = option(
         "",
-        "Words for the class, such as dog. With them in place of `trigger`, the LoRA should change nothing.",
+        "Words for the class, such as dog. With them in place of `trigger`, training should change nothing.",
         _LOSS,
         value="WORDS",
     )
     preserve_prompt: tuple[str, ...] = option(
         (),
-        "Prompt at which the LoRA should change nothing, such as a dog on a bench. You can repeat this.",
+        "Prompt at which training should change nothing, such as a dog on a bench. You can repeat this.",
         _LOSS,
         value="TEXT",
         repeatable=True,
     )
-    preserve_blank: bool = option(False, "Without a caption, the LoRA should change nothing.", _LOSS)
+    preserve_blank: bool = option(False, "Without a caption, training should change nothing.", _LOSS)
     preserve_every: int = option(1, "Steps from one that preserves something to the next.", _LOSS)
     preserve_weight: float = option(1.0, "Weight of the loss of what is preserved.", _LOSS)
 
     @property
     def preserves(self) -> bool:
-        """Whether there is anything at which the LoRA should change nothing."""
-        return bool(self.preserve or self.preserve_prompt or self.preserve_blank)
+        """Whether there is anything at which training should change nothing."""
+        return bool(self.showings)
+
+    @property
+    def showings(self) -> list[bool]:
+        """How a step that preserves shows its pictures again: with words (False), without a caption (True)."""
+        return [False] * bool(self.preserve or self.preserve_prompt) + [True] * self.preserve_blank
 
     def _check_kind(self, kind: str, goes_on: bool) -> None:
         """Raises ConfigError for options that the kind of the LoRA has not. goes_on: whether it begins with another."""

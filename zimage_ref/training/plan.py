@@ -163,7 +163,8 @@ class TrainPlan:
         lora = lora_bytes(self.trainable, OPTIMIZERS[self.config.optimizer].slots, self.config.ema > 0)
         if self.parameters:
             lora = state_bytes(self.parameters, self.config.optimizer, self.config.master_weights)
-        *before, train = training_stages(model, most, lora, self.batches.batch_size, mode != "fast", footprint)
+        at_once = self.batches.batch_size * (1 + len(self.config.showings) if self.parameters else 1)
+        *before, train = training_stages(model, most, lora, at_once, mode != "fast", footprint)
         if self.parameters:
             return [*before, with_step(train, self.parameters, model.itemsize, self.config.optimizer, footprint)]
         shapes = transformer_parameters(self.model.transformer)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from zimage_ref.memory import LoadedModel
 
 from .full import count, state_bytes
+from .kept_draws import kept_draws
 from .plan import TrainPlan
 
 
@@ -17,6 +20,17 @@ def room(plan: TrainPlan, precision: str) -> str:
     return (
         f"on disk the result takes {result / 1e9:.3g} GB, and so does each of `save_every`. A state to resume from "
         f"takes {save / 1e9:.3g} GB; two are kept, and a third is written beside them: {3 * save / 1e9:.3g} GB"
+    ) + (_kept(plan, model.itemsize) if config.preserves else "")
+
+
+def _kept(plan: TrainPlan, itemsize: int) -> str:
+    """The base's predictions for pictures to preserve."""
+    vae, shown, draws = plan.model.vae, len(plan.config.showings), kept_draws(plan)
+    pixels = shown * sum(math.prod(plan.batches.items[item].size) for _, item in draws)
+    nbytes = itemsize * vae.latent_channels * pixels // vae.factor**2
+    return (
+        f". Before the first step, {shown * len(draws):,} noised pictures pass through the base, and its "
+        f"predictions are kept to be preserved: {nbytes / 1e6:.3g} MB in the cache"
     )
 
 
