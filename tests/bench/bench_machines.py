@@ -1,6 +1,6 @@
 """Pictures a second of LoRA training on one GPU and on several of one machine, full-size on random weights.
 
-    mlx.launch --backend nccl -n 2 tests/bench/bench_machines.py     # -n 1 is the figure to compare with
+    mlx.launch --backend nccl -n 2 python tests/bench/bench_machines.py     # -n 1 is the figure to compare with
     python tests/bench/bench_machines.py --small                     # one process, a small model
 
 Each process draws random pictures, makes the gradient, and all of them sum it as training does.
