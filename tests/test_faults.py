@@ -64,7 +64,7 @@ JOBS = {
     "train-again": Job(f"{TRAIN} --overwrite", ("lora*",), 30, ("lora.safetensors",)),
     "demo": Job("demo --output demo", ("demo/*.png", "demo/*.safetensors"), 60),
 }  # fmt: skip
-QUICK = ("generate", "convert-lora")
+QUICK = ("convert-lora",)
 LONG = ("train-again", "demo")  # minutes each
 
 

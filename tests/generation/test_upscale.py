@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import controls, tiny
+from support.daily import daily
 from support.networks import BACKENDS, long_only, mlx_only, pipeline
 from support.parity import assert_parity
 
@@ -75,7 +76,7 @@ def test_each_of_its_options_changes_the_picture(model_dir: Path) -> None:
 @mlx_only
 @pytest.mark.parametrize(
     "more",
-    ["guidance", "control", *(pytest.param(name, marks=pytest.mark.slow) for name in ("its own picture", "regions"))],
+    daily(["guidance", "control", "its own picture", "regions"], "guidance"),
 )
 def test_engines_agree(more: str, model_dir: Path, net: Path) -> None:
     options: dict[str, Any] = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import cases, tiny
 from support.cases import LAYERS, random_lora
+from support.daily import daily
 from support.networks import HAS_MLX, PARAMETERS, mlx_only, native, network
 from support.parity import assert_parity
 
@@ -126,7 +127,7 @@ def test_fresh_factors_are_kaiming_uniform_and_zero() -> None:
 
 
 @mlx_only
-@pytest.mark.parametrize(("tokens", "rows"), [(2304, 768), (50, 30)])
+@pytest.mark.parametrize(("tokens", "rows"), daily([(2304, 768), (50, 30)], (50, 30)))
 def test_lora_gradients_are_those_of_the_reference_loss(
     tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
