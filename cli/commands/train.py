@@ -146,7 +146,7 @@ def _size(config: TrainConfig) -> str:
 
 
 def _preserved(config: TrainConfig) -> dict[str, str]:
-    """What the LoRA should not change, and how often a step sees to it. {} if nothing is preserved."""
+    """What training should not change, and how often a step sees to it. {} if nothing is preserved."""
     if not config.preserves:
         return {}
     count, every = len(config.preserve_prompt), config.preserve_every

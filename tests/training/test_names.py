@@ -82,5 +82,5 @@ def test_options_of_preservation_without_it_are_named(shop: Workshop) -> None:
     assert not make_plan(shop.config("prompts", **options, **prompts)).notices
     (notice,) = make_plan(shop.config("against", **options, **prompts, trigger="rex")).notices
     assert notice.startswith(
-        "prompts to preserve that hold the trigger (1): a rex: the LoRA would not learn the trigger there"
+        "prompts to preserve that hold the trigger (1): a rex: the run would not learn the trigger there"
     )

@@ -31,7 +31,7 @@ _Work = tuple[Path, Callable[[], mx.array]]  # an entry, and what computes it
 
 
 class EncodedDataset:
-    """Latents, masks, targets and caption features of a plan's pictures, and of its previews' prompts."""
+    """Latents, masks, caption features and predictions of a plan's pictures, and of its previews' prompts."""
 
     def __init__(self, plan: TrainPlan, pipeline: ZImagePipeline) -> None:
         engine = f"mlx {mx.default_device().type} {pipeline.dtype}"
@@ -82,8 +82,8 @@ class EncodedDataset:
         """(T, cap_feat_dim) in the text encoder's precision. Raises as `latents` does."""
         return _read(self.cache.caption(text))
 
-    def target(self, path: Path) -> mx.array:
-        """(C, h, w) float32: an entry of `BaseTargets`. Raises as `latents` does."""
+    def prediction(self, path: Path) -> mx.array:
+        """(C, h, w) float32: an entry of `BasePredictions`. Raises as `latents` does."""
         return _read(path).astype(mx.float32)
 
     def _caption_work(self) -> list[_Work]:

@@ -108,13 +108,13 @@ class Feed:
     def _kept(self, epoch: int, item: int) -> _Kept | None:
         """The caption under which an item is shown again. None if the options give none for it."""
         config, example = self._plan.config, self._example(item)
+        if not config.shows_words(example.settings.trigger):
+            return None
         has_class, prompts = bool(config.preserve and example.settings.trigger), config.preserve_prompt
         if prompts:
             rng = rng_for(config.seed, PRESERVED, epoch, item)
             if rng.random() < _PROMPTS or not has_class:
                 return _Kept(prompts[rng.integers(len(prompts))], _PROMPT_SIGMA)
-        if not has_class:
-            return None
         return _Kept(preserving_caption(config, example, self._variants.draw(example.caption, epoch, item)))
 
     def _draw(self, epoch: int, item: int) -> _Drawn:

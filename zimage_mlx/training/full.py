@@ -32,7 +32,7 @@ from zimage_ref.training.events import Encoded
 from zimage_ref.training.plan import TrainPlan
 from zimage_ref.training.whole_file import write_whole
 
-from .base_targets import BaseTargets
+from .base_predictions import BasePredictions
 from .feed import Feed
 from .gradient import LossAndGradients
 from .held import Held, as_tensor
@@ -120,7 +120,7 @@ class WholeLearner:
     ) -> None:
         """group: of one machine. budget: bytes for what the gradient may keep of the forward pass; see `gradient`."""
         assert group.size() == 1  # the plan has refused more
-        self._plan, self._model, self._feed, self._targets = plan, model, feed, BaseTargets(plan, feed)
+        self._plan, self._model, self._feed, self._predictions = plan, model, feed, BasePredictions(plan, feed)
         model.freeze()
         for name in plan.parameters:
             path, _, key = name.rpartition(".")
@@ -143,9 +143,9 @@ class WholeLearner:
         others = self._plan.model.weights["transformer"].items()
         return trained + sum(tensor.nbytes for name, tensor in others if name not in self._plan.parameters)
 
-    def prepare(self) -> Iterator[Encoded]:
+    def prepare(self, done: int) -> Iterator[Encoded]:
         """Computes the base's predictions for pictures to preserve, while the weights are still those of the base."""
-        return self._targets.build(self._model)
+        return self._predictions.build(self._model, done)
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on a batch of items.
@@ -161,7 +161,7 @@ class WholeLearner:
 
     def _shown(self, step: int, epoch: int, items: Sequence[int]) -> JointBatch:
         """The pictures of step `step`, and those to preserve: a gradient is used up at once, so it must be of both."""
-        kept, weight = self._targets.batches(step, epoch, items), self._plan.config.preserve_weight
+        kept, weight = self._predictions.batches(step, epoch, items), self._plan.config.preserve_weight
         shares = [(weight * len(batch.captions) / len(items), batch) for batch in kept]
         return JointBatch([(1.0, self._feed.batch(epoch, items)), *shares])
 
@@ -198,11 +198,14 @@ class WholeLearner:
         masters = {name: as_tensor(array) for name, array in self._optimizer.masters.items()}
         return {"weights": {**self._weights(), **masters}, "optimizer": self._optimizer.state()}
 
-    def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
-        """Takes up a state that `state` gave. Raises ConfigError if it is of other parameters or another optimizer."""
+    def check(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Raises ConfigError if `state` is of other parameters or another optimizer."""
         fresh, output = self.state(), self._plan.config.output
         for part, what in (("weights", "layers"), ("optimizer", "optimizer state")):
             check_same(output, what, state.get(part, {}), fresh[part])
+
+    def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Takes up a state that `state` gave and `check` accepts."""
         for name, array in self._optimizer.use(state["weights"], self._model.dtype):
             self._held.put(name, array)
         self._optimizer.restore(state["optimizer"])

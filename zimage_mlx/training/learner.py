@@ -65,7 +65,7 @@ class Learner:
         """Bytes of the file with the LoRA, which holds bfloat16."""
         return sum(vector.nbytes for vector in self._vectors.values()) // 2
 
-    def prepare(self) -> Iterator[Encoded]:
+    def prepare(self, done: int) -> Iterator[Encoded]:
         """Computes nothing: the base stays beside the LoRA."""
         return iter(())
 
@@ -116,11 +116,14 @@ class Learner:
         optimizer = {name: Tensor.of(array) for name, array in self._optimizer.state().items()}
         return {**arrays, "optimizer": optimizer}
 
-    def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
-        """Takes up a state that `state` gave. Raises ConfigError if it is of another LoRA or optimizer."""
+    def check(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Raises ConfigError if `state` is of another LoRA or optimizer."""
         fresh = self.state()
         for part, what in (("lora", "layers or another rank"), ("optimizer", "optimizer state")):
             check_same(self._plan.config.output, what, state.get(part, {}), fresh[part])
+
+    def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Takes up a state that `state` gave and `check` accepts."""
 
         def packed(part: str) -> Vectors:
             return self._packing.pack({name: mx.array(array) for name, array in state[part].items()})

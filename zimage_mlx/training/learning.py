@@ -35,8 +35,8 @@ class Learning(Protocol):
     def file_bytes(self) -> int:
         """About the bytes that `write` needs."""
 
-    def prepare(self) -> Iterator[Encoded]:
-        """Computes what needs the base as it is, before `restore` and the first step."""
+    def prepare(self, done: int) -> Iterator[Encoded]:
+        """Computes what needs the base as it is, before `restore` and the steps after the first `done` ones."""
 
     def step(self, step: int, epoch: int, batches: Sequence[Sequence[int]]) -> Outcome:
         """Makes step `step`, from 0, on batches of items."""
@@ -56,5 +56,8 @@ class Learning(Protocol):
     def state(self) -> Mapping[str, Tensors]:
         """All that the next step depends on, by part."""
 
+    def check(self, state: Mapping[str, Mapping[str, Array]]) -> None:
+        """Raises ConfigError if `state` is of another run."""
+
     def restore(self, state: Mapping[str, Mapping[str, Array]]) -> None:
-        """Takes up a state that `state` gave. Raises ConfigError if it is of another run."""
+        """Takes up a state that `state` gave and `check` accepts."""

@@ -57,7 +57,10 @@ class Loop:
         facts: RunFacts,
         saved: SavedState | None,
     ) -> None:
-        """Loads the base and puts a new LoRA beside it. facts: what the run is. saved: what it will go on from."""
+        """Loads the base and puts a new LoRA beside it.
+
+        facts: what the run is. saved: what the first machine will go on from. Raises ConfigError if it does not fit.
+        """
         run = RunFolder(plan.config.output)
         if plan.config.kind == FULL and pipeline.mode == "stream":  # blocks are changed in a file
             weights = plan.model.weights
@@ -67,6 +70,8 @@ class Loop:
         budget = _same_budget(_budget(plan, pipeline), saved)
         make = WholeLearner if plan.config.kind == FULL else Learner
         self._learner: Learning = make(plan, model, feed, machines.group, budget)
+        if saved:
+            self._learner.check(saved.tensors)
         tensors = plan.model.weights["transformer"]
         adapter = TrainingAdapter(
             model, plan.adapter, lambda name: to_mlx(tensors[name], pipeline.dtype), pipeline.block_stream
@@ -78,12 +83,12 @@ class Loop:
         self._saved_at = clock()
         self.done, self._losses = 0, _Losses()  # steps that are made already, and how they went
 
-    def prepare(self) -> Iterator[Encoded]:
-        """Computes what needs the base as it is."""
-        return self._learner.prepare()
+    def prepare(self, done: int) -> Iterator[Encoded]:
+        """Computes what needs the base as it is, for the steps after the first `done` ones."""
+        return self._learner.prepare(done)
 
     def begin(self, facts: RunFacts, saved: SavedState | None) -> None:
-        """Takes up what the first machine has in `saved`. Raises ConfigError if the saved LoRA does not fit."""
+        """Takes up what the first machine has in `saved`."""
         if saved := self._machines.told_by_first(saved, facts, self._learner.state()):
             self._learner.restore(saved.tensors)
             self.done, self._losses = saved.step, _Losses(saved.facts["smoothed"], saved.facts["failures"])

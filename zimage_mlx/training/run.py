@@ -48,7 +48,8 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
     """Trains a LoRA or the transformer and writes it, yielding an event for each thing done.
 
     Everything is checked before any weights are read. The text encoder and the autoencoder are freed before the
-    transformer is loaded. `should_stop` is asked after each step: the run then saves, yields Stopped and ends. Under
+    transformer is loaded. `should_stop` is asked after each part of the preparation and after each step: the
+    run then saves, yields Stopped and ends. Under
     `mlx.launch` the machines share the work, and only the first writes and yields.
     Raises DatasetError, ConfigError, FormatError, WeightError or TrainingError.
     """
@@ -102,7 +103,7 @@ def _events(config: TrainConfig, machines: Machines) -> Iterator[Event]:
             yield Stopped(done)
             return
         loop = Loop(plan, pipeline, data, machines, facts, saved)
-        if (yield from _until_stop(loop.prepare(), machines)):
+        if (yield from _until_stop(loop.prepare(done), machines)):
             yield Stopped(done)
             return
         loop.begin(facts, saved)

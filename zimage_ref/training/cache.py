@@ -1,7 +1,7 @@
-"""Latents, masks, caption features and targets on disk, kept between runs: names and layout of their files.
+"""Latents, masks, caption features and predictions on disk, kept between runs: names and layout of their files.
 
     <cache>/latents/<key>.safetensors     <cache>/captions/<key>.safetensors     <cache>/masks/<key>.safetensors
-    <cache>/targets/<key>.safetensors
+    <cache>/predictions/<key>.safetensors
 
 A key is a digest of everything that the value depends on, so an entry is never out of date. A file holds one tensor,
 `value`, and the SHA-256 of its bytes. A damaged file counts as absent.
@@ -55,9 +55,9 @@ class TrainCache:
         """The file of the features of a caption."""
         return self._entry("captions", [text, *self._text_encoder])
 
-    def target(self, inputs: Sequence[Array]) -> Path:
+    def prediction(self, inputs: Sequence[Array]) -> Path:
         """The file of what the transformer makes of `inputs`, by their values."""
-        return self._entry("targets", [*map(_array_digest, inputs), *self._transformer])
+        return self._entry("predictions", [*map(_array_digest, inputs), *self._transformer])
 
     def _entry(self, kind: str, facts: list[object]) -> Path:
         key = hashlib.sha256(json.dumps([VERSION, kind, *facts]).encode()).hexdigest()
@@ -66,7 +66,7 @@ class TrainCache:
 
 def entry_names(folder: Path) -> list[Path]:
     """Names as long as those of the entries in the cache `folder`, one for each kind."""
-    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions", "masks", "targets")]
+    return [folder / kind / f"{'0' * 64}.safetensors" for kind in ("latents", "captions", "masks", "predictions")]
 
 
 def read_entry(path: Path) -> Array:

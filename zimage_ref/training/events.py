@@ -9,11 +9,11 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Encoded:
-    """One piece of the preparation is done: a picture is checked, or a caption, latents or a target are cached."""
+    """One piece of the preparation is done: a picture is checked, or captions, latents or a prediction are cached."""
 
     done: int
     total: int
-    what: str = "latents"  # pictures, captions, latents, targets
+    what: str = "latents"  # pictures, captions, latents, predictions
 
 
 @dataclass(frozen=True)

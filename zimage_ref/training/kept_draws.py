@@ -6,20 +6,41 @@ the cache. Long runs would need too many, so the draws of the first epochs come 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .plan import TrainPlan
 
-DRAWS = 512  # at most about; an epoch has one for each picture, and the first epoch is always whole
+DRAWS = 512  # times `preserve_every`: the most, but those of an epoch are always complete
+
+
+class KeptDraw(NamedTuple):
+    """An item as it is in an epoch, from 0, under words to preserve, or without a caption if `blank`."""
+
+    epoch: int
+    item: int
+    blank: bool
 
 
 def drawn_epoch(plan: TrainPlan, epoch: int) -> int:
     """The epoch, from 0, whose draws are preserved in `epoch`."""
-    return epoch % max(1, DRAWS // len(plan.batches.items))
+    return epoch % _epochs(plan)
 
 
-def kept_draws(plan: TrainPlan) -> list[tuple[int, int]]:
-    """(epoch, item) of every draw that some step of the run preserves, in the order of their first use."""
-    draws: dict[tuple[int, int], None] = {}
-    for step, (epoch, batches) in zip(range(plan.total), plan.batches.since(0), strict=False):
-        if step % plan.config.preserve_every == 0:
-            draws |= {(drawn_epoch(plan, epoch), item): None for batch in batches for item in batch}
+def kept_draws(plan: TrainPlan, done: int = 0) -> list[KeptDraw]:
+    """Every draw that a step after the first `done` ones preserves, in the order of their first use."""
+    config, items = plan.config, plan.batches.items
+    triggers = [plan.examples[item.example].settings.trigger for item in items]
+    blanks = [[False] * config.shows_words(each) + [True] * config.preserve_blank for each in triggers]
+    most, draws = _epochs(plan) * sum(map(len, blanks)), dict[KeptDraw, None]()
+    for step, (epoch, batches) in zip(range(done, plan.total), plan.batches.since(done), strict=False):
+        if len(draws) == most:
+            break
+        if step % config.preserve_every == 0:
+            shown = drawn_epoch(plan, epoch)
+            draws |= {KeptDraw(shown, i, blank): None for batch in batches for i in batch for blank in blanks[i]}
     return list(draws)
+
+
+def _epochs(plan: TrainPlan) -> int:
+    """The number of epochs after which draws come again."""
+    return max(1, DRAWS * plan.config.preserve_every // len(plan.batches.items))

@@ -104,6 +104,10 @@ class LearningOptions:
         """How a step that preserves shows its pictures again: with words (False), without a caption (True)."""
         return [False] * bool(self.preserve or self.preserve_prompt) + [True] * self.preserve_blank
 
+    def shows_words(self, trigger: str) -> bool:
+        """Whether a picture with this trigger, "" for none, can be shown again under words to preserve."""
+        return bool(self.preserve_prompt or (self.preserve and trigger))
+
     def _check_kind(self, kind: str, goes_on: bool) -> None:
         """Raises ConfigError for options that the kind of the LoRA has not. goes_on: whether it begins with another."""
         if self.dropout and kind not in ("lora", "dora"):

@@ -70,7 +70,7 @@ def _against_itself(config: TrainConfig, examples: Sequence[Example]) -> Iterato
     triggers = {example.settings.trigger for example in examples} - {""}
     if found := [text[:_SHOWN] for text in config.preserve_prompt if any(trigger in text for trigger in triggers)]:
         yield (
-            f"prompts to preserve that hold the trigger ({len(found)}): {listing(found, 3)}: the LoRA would "
+            f"prompts to preserve that hold the trigger ({len(found)}): {listing(found, 3)}: the run would "
             "not learn the trigger there: leave these prompts out"
         )
 

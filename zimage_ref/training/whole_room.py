@@ -25,12 +25,12 @@ def room(plan: TrainPlan, precision: str) -> str:
 
 def _kept(plan: TrainPlan, itemsize: int) -> str:
     """The base's predictions for pictures to preserve."""
-    vae, shown, draws = plan.model.vae, len(plan.config.showings), kept_draws(plan)
-    pixels = shown * sum(math.prod(plan.batches.items[item].size) for _, item in draws)
+    vae, draws = plan.model.vae, kept_draws(plan)
+    pixels = sum(math.prod(plan.batches.items[draw.item].size) for draw in draws)
     nbytes = itemsize * vae.latent_channels * pixels // vae.factor**2
     return (
-        f". Before the first step, {shown * len(draws):,} noised pictures pass through the base, and its "
-        f"predictions are kept to be preserved: {nbytes / 1e6:.3g} MB in the cache"
+        f". The base's predictions for {len(draws):,} noised pictures are computed before the first step and kept in "
+        f"the cache: {nbytes / 1e6:.3g} MB"
     )
 
 
