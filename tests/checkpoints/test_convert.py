@@ -259,7 +259,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "options", [["a.npz"], ["a.safetensors", "--naming=comfy"], ["a.npz", "--dtype=bf16"], ["a.npz", "--quantize=4"]]
+    "options",
+    [
+        ["a.npz", "--quantize=4"],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (["a.npz"], ["a.safetensors", "--naming=comfy"], ["a.npz", "--dtype=bf16"])
+        ),
+    ],
 )
 def test_the_command_takes_less_than_three_of_the_largest_tensor(
     options: list[str], large: tuple[Path, int], tmp_path: Path

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import foreign, quantizers, tiny
+from support.daily import daily
 
 from zimage_cli.app import main
 from zimage_ref.checkpoints.convert import Target, open_source, write_model
@@ -46,7 +47,7 @@ def test_every_layout_is_read_as_its_writer_reads_it(maker: str, tmp_path: Path)
     assert changed > 1e-3  # what is compared has been rounded
 
 
-@pytest.mark.parametrize("scale", ["nan", "inf"])
+@pytest.mark.parametrize("scale", daily(["nan", "inf"], "nan"))
 @pytest.mark.parametrize("maker", ["fp8", "fp8_blocks", "int8", "int8_convrot", "w4a4", "w4a8", "awq"])
 def test_scales_that_are_not_finite_give_such_weights_without_a_warning(maker: str, scale: str, tmp_path: Path) -> None:
     stored, _ = quantizers.quantized(ARRAYS, in_blocks, maker)

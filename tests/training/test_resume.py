@@ -146,8 +146,8 @@ def test_no_run_is_overwritten_unasked(shop: Workshop) -> None:
     [
         ({"lr": 2e-3}, r"`lr` 0\.01 -> 0\.002"),
         ({"steps": 5}, "`steps` 4 -> 5"),
-        ({"ema": 0.9}, r"`ema` 0\.0 -> 0\.9"),
-        ({"targets": "attention"}, "`targets`"),
+        pytest.param({"ema": 0.9}, r"`ema` 0\.0 -> 0\.9", marks=pytest.mark.slow),
+        pytest.param({"targets": "attention"}, "`targets`", marks=pytest.mark.slow),
         ({"dataset": "other"}, "the pictures, captions or masks"),
         ({"model_dir": "other"}, "the model's weights"),
     ],

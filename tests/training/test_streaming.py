@@ -57,7 +57,11 @@ def same(lean: Run, streamed: Run) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [EVERYTHING, {"base_precision": "4", "steps": 3}, {"base_precision": "bf16", "targets": ("all",), "steps": 2}],
+    [
+        EVERYTHING,
+        pytest.param({"base_precision": "4", "steps": 3}, marks=pytest.mark.slow),
+        pytest.param({"base_precision": "bf16", "targets": ("all",), "steps": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_lora_is_that_of_weights_in_memory(options: dict[str, Any], shop: Workshop) -> None:
     lean, streamed = both(shop, str(options.get("base_precision")), **options)
