@@ -24,13 +24,13 @@ from .loss import NoisyBatch
 
 
 class BasePredictions:
-    """The batches to preserve of a plan, with those predictions as their targets."""
+    """The batches that a plan preserves. Their targets are the predictions."""
 
     def __init__(self, plan: TrainPlan, feed: Feed) -> None:
         self._plan, self._feed = plan, feed
 
     def build(self, base: Transformer, done: int) -> Iterator[Encoded]:
-        """Computes every one that steps after the first `done` ones need, if it is missing or damaged.
+        """Computes each prediction that a step after the first `done` ones needs, unless the cache has it.
 
         Raises TrainingError if the disk is full.
         """
@@ -45,7 +45,7 @@ class BasePredictions:
             yield Encoded(number, len(draws), "predictions")
 
     def batches(self, step: int, epoch: int, items: Sequence[int]) -> list[NoisyBatch]:
-        """What step `step`, from 0, preserves of `items`. Raises TrainingError if an entry is gone or damaged."""
+        """What step `step`, from 0, preserves of `items`. Raises TrainingError if a prediction is gone or damaged."""
         config = self._plan.config
         if not config.preserves or step % config.preserve_every:
             return []
