@@ -143,4 +143,4 @@ def _read(path: Path) -> mx.array:
     try:
         return from_stored(read_entry(path))
     except FormatError as error:
-        raise TrainingError(f"{path}: the cache was changed during the run: go on with `resume`: {error}") from error
+        raise TrainingError(f"{path}: the cache was changed during the run: go on with `resume`") from error
