@@ -237,7 +237,8 @@ def test_a_run_whose_draws_come_again_finds_their_targets(
 @pytest.mark.slow
 def test_a_target_that_is_gone_is_named(shop: WholeShop) -> None:
     cache = shop.folder / "lost"
-    with pytest.raises(TrainingError, match=r"lost/predictions/\w+\.safetensors: the cache was changed during the run: go on with `resume`$"):
+    fact = r"lost/predictions/\w+\.safetensors: the cache was changed during the run: go on with `resume`$"
+    with pytest.raises(TrainingError, match=fact):
         for event in train(shop.config("lost", **KEPT, steps=3, cache=cache)):
             if isinstance(event, Encoded) and event.what == "predictions" and event.done == event.total:
                 shutil.rmtree(cache / "predictions")
