@@ -17,6 +17,7 @@ from zimage_ref.model import parameters
 
 if HAS_MLX:
     import mlx.core as mx
+    from support.mlx_memory import measured_from
 
     import zimage_mlx.networks.strips
     import zimage_mlx.networks.vae
@@ -80,9 +81,7 @@ def test_strips_bound_the_memory_of_decoding(monkeypatch: pytest.MonkeyPatch) ->
     layer = 128 * 128 * 8 * 4  # bytes at full size
 
     def peak(strips: Any) -> float:
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = measured_from()
         mx.eval(model.decode(latents, strips))
         return (mx.get_peak_memory() - before) / layer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ if HAS_MLX:
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
+    from support.mlx_memory import measured_from
 
     import zimage_mlx
     from zimage_mlx.networks.transformer import Transformer
@@ -177,10 +177,7 @@ def test_a_step_takes_the_gradient_of_one_block_and_the_change_of_one_parameter(
     monkeypatch.setattr(Feed, "batch", lambda self, epoch, items: batch)
 
     def over(step: Callable[[], object]) -> float:
-        gc.collect()  # what other tests left is not to be freed meanwhile
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = measured_from()
         step()
         return float(mx.get_peak_memory() - before)
 
