@@ -44,13 +44,17 @@ class BasePredictions:
                 self._feed.data.write(path, to_stored(raw[0].astype(base.dtype)), len(draws) - number + 1)
             yield Encoded(number, len(draws), "predictions")
 
-    def batches(self, step: int, epoch: int, items: Sequence[int]) -> list[NoisyBatch]:
-        """What step `step`, from 0, preserves of `items`. Raises TrainingError if a prediction is gone or damaged."""
+    def batches(self, step: int, epoch: int, items: Sequence[int], noisy: NoisyBatch) -> list[NoisyBatch]:
+        """What step `step`, from 0, preserves of `items`. noisy: these items as they are in `epoch`.
+
+        Raises TrainingError if a prediction is gone or damaged.
+        """
         config = self._plan.config
         if not config.preserves or step % config.preserve_every:
             return []
         drawn = drawn_epoch(self._plan, epoch)
-        noisy = self._feed.batch(drawn, items)
+        if drawn != epoch:
+            noisy = self._feed.batch(drawn, items)
         shown = [self._feed.preserved(noisy, drawn, items, blank) for blank in config.showings]
         return [replace(batch, target=self._read(batch)) for batch in shown if batch]
 

@@ -161,9 +161,10 @@ class WholeLearner:
 
     def _shown(self, step: int, epoch: int, items: Sequence[int]) -> JointBatch:
         """The pictures of step `step`, and those to preserve: a gradient is used up at once, so it must be of both."""
-        kept, weight = self._predictions.batches(step, epoch, items), self._plan.config.preserve_weight
+        noisy, weight = self._feed.batch(epoch, items), self._plan.config.preserve_weight
+        kept = self._predictions.batches(step, epoch, items, noisy)
         shares = [(weight * len(batch.captions) / len(items), batch) for batch in kept]
-        return JointBatch([(1.0, self._feed.batch(epoch, items)), *shares])
+        return JointBatch([(1.0, noisy), *shares])
 
     def _use_up(self, gradients: Parameters) -> None:
         """Changes the weights by their gradients, and empties the table of these."""

@@ -48,9 +48,9 @@ def train(config: TrainConfig, should_stop: Callable[[], bool] = lambda: False) 
     """Trains a LoRA or the transformer and writes it, yielding an event for each thing done.
 
     Everything is checked before any weights are read. The text encoder and the autoencoder are freed before the
-    transformer is loaded. `should_stop` is asked after each part of the preparation and after each step: the
-    run then saves, yields Stopped and ends. Under
-    `mlx.launch` the machines share the work, and only the first writes and yields.
+    transformer is loaded. `should_stop` is asked after each part of the preparation and after each step. Then the run
+    yields Stopped and ends; steps that were made are saved before. Under `mlx.launch` the machines share the work, and
+    only the first writes and yields.
     Raises DatasetError, ConfigError, FormatError, WeightError or TrainingError.
     """
     machines = Machines(should_stop)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .plan import TrainPlan
 
-DRAWS = 512  # times `preserve_every`: the most, but those of an epoch are always complete
+DRAWS = 512  # at most this many times `preserve_every`, but always those of a whole epoch
 
 
 class KeptDraw(NamedTuple):
@@ -30,7 +30,7 @@ def kept_draws(plan: TrainPlan, done: int = 0) -> list[KeptDraw]:
     """Every draw that a step after the first `done` ones preserves, in the order of their first use."""
     config, items = plan.config, plan.batches.items
     triggers = [plan.examples[item.example].settings.trigger for item in items]
-    blanks = [[False] * config.shows_words(each) + [True] * config.preserve_blank for each in triggers]
+    blanks = [[blank for blank in config.showings if blank or config.shows_words(each)] for each in triggers]
     most, draws = _epochs(plan) * sum(map(len, blanks)), dict[KeptDraw, None]()
     for step, (epoch, batches) in zip(range(done, plan.total), plan.batches.since(done), strict=False):
         if len(draws) == most:
